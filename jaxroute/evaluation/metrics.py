@@ -1,0 +1,228 @@
+"""From what happened to every request to the metrics that are reported.
+
+The formulas are those of the problem statement (see the documentation): a
+request is worth the quality of its answer if the answer came in time, and
+nothing if it came late or was rejected. Nobody can gain by dropping requests,
+because rejected ones stay in every denominator.
+
+All arrays here are NumPy on the host, and all arithmetic is float64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Int8
+
+from jaxroute.errors import UserError
+
+COMPLETED, REJECTED, IN_FLIGHT = 0, 1, 2
+
+_PERCENTILES = (50, 95, 99)
+
+
+class EpisodeRecords(NamedTuple):
+    """What happened to every request of `seed` independent episodes of one policy at one load (NumPy).
+
+    The last three fields cover the time in which requests are counted. With a
+    warm-up they are therefore measured from the arrival of the first counted
+    request to the end of the episode; otherwise rates would be too low.
+    Arrival is at the router and "back" is back there: the network counts both ways.
+    """
+
+    status: Int8[np.ndarray, "seed request"]  # 0 completed, 1 rejected, 2 in flight at the end (not counted)
+    expert: Int[np.ndarray, "seed request"]  # expert it was routed to
+    quality: Float[np.ndarray, "seed request"]  # quality of the answer there, in [0, 1]
+    latency_requirement: Float[np.ndarray, "seed request"]  # s per output token
+    output_tokens: Int[np.ndarray, "seed request"]  # length of the answer there
+    ttft: Float[np.ndarray, "seed request"]  # s, from arrival to the first token back; nan unless completed
+    latency: Float[np.ndarray, "seed request"]  # s, E2E, to the last token back; nan unless completed
+    preemptions: Int[np.ndarray, "seed request"]  # how often it lost its KV cache
+    busy_seconds: Float[np.ndarray, "seed expert"]  # accelerator-seconds spent in iterations
+    kv_token_seconds: Float[np.ndarray, "seed expert"]  # KV tokens held, integrated over time
+    duration: Float[np.ndarray, " seed"]  # simulated seconds
+
+
+class Metric(NamedTuple):
+    """What one reported number means."""
+
+    label: str
+    unit: str
+    definition: str
+
+
+def _latency_metrics(key: str, label: str, unit: str, definition: str) -> dict[str, Metric]:
+    """Describe the mean and the percentiles of one latency."""
+    metrics = {f"{key}_mean": Metric(f"{label}, mean", unit, definition)}
+    for percentile in _PERCENTILES:
+        metrics[f"{key}_p{percentile}"] = Metric(f"{label}, p{percentile}", unit, definition)
+    return metrics
+
+
+METRICS: dict[str, Metric] = {
+    "avg_qos": Metric(
+        "Average QoS",
+        "0 to 1",
+        "Sum of the quality of the answers that were in time, divided by all ended requests "
+        "(completed and rejected). Late and rejected requests are worth 0.",
+    ),
+    "in_time_rate": Metric(
+        "In time",
+        "share of ended",
+        "Completed requests whose normalised latency is within their latency requirement / ended requests.",
+    ),
+    "violation_rate": Metric(
+        "Late (violation rate)",
+        "share of ended",
+        "Completed requests whose normalised latency exceeds their latency requirement / ended requests.",
+    ),
+    "rejection_rate": Metric(
+        "Rejected (rejection rate)",
+        "share of ended",
+        "Requests turned away because the expert's queue was full or they can't fit / ended requests.",
+    ),
+    "mean_quality": Metric(
+        "Mean quality", "0 to 1", "Mean quality of the answers of completed requests, late ones included."
+    ),
+    "qos_per_busy_second": Metric(
+        "QoS per accelerator-second",
+        "QoS/s",
+        "Sum of QoS divided by the seconds in which accelerators were computing, over all experts.",
+    ),
+    "qos_per_million_kv_token_seconds": Metric(
+        "QoS per million KV token-seconds",
+        "QoS per 1e6 token s",
+        "Sum of QoS divided by the KV cache occupied (tokens held x seconds held, in millions).",
+    ),
+    **_latency_metrics(
+        "ttft",
+        "Time to first token (TTFT)",
+        "s",
+        "From the arrival at the router to the first output token back there; completed requests.",
+    ),
+    **_latency_metrics(
+        "tpot",
+        "Time per output token (TPOT)",
+        "s",
+        "(E2E latency - TTFT) / (output tokens - 1); completed requests with two or more output tokens.",
+    ),
+    **_latency_metrics(
+        "normalised_latency",
+        "Normalised latency",
+        "s per token",
+        "E2E latency / output tokens; completed requests. This is what the latency requirement limits.",
+    ),
+    **_latency_metrics(
+        "e2e",
+        "End-to-end latency (E2E)",
+        "s",
+        "From the arrival at the router to the last output token back there, network both ways; "
+        "completed requests.",
+    ),
+    "goodput": Metric(
+        "Goodput", "requests/s", "Requests completed within their latency requirement per simulated second."
+    ),
+    "tokens_per_second": Metric(
+        "Throughput", "tokens/s", "Output tokens of completed requests per simulated second."
+    ),
+    "preemptions_per_request": Metric(
+        "Preemptions", "per request", "Evictions from the KV cache, to be recomputed later / ended requests."
+    ),
+    "expert_share": Metric("Share of an expert", "share of ended", "Ended requests that were routed to it."),
+    "expert_utilisation": Metric(
+        "Utilisation of an expert", "share of time", "Its busy accelerator-seconds / simulated seconds."
+    ),
+}
+"""Every metric of `summarise`, in the order of the reports."""
+
+
+def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Divide; where nothing was measured (denominator 0) the answer is nan."""
+    numerator, denominator = np.broadcast_arrays(
+        np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
+    )
+    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
+
+
+def _distribution(
+    values: Float[np.ndarray, "seed request"], counted: Bool[np.ndarray, "seed request"]
+) -> dict[str, Float[np.ndarray, " seed"]]:
+    """Mean and percentiles (linear interpolation) per seed of the counted values; nan if there are none."""
+    summary = np.full((len(values), 1 + len(_PERCENTILES)), np.nan)
+    for seed, (row, mask) in enumerate(zip(values, counted, strict=True)):
+        if mask.any():
+            summary[seed] = [row[mask].mean(), *np.percentile(row[mask], _PERCENTILES)]
+    names = ["mean", *(f"p{percentile}" for percentile in _PERCENTILES)]
+    return dict(zip(names, summary.T, strict=True))
+
+
+def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]:
+    """Compute every metric of every episode; `METRICS` defines them.
+
+    Args:
+        records: what happened, for all seeds.
+        warmup: the first `warmup` requests of each episode aren't counted, because they met an empty site.
+
+    Returns:
+        Metric name to values of shape (seed,), or (seed, expert) for `expert_share` and
+        `expert_utilisation`. A value is nan where there was nothing to measure: no request ended,
+        none was completed (quality, latencies), no time was spent.
+
+    Raises:
+        UserError: if the warm-up leaves no request.
+
+    """
+    total = records.status.shape[1]
+    if not 0 <= warmup < total:
+        raise UserError(f"warmup={warmup} leaves nothing of {total} requests: use 0 to {total - 1}")
+
+    status = records.status[:, warmup:]
+    quality = records.quality[:, warmup:].astype(np.float64)
+    requirement = records.latency_requirement[:, warmup:].astype(np.float64)
+    tokens = records.output_tokens[:, warmup:].astype(np.float64)
+    ttft = records.ttft[:, warmup:].astype(np.float64)
+    latency = records.latency[:, warmup:].astype(np.float64)
+
+    completed = status == COMPLETED
+    ended = completed | (status == REJECTED)
+    normalised_latency = latency / np.maximum(tokens, 1)  # only completed ones count, and they have a token
+    in_time = completed & (normalised_latency <= requirement)
+    number_ended = ended.sum(axis=1)
+
+    def per_ended(counted: np.ndarray) -> Float[np.ndarray, " seed"]:
+        return _divide(counted.sum(axis=1), number_ended)
+
+    sum_of_qos = np.where(in_time, quality, 0.0).sum(axis=1)
+    sum_of_quality = np.where(completed, quality, 0.0).sum(axis=1)
+    million_kv_token_seconds = records.kv_token_seconds.sum(axis=1, dtype=np.float64) / 1e6
+    summary = {
+        "avg_qos": _divide(sum_of_qos, number_ended),
+        "in_time_rate": per_ended(in_time),
+        "violation_rate": per_ended(completed & ~in_time),
+        "rejection_rate": per_ended(status == REJECTED),
+        "mean_quality": _divide(sum_of_quality, completed.sum(axis=1)),
+        "qos_per_busy_second": _divide(sum_of_qos, records.busy_seconds.sum(axis=1, dtype=np.float64)),
+        "qos_per_million_kv_token_seconds": _divide(sum_of_qos, million_kv_token_seconds),
+    }
+
+    tpot = (latency - ttft) / np.maximum(tokens - 1, 1)
+    for key, values, counted in (
+        ("ttft", ttft, completed),
+        ("tpot", tpot, completed & (tokens > 1)),
+        ("normalised_latency", normalised_latency, completed),
+        ("e2e", latency, completed),
+    ):
+        summary |= {f"{key}_{name}": value for name, value in _distribution(values, counted).items()}
+
+    experts = np.arange(records.busy_seconds.shape[1])
+    routed = (records.expert[:, warmup:, None] == experts) & ended[:, :, None]
+    duration = records.duration
+    summary |= {
+        "goodput": _divide(in_time.sum(axis=1), duration),
+        "tokens_per_second": _divide(np.where(completed, tokens, 0.0).sum(axis=1), duration),
+        "preemptions_per_request": per_ended(np.where(ended, records.preemptions[:, warmup:], 0)),
+        "expert_share": _divide(routed.sum(axis=1), number_ended[:, None]),
+        "expert_utilisation": _divide(records.busy_seconds, duration[:, None]),
+    }
+    return summary

@@ -1,0 +1,69 @@
+"""Confidence intervals over independent seeds."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+# 97.5 % quantiles of Student's t for 1 to 10 degrees of freedom, where the expansion below is too coarse.
+_T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+
+
+class Interval(NamedTuple):
+    """A mean over seeds and the half-width of its 95 % confidence interval: mean - ci95 to mean + ci95."""
+
+    mean: float
+    ci95: float
+
+
+def student_t_975(degrees_of_freedom: int) -> float:
+    """97.5 % quantile of Student's t distribution, to better than 1e-3.
+
+    A table up to 10 degrees of freedom, then the expansion around the normal
+    quantile (Abramowitz and Stegun 1964, 26.7.5, four terms).
+    """
+    if degrees_of_freedom < 1:
+        raise ValueError(f"degrees_of_freedom must be at least 1, not {degrees_of_freedom}")
+    if degrees_of_freedom <= len(_T_975):
+        return _T_975[degrees_of_freedom - 1]
+    n, z = degrees_of_freedom, 1.959963985
+    return (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    )
+
+
+def mean_ci95(values: Float[np.ndarray, " seed"]) -> Interval:
+    """Mean over seeds with its Student-t confidence interval.
+
+    Seeds without a value (nan: nothing was measured, such as a latency when no
+    request was completed) are left out. One seed says nothing about the spread,
+    so its ci95 is nan; without any seed the mean is nan, too.
+    """
+    values = np.asarray(values, np.float64)
+    values = values[~np.isnan(values)]
+    n = len(values)
+    if n == 0:
+        return Interval(math.nan, math.nan)
+    mean = float(values.mean())
+    if n == 1:
+        return Interval(mean, math.nan)
+    return Interval(mean, student_t_975(n - 1) * float(values.std(ddof=1)) / math.sqrt(n))
+
+
+def paired_difference(a: Float[np.ndarray, " seed"], b: Float[np.ndarray, " seed"]) -> Interval:
+    """Mean of `a - b` with its confidence interval, for policies that met the same requests.
+
+    With common random numbers seed i is the same sequence of requests for both,
+    so most of the variance cancels in the difference and the interval is far
+    narrower than the intervals of `a` and `b` suggest.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"paired values need the same seeds: {a.shape} and {b.shape}")
+    return mean_ci95(a - b)

@@ -1,0 +1,37 @@
+"""The serving engine: experts that batch continuously, token for token as vLLM V1 schedules them.
+
+Knows requests, iterations and KV memory, and nothing of routing or rewards.
+"""
+
+from jaxroute.serving.engine import (
+    Placement,
+    SiteState,
+    SlotStatus,
+    advance,
+    can_accept,
+    enqueue,
+    idle_site,
+    num_waiting,
+    running_and_waiting,
+)
+from jaxroute.serving.replay import Outcomes, Requests, replay
+from jaxroute.serving.site import ExpertConfig, Site, SiteConfig, build_site
+
+__all__ = [
+    "ExpertConfig",
+    "Outcomes",
+    "Placement",
+    "Requests",
+    "Site",
+    "SiteConfig",
+    "SiteState",
+    "SlotStatus",
+    "advance",
+    "build_site",
+    "can_accept",
+    "enqueue",
+    "idle_site",
+    "num_waiting",
+    "replay",
+    "running_and_waiting",
+]

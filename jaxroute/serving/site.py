@@ -1,0 +1,139 @@
+"""What an edge site is made of: one LLM on one accelerator per expert."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from jaxroute.errors import UserError
+
+
+@struct.dataclass
+class Site:
+    """The experts of one site; every array has the expert as its leading axis."""
+
+    iteration_overhead: Float[Array, "expert"]
+    """Scheduler and launch cost of one iteration, s."""
+    weight_load: Float[Array, "expert"]
+    """Time to stream the weights once, the memory-bound floor of an iteration, s."""
+    compute_per_token: Float[Array, "expert"]
+    """Compute time per scheduled token, s/token."""
+    decode_per_seq: Float[Array, "expert"]
+    """Extra cost per decoding sequence, s/sequence."""
+    attention_per_token: Float[Array, "expert"]
+    """KV read per context token of the decoding sequences, s/token."""
+    max_num_seqs: Int[Array, "expert"]
+    """Most requests in one batch."""
+    max_num_batched_tokens: Int[Array, "expert"]
+    """Most tokens scheduled in one iteration."""
+    max_waiting: Int[Array, "expert"]
+    """Most requests in the waiting queue; arrivals beyond are rejected."""
+    kv_capacity: Int[Array, "expert"]
+    """KV cache size, tokens."""
+    network_delay: Float[Array, "expert"]
+    """Router to expert, one way, s."""
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts."""
+        return np.shape(self.weight_load)[0]
+
+
+# The least value that makes sense, field by field. A weight_load of zero would let an iteration take no time.
+_MINIMUM: dict[str, float] = {
+    "iteration_overhead": 0.0,
+    "weight_load": 1e-9,
+    "compute_per_token": 0.0,
+    "decode_per_seq": 0.0,
+    "attention_per_token": 0.0,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "max_waiting": 1,
+    "kv_capacity": 2,
+    "network_delay": 0.0,
+}
+
+
+def check_site(site: Site, name: str = "site") -> Site:
+    """Check a site on the host and return it as device arrays of the engine's types.
+
+    Raises:
+        UserError: a field has another length than the others, is not finite, or lies below its least value.
+    """
+    checked = {}
+    num_experts = np.size(site.iteration_overhead)
+    for entry in dataclasses.fields(site):
+        values = np.asarray(getattr(site, entry.name))
+        if values.shape != (num_experts,):
+            raise UserError(
+                f"{name}: {entry.name} has shape {values.shape}, but iteration_overhead lists {num_experts} "
+                "expert(s); give every field one value per expert"
+            )
+        low = _MINIMUM[entry.name]
+        bad = ~(np.isfinite(values) & (values >= low))
+        if bad.any():
+            expert = int(np.argmax(bad))
+            raise UserError(
+                f"{name}: {entry.name} of expert {expert} is {values[expert]}; it must be at least {low}"
+            )
+        counts = isinstance(low, int)
+        checked[entry.name] = jnp.asarray(values, jnp.int32 if counts else jnp.float32)
+    return Site(**checked)
+
+
+@dataclass
+class ExpertConfig:
+    """One expert as written in configs/site; seconds and tokens, as in `Site`."""
+
+    model: str
+    accelerator: str
+    iteration_overhead: float
+    weight_load: float
+    compute_per_token: float
+    decode_per_seq: float
+    attention_per_token: float
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_waiting: int
+    kv_capacity: int
+    network_delay: float
+
+    @property
+    def label(self) -> str:
+        """How tables and figures name this expert."""
+        return f"{self.model} / {self.accelerator}"
+
+
+@dataclass
+class SiteConfig:
+    """A site as written in configs/site."""
+
+    name: str
+    experts: list[ExpertConfig] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.experts:
+            raise UserError(f"site {self.name}: experts is empty; list at least one")
+
+    @property
+    def models(self) -> list[str]:
+        """Each expert's model, the name by which a request bank knows it."""
+        return [expert.model for expert in self.experts]
+
+
+def build_site(config: SiteConfig) -> Site:
+    """Turn a site's configuration into arrays.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    columns = {
+        entry.name: np.asarray([getattr(expert, entry.name) for expert in config.experts])
+        for entry in dataclasses.fields(Site)
+    }
+    return check_site(Site(**columns), name=f"site {config.name}")

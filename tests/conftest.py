@@ -1,0 +1,35 @@
+"""What all tests share: quick compilation, reproducible property tests, the folder with measured data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Set before JAX is imported, and through the environment so that tests that start a process pass it on.
+# The suite is about results, not speed: it runs on the CPU unless told otherwise, and keeps what it compiled.
+# A warm cache spends less than half the CPU time of a cold one on the engine's tests. Lower XLA optimisation
+# levels save a tenth of the compilation and would test another program than users run: they stay alone.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jaxroute" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# The same examples on every run, so that a failure is always a change of the code. To look further:
+# pytest --hypothesis-profile=explore
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40, print_blob=False)
+settings.register_profile(
+    "explore", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with public traces and measurements, which are not part of the repository."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("JAXROUTE_DATA") or default)
+    if not folder.is_dir():
+        pytest.skip(f"no data: {folder} does not exist (set JAXROUTE_DATA to the folder with vllm_runs/)")
+    return folder

@@ -1,0 +1,358 @@
+"""Metrics, intervals and the files of an evaluation."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jaxroute.errors import UserError
+from jaxroute.evaluation.metrics import COMPLETED, IN_FLIGHT, METRICS, REJECTED, EpisodeRecords, summarise
+from jaxroute.evaluation.report import (
+    EvaluationResult,
+    markdown_table,
+    plot_policy_comparison,
+    plot_qos_against_load,
+    results_table,
+    summary_text,
+    write_all,
+    write_results_json,
+)
+from jaxroute.evaluation.statistics import Interval, mean_ci95, paired_difference, student_t_975
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+NAN = math.nan
+
+
+# --- Metrics -------------------------------------------------------------------------------------------
+
+
+def hand_made_records() -> EpisodeRecords:
+    """Six requests: three in time (one exactly), one late, one rejected, one in flight; then six rejected."""
+    status = [COMPLETED, COMPLETED, COMPLETED, REJECTED, IN_FLIGHT, COMPLETED]
+    nothing = [NAN] * 6
+    return EpisodeRecords(
+        status=np.array([status, [REJECTED] * 6], np.int8),
+        expert=np.array([[0, 0, 1, 1, 1, 1]] * 2),
+        quality=np.array([[0.5, 0.8, 1.0, 0.9, 0.7, 0.4]] * 2),
+        latency_requirement=np.array([[1.0, 0.2, 0.1, 1.0, 1.0, 3.0]] * 2),
+        output_tokens=np.array([[10, 10, 5, 0, 7, 1]] * 2),
+        ttft=np.array([[1.0, 0.5, 0.5, NAN, NAN, 2.0], nothing]),
+        latency=np.array([[5.0, 2.0, 2.5, NAN, NAN, 2.0], nothing]),  # per token: .5, .2, .5, -, -, 2
+        preemptions=np.array([[0, 0, 2, 0, 9, 0], [0] * 6]),
+        busy_seconds=np.array([[3.0, 5.0], [0.0, 0.0]]),
+        kv_token_seconds=np.array([[1.5e6, 0.5e6], [0.0, 0.0]]),
+        duration=np.array([10.0, 10.0]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("avg_qos", (0.5 + 0.8 + 0.4) / 5),
+        ("in_time_rate", 3 / 5),
+        ("violation_rate", 1 / 5),
+        ("rejection_rate", 1 / 5),
+        ("mean_quality", (0.5 + 0.8 + 1.0 + 0.4) / 4),
+        ("qos_per_busy_second", 1.7 / 8),
+        ("qos_per_million_kv_token_seconds", 1.7 / 2),
+        ("ttft_mean", 1.0),
+        ("ttft_p50", 0.75),
+        ("ttft_p95", 1.85),  # sorted .5 .5 1 2, at .95 * 3 = 2.85
+        ("ttft_p99", 1.97),
+        ("tpot_mean", (4 / 9 + 1.5 / 9 + 2 / 4) / 3),  # the answer of one token has none
+        ("tpot_p50", 4 / 9),
+        ("normalised_latency_mean", 0.8),
+        ("normalised_latency_p50", 0.5),
+        ("e2e_mean", 2.875),
+        ("e2e_p50", 2.25),
+        ("goodput", 0.3),
+        ("tokens_per_second", 2.6),
+        ("preemptions_per_request", 2 / 5),
+        ("expert_share", [2 / 5, 3 / 5]),
+        ("expert_utilisation", [0.3, 0.5]),
+    ],
+)
+def test_metrics_by_hand(metric, expected):
+    np.testing.assert_allclose(summarise(hand_made_records())[metric][0], expected, rtol=1e-12)
+
+
+def test_warmup_is_not_counted():
+    summary = summarise(hand_made_records(), warmup=1)
+    np.testing.assert_allclose(summary["avg_qos"][0], 1.2 / 4)
+    np.testing.assert_allclose(summary["expert_share"][0], [0.25, 0.75])
+    np.testing.assert_allclose(summary["goodput"][0], 0.2)
+    for warmup in (-1, 6):
+        with pytest.raises(UserError, match="warmup"):
+            summarise(hand_made_records(), warmup=warmup)
+
+
+def test_nothing_completed():
+    summary = {metric: values[1] for metric, values in summarise(hand_made_records()).items()}
+    assert summary["avg_qos"] == 0
+    assert summary["rejection_rate"] == 1
+    assert summary["goodput"] == summary["tokens_per_second"] == 0
+    for metric in ("mean_quality", "qos_per_busy_second", "ttft_mean", "tpot_p95", "e2e_p99"):
+        assert math.isnan(summary[metric]), metric
+
+
+def test_nothing_ended():
+    records = hand_made_records()
+    records = records._replace(status=np.full_like(records.status, IN_FLIGHT), duration=np.zeros(2))
+    assert all(np.isnan(values).all() for metric, values in summarise(records).items() if metric[:3] != "qos")
+
+
+def test_every_metric_is_defined_and_has_its_shape():
+    summary = summarise(hand_made_records())
+    assert list(summary) == list(METRICS)
+    for metric, values in summary.items():
+        assert values.shape == ((2, 2) if metric.startswith("expert_") else (2,)), metric
+
+
+def test_rates_add_up_on_random_records():
+    summary = summarise(random_records(np.random.default_rng(0), quality=0.6))
+    total = summary["in_time_rate"] + summary["violation_rate"] + summary["rejection_rate"]
+    np.testing.assert_allclose(total, 1)
+    np.testing.assert_allclose(summary["expert_share"].sum(axis=1), 1)
+    assert (summary["avg_qos"] <= summary["in_time_rate"]).all()
+
+
+# --- Statistics ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("degrees_of_freedom", "quantile"),  # from printed tables
+    [
+        *[(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (10, 2.228), (11, 2.201), (12, 2.179)],
+        *[(15, 2.131), (20, 2.086), (30, 2.042), (60, 2.000), (120, 1.980), (10**6, 1.960)],
+    ],
+)
+def test_student_t_quantiles(degrees_of_freedom, quantile):
+    assert student_t_975(degrees_of_freedom) == pytest.approx(quantile, abs=1e-3)
+
+
+def test_student_t_needs_a_degree_of_freedom():
+    with pytest.raises(ValueError, match="at least 1"):
+        student_t_975(0)
+
+
+def test_mean_ci95_by_hand():
+    mean, ci95 = mean_ci95(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert mean == 3
+    assert ci95 == pytest.approx(2.776 * math.sqrt(2.5 / 5), abs=1e-3)
+
+
+def test_mean_ci95_without_enough_seeds():
+    assert mean_ci95(np.array([0.7]))[0] == 0.7
+    assert math.isnan(mean_ci95(np.array([0.7])).ci95)
+    assert all(map(math.isnan, mean_ci95(np.array([NAN, NAN]))))
+    assert mean_ci95(np.array([1.0, NAN, 3.0])) == mean_ci95(np.array([1.0, 3.0]))
+
+
+def test_paired_difference_cancels_common_noise():
+    rng = np.random.default_rng(0)
+    common = rng.normal(0.6, 0.1, 20)
+    a, b = common + 0.01 + rng.normal(0, 1e-3, 20), common
+    difference = paired_difference(a, b)
+    assert abs(difference.mean - 0.01) < difference.ci95 < 1e-3 < mean_ci95(a).ci95
+    assert paired_difference(np.array([3.0, 5.0]), np.array([1.0, 3.0])) == Interval(2.0, 0.0)
+    with pytest.raises(ValueError, match="same seeds"):
+        paired_difference(a, b[:1])
+
+
+# --- Reports -------------------------------------------------------------------------------------------
+
+
+def random_records(rng: np.random.Generator, quality: float, seeds: int = 4) -> EpisodeRecords:
+    shape, experts = (seeds, 60), (seeds, 3)
+    rejected = rng.random(shape) < 0.1
+    tokens = rng.integers(1, 50, shape)
+    latency = np.where(rejected, NAN, tokens * rng.lognormal(-3.0, 0.5, shape))
+    return EpisodeRecords(
+        status=np.where(rejected, REJECTED, COMPLETED).astype(np.int8),
+        expert=rng.integers(0, 3, shape),
+        quality=np.clip(quality + rng.normal(0, 0.05, shape), 0, 1).astype(np.float32),
+        latency_requirement=np.full(shape, 0.07, np.float32),
+        output_tokens=tokens,
+        ttft=latency * 0.1,
+        latency=latency,
+        preemptions=rng.integers(0, 2, shape),
+        busy_seconds=rng.uniform(1, 5, experts).astype(np.float32),
+        kv_token_seconds=rng.uniform(1e4, 5e4, experts).astype(np.float32),
+        duration=np.full(seeds, 6.0, np.float32),
+    )
+
+
+def make_result(seeds: int = 4, rates: tuple[float, ...] = (4.0, 8.0)) -> EvaluationResult:
+    qualities = {"random": 0.5, "learned": 0.8, "qos<greedy>": 0.7, "clairvoyant": 0.9, "broken": 0.1}
+    summaries = {}
+    for rate in rates:
+        summaries[rate] = {
+            name: summarise(random_records(np.random.default_rng(int(rate)), quality, seeds))
+            for name, quality in qualities.items()
+        }
+        broken = summaries[rate]["broken"]  # a policy of which nothing was ever completed
+        summaries[rate]["broken"] = {key: np.full_like(value, NAN) for key, value in broken.items()} | {
+            "avg_qos": np.zeros(seeds)
+        }
+    return EvaluationResult(
+        workload="bursts",
+        site="six",
+        bank="default",
+        rates=rates,
+        nominal_rate=rates[-1],
+        seeds=seeds,
+        requests=60,
+        warmup=0,
+        reference="learned",
+        expert_names=["small", "medium", "large"],
+        summaries=summaries,
+        upper_references=["clairvoyant"],
+        settings={"version": "0.1.0", "eval": {"seeds": seeds, "tolerance": NAN}, "path": Path("x")},
+    )
+
+
+@pytest.fixture(scope="module")
+def result() -> EvaluationResult:
+    return make_result()
+
+
+@pytest.fixture(scope="module")
+def written(result, tmp_path_factory) -> dict[str, Path]:
+    return write_all(result, tmp_path_factory.mktemp("report") / "new")
+
+
+def test_write_all(written):
+    expected = "comparison.png expert_share.png qos_against_load.png quality_latency.png"
+    assert sorted(written) == [*expected.split(), "report.html", "results.csv", "results.json"]
+    assert sorted(written) == sorted(path.name for path in written["report.html"].parent.iterdir())
+    for name, path in written.items():
+        if name.endswith(".png"):
+            assert path.read_bytes().startswith(b"\x89PNG")
+            assert path.stat().st_size < 200_000
+
+
+def strict_json(path: Path) -> dict:
+    def reject(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=reject)
+
+
+def test_json(result, written):
+    content = strict_json(written["results.json"])
+    assert (content["workload"], content["seeds"], content["rate"]) == ("bursts", 4, 8.0)
+    assert [load["rate"] for load in content["loads"]] == [4.0, 8.0]
+    assert content["loads"][1]["policies"] == content["policies"]
+    assert content["loads"][1]["paired_difference"] == content["paired_difference"]
+    assert list(content["policies"]) == ["clairvoyant", "learned", "qos<greedy>", "random", "broken"]
+    learned = content["policies"]["learned"]
+    assert list(learned) == list(METRICS)
+    mean, ci95 = mean_ci95(result.summaries[8.0]["learned"]["avg_qos"])
+    assert learned["avg_qos"] == {"mean": mean, "ci95": ci95}
+    assert sum(learned["expert_share"]) == pytest.approx(1)
+    assert content["policies"]["broken"]["ttft_p95"] == {"mean": None, "ci95": None}
+    assert content["policies"]["broken"]["expert_share"] == [None] * 3
+    assert set(content["paired_difference"]) == set(content["policies"]) - {"learned"}
+    assert (
+        content["paired_difference"]["random"]["mean"]
+        > 0
+        > content["paired_difference"]["clairvoyant"]["mean"]
+    )
+    assert content["settings"]["eval"] == {"seeds": 4, "tolerance": None}
+
+
+def test_csv(result, written):
+    with written["results.csv"].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["workload", "rate", "policy", "metric", "mean", "ci95"]
+    values = {(row["rate"], row["policy"], row["metric"]): row for row in rows}
+    assert len(values) == len(rows) == 2 * (5 * (len(METRICS) - 2 + 2 * 3) + 4)
+    mean, ci95 = mean_ci95(result.summaries[4.0]["random"]["e2e_p50"])
+    row = values["4", "random", "e2e_p50"]
+    assert (float(row["mean"]), float(row["ci95"])) == pytest.approx((mean, ci95))
+    assert values["4", "broken", "e2e_p50"]["mean"] == ""
+    assert ("8", "learned", "expert_share[large]") in values
+    assert ("8", "random", "paired_difference") in values
+    assert ("8", "learned", "paired_difference") not in values
+
+
+def test_html_is_self_contained_and_escaped(result, written):
+    page = written["report.html"].read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|<link|<script|@import|url\(""", page)
+    assert len(re.findall(r'src="data:image/png;base64,', page)) == 4
+    assert "qos&lt;greedy&gt;" in page
+    assert "qos<greedy>" not in page
+    assert "4 requests per second" in page
+    assert "eval.tolerance" in page
+    for metric in METRICS.values():
+        assert metric.label.split(",")[0] in page
+
+
+def test_terminal_table_fits(result):
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(results_table(result))
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "…" not in capture.get()
+    names = [line.split()[0] for line in lines if line.split() and line.split()[0] in result.summaries[8.0]]
+    assert names == result.ranking(8.0)
+
+
+def test_markdown_table(result):
+    lines = markdown_table(result, rate=4.0).splitlines()
+    assert len(lines) == 2 + 5
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert "**`learned`**" in lines[3]
+
+
+def test_summary_in_words(result):
+    text = summary_text(result)
+    assert text.startswith("At 8 requests/s on bursts, learned reached an average QoS of 0.")
+    assert "above the best other policy, qos<greedy> (paired over 4 seeds)" in text
+    assert "at each of the 2 loads it is ahead at 2." in text
+    assert "clairvoyant, which sees what no router can" in text
+
+
+def test_without_a_reference(result, tmp_path):
+    alone = replace(result, reference=None)
+    content = strict_json(write_results_json(alone, tmp_path / "results.json"))
+    assert content["paired_difference"] == {}
+    assert "- it" not in markdown_table(alone)
+    assert "learned was the best policy" in summary_text(alone)
+
+
+def test_single_seed_has_no_intervals(tmp_path):
+    single = make_result(seeds=1, rates=(8.0,))
+    content = strict_json(write_results_json(single, tmp_path / "results.json"))
+    assert content["policies"]["learned"]["avg_qos"]["mean"] > 0
+    assert content["policies"]["learned"]["avg_qos"]["ci95"] is None
+    assert "±" not in markdown_table(single)
+    assert "too few to tell" in summary_text(single)
+    for plot in (plot_policy_comparison, plot_qos_against_load):  # those that draw intervals
+        plot(single).draw_without_rendering()
+
+
+def test_policies_may_be_missing_at_a_load(result):
+    """Planning is slow, so it may be evaluated at one load only."""
+    partial = {4.0: {"learned": result.summaries[4.0]["learned"]}, 8.0: result.summaries[8.0]}
+    figure = plot_qos_against_load(replace(result, summaries=partial))
+    assert len(figure.axes[0].lines) == 5
+
+
+def test_result_must_be_complete(result):
+    with pytest.raises(ValueError, match="nominal_rate"):
+        replace(result, nominal_rate=5.0)
+    with pytest.raises(ValueError, match="lack the rate"):
+        replace(result, rates=[8.0, 9.0])
+    with pytest.raises(ValueError, match="reference"):
+        replace(result, reference="nobody")
