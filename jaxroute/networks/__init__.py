@@ -1,0 +1,45 @@
+"""Actor-critic networks over the observation graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+
+from jaxroute.errors import UserError
+from jaxroute.networks.han import HAN
+from jaxroute.networks.mlp import FlatMLP
+
+__all__ = ["HAN", "FlatMLP", "NetworkConfig", "build_network"]
+
+
+@dataclass
+class NetworkConfig:
+    """A network as written in configs/network."""
+
+    kind: str = "han"
+    """han, or mlp for the flat ablation."""
+    hidden: int = 64
+    heads: int = 4
+    dense: bool = True
+    semantic_attention: bool = True
+    use_impact: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("han", "mlp"):
+            raise UserError(f"network: kind={self.kind} is unknown; choose han or mlp")
+        if self.hidden < 1 or self.heads < 1 or self.hidden % self.heads:
+            raise UserError(f"network: hidden={self.hidden} must be a positive multiple of heads={self.heads}")
+
+
+def build_network(config: NetworkConfig) -> nn.Module:
+    """Return the network that the configuration describes."""
+    if config.kind == "mlp":
+        return FlatMLP(hidden=config.hidden)
+    return HAN(
+        hidden=config.hidden,
+        heads=config.heads,
+        dense=config.dense,
+        semantic_attention=config.semantic_attention,
+        use_impact=config.use_impact,
+    )

@@ -1,0 +1,44 @@
+"""Routers: the rules in production use and the learned one, on one protocol."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from jaxroute.errors import UserError
+from jaxroute.policies.protocol import Memory, Params, Policy, best_available
+from jaxroute.policies.rules import RULES
+
+__all__ = ["LEARNED", "RULES", "Policy", "best_available", "learned_policy", "rules_named"]
+
+LEARNED = "jaxroute"
+"""Name of the learned router in tables and figures."""
+
+
+def learned_policy(network: nn.Module, params: Params) -> Policy:
+    """Route to the expert that the network prefers."""
+
+    def act(params, obs, key, memory: Memory):  # type: ignore[no-untyped-def]
+        logits, _ = network.apply(params, obs)
+        return jnp.argmax(logits), memory
+
+    return Policy(LEARNED, act, params=params)
+
+
+def rules_named(names: Sequence[str] | None) -> list[Policy]:
+    """Return the rules of these names, or all.
+
+    Raises:
+        UserError: a name is unknown.
+    """
+    if names is None:
+        return list(RULES.values())
+    for name in names:
+        if name not in RULES:
+            near = difflib.get_close_matches(name, RULES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known rules: {', '.join(RULES)}"
+            raise UserError(f"policies: {name} is unknown; {hint}")
+    return [RULES[name] for name in names]

@@ -1,0 +1,176 @@
+"""What the router sees, what the environment remembers, and what it is told."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxroute.serving import Site, SiteState
+from jaxroute.workloads.arrivals import ArrivalParams, ArrivalState
+from jaxroute.workloads.bank import RequestBank
+
+
+class Arrival(NamedTuple):
+    """The arriving request, as the router sees it."""
+
+    prompt_tokens: Float[Array, ""]
+    latency_requirement: Float[Array, ""]
+    """s per output token."""
+    arrival_rate: Float[Array, ""]
+    """Requests per second lately (an exponential window of 32 arrivals)."""
+
+
+class Experts(NamedTuple):
+    """Each expert, as its metrics endpoint and its profile describe it."""
+
+    num_running: Float[Array, "expert"]
+    num_waiting: Float[Array, "expert"]
+    max_num_seqs: Float[Array, "expert"]
+    max_waiting: Float[Array, "expert"]
+    kv_used: Float[Array, "expert"]
+    """KV tokens held, those of the iteration in progress included."""
+    kv_capacity: Float[Array, "expert"]
+    pending_prefill: Float[Array, "expert"]
+    """Tokens still to be prefilled for the requests there."""
+    pending_output: Float[Array, "expert"]
+    """Predicted output tokens still to be generated for the requests there."""
+    iteration_time: Float[Array, "expert"]
+    """Time of a decode iteration of the batch as it is, s."""
+    weight_load: Float[Array, "expert"]
+    compute_per_token: Float[Array, "expert"]
+    network_delay: Float[Array, "expert"]
+    recent_latency: Float[Array, "expert"]
+    """Mean normalised latency of what completed there in the last minute or so, s/token; 0 if nothing did."""
+    expected_qos: Float[Array, "expert"]
+    """Expected QoS of all requests there (the impact estimator's)."""
+    available: Bool[Array, "expert"]
+    """Whether it would take the arriving request: its queue has room and its memory could hold the prompt."""
+
+
+class Impact(NamedTuple):
+    """What routing the arriving request to each expert would do, by the action impact estimator."""
+
+    ttft: Float[Array, "expert"]
+    """Its predicted time to first token, s."""
+    tpot: Float[Array, "expert"]
+    """Its predicted time per further token, s."""
+    normalised_latency: Float[Array, "expert"]
+    """Its predicted E2E latency per output token, s."""
+    in_time: Float[Array, "expert"]
+    """Probability that it meets its requirement."""
+    qos: Float[Array, "expert"]
+    """Its expected QoS: predicted quality times that probability."""
+    qos_loss: Float[Array, "expert"]
+    """Expected QoS that the requests in flight there lose."""
+    added_violations: Float[Array, "expert"]
+    """Expected number of them that become late."""
+
+
+class Candidates(NamedTuple):
+    """Edges from the arriving request to each expert."""
+
+    predicted_quality: Float[Array, "expert"]
+    predicted_output_tokens: Float[Array, "expert"]
+    impact: Impact
+
+
+class InFlight(NamedTuple):
+    """The requests at each expert, running ones in order of admission, then waiting ones in queue order."""
+
+    prompt_tokens: Float[Array, "expert slot"]
+    kv_tokens: Float[Array, "expert slot"]
+    generated: Float[Array, "expert slot"]
+    predicted_quality: Float[Array, "expert slot"]
+    predicted_output_tokens: Float[Array, "expert slot"]
+    latency_requirement: Float[Array, "expert slot"]
+    """s per output token."""
+    age: Float[Array, "expert slot"]
+    """Time since arrival at the router, s."""
+    remaining_tokens: Float[Array, "expert slot"]
+    """Expected output tokens still to come, given those generated."""
+    in_time: Float[Array, "expert slot"]
+    """Probability that it meets its requirement."""
+
+
+class Observation(NamedTuple):
+    """The dynamic state abstraction: a heterogeneous graph of fixed, padded shape in physical units.
+
+    Nodes: the arriving request, the experts, the running and the waiting requests (both live in `in_flight`, told
+    apart by the masks). Edges: arrival to each expert (`candidates`) and back, each request in flight to its expert.
+    Only what a real router can know is here: predictions, never true qualities or lengths.
+    `jaxroute.networks.graph.as_graphs` lays it out as `jraph.GraphsTuple`s.
+    """
+
+    arrival: Arrival
+    experts: Experts
+    candidates: Candidates
+    in_flight: InFlight
+    running: Bool[Array, "expert slot"]
+    waiting: Bool[Array, "expert slot"]
+
+
+class RewardParams(NamedTuple):
+    """Weights of the tailored reward's parts."""
+
+    violation_penalty: Float[Array, ""]
+    """Per request that completes late."""
+    rejection_penalty: Float[Array, ""]
+    """Per rejected request."""
+    shaping: Float[Array, ""]
+    """1 adds the potential-based shaping term, 0 leaves it out."""
+    discount: Float[Array, ""]
+    """gamma of the shaping term; the learner's own, or the optimal policy changes."""
+
+
+class EnvParams(NamedTuple):
+    """Everything about a scenario that may change without a new compilation."""
+
+    site: Site
+    bank: RequestBank
+    arrivals: ArrivalParams
+    rate: Float[Array, "2"]
+    """Least and greatest request rate, 1/s; each environment draws its own in between."""
+    requirement: Float[Array, "class"]
+    share: Float[Array, "class"]
+    reward: RewardParams
+
+
+class Request(NamedTuple):
+    """The arriving request with all its truths."""
+
+    prompt_tokens: Int[Array, ""]
+    output_tokens: Int[Array, "expert"]
+    quality: Float[Array, "expert"]
+    predicted_quality: Float[Array, "expert"]
+    predicted_output_tokens: Float[Array, "expert"]
+    latency_requirement: Float[Array, ""]
+
+
+class SlotTable(NamedTuple):
+    """What the environment knows of the request in each of the engine's slots."""
+
+    quality: Float[Array, "slot expert"]
+    predicted_quality: Float[Array, "slot expert"]
+    predicted_output_tokens: Float[Array, "slot expert"]
+    latency_requirement: Float[Array, "slot expert"]
+
+
+class EnvState(NamedTuple):
+    """State of one environment, at the moment a request has arrived and waits for its expert."""
+
+    site: SiteState
+    table: SlotTable
+    request: Request
+    arrivals: ArrivalState
+    rate: Float[Array, ""]
+    """Current request rate, 1/s."""
+    step: Int[Array, ""]
+    """Requests routed so far."""
+    mean_gap: Float[Array, ""]
+    """Exponential mean of the gaps between arrivals, s."""
+    latency_sum: Float[Array, "expert"]
+    latency_count: Float[Array, "expert"]
+    """Discounted sum and count of the normalised latencies of completed requests."""
+    potential: Float[Array, ""]
+    """Expected QoS of all requests in flight: Phi of the shaping term."""

@@ -1,0 +1,113 @@
+"""Observation to network input: scaled by physical units, so that a policy moves between sites.
+
+Token counts enter as logarithms, times relative to typical ones, loads relative to capacity; nothing is normalised
+by running statistics. Every feature ends up within a few units of zero.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxroute.env.types import Observation
+
+_TYPICAL_TIME_PER_TOKEN = 0.03
+_TYPICAL_RATE = 8.0
+
+
+class Features(NamedTuple):
+    """Scaled features of one graph."""
+
+    arrival: Float[Array, "arrival_feature"]
+    experts: Float[Array, "expert expert_feature"]
+    candidates: Float[Array, "expert edge_feature"]
+    in_flight: Float[Array, "expert slot request_feature"]
+    running: Bool[Array, "expert slot"]
+    waiting: Bool[Array, "expert slot"]
+    available: Bool[Array, "expert"]
+    expected_gain: Float[Array, "expert"]
+    """Own expected QoS minus expected QoS lost by others: what the residual head starts from."""
+
+
+def _log_tokens(tokens: Array) -> Array:
+    return jnp.log1p(tokens) / 8
+
+
+def _log_ratio(value: Array, typical: Array | float) -> Array:
+    return jnp.clip(jnp.log(jnp.maximum(value, 1e-6) / typical), -4.0, 4.0)
+
+
+def features_of(obs: Observation, use_impact: bool = True) -> Features:
+    """Scale an observation; `use_impact=False` hides the action impact estimator (an ablation)."""
+    arrival, experts, requests = obs.arrival, obs.experts, obs.in_flight
+    impact = obs.candidates.impact
+    requirement = arrival.latency_requirement
+    arrival_features = jnp.stack(
+        [
+            _log_tokens(arrival.prompt_tokens),
+            _log_ratio(requirement, _TYPICAL_TIME_PER_TOKEN),
+            _log_ratio(arrival.arrival_rate, _TYPICAL_RATE),
+        ],
+        axis=-1,
+    )
+    expert_features = jnp.stack(
+        [
+            experts.num_running / experts.max_num_seqs,
+            experts.num_waiting / experts.max_waiting,
+            experts.kv_used / experts.kv_capacity,
+            _log_tokens(experts.pending_prefill),
+            _log_tokens(experts.pending_output),
+            experts.pending_output / experts.kv_capacity,
+            _log_ratio(experts.iteration_time, _TYPICAL_TIME_PER_TOKEN),
+            _log_ratio(experts.weight_load, _TYPICAL_TIME_PER_TOKEN),
+            _log_ratio(experts.compute_per_token, 1e-4),
+            experts.network_delay / _TYPICAL_TIME_PER_TOKEN,
+            jnp.minimum(experts.recent_latency / _TYPICAL_TIME_PER_TOKEN, 4.0),
+            experts.expected_qos / experts.max_num_seqs,
+            experts.available.astype(jnp.float32),
+        ],
+        axis=-1,
+    )
+    edges = [
+        obs.candidates.predicted_quality,
+        _log_tokens(obs.candidates.predicted_output_tokens),
+    ]
+    gain = impact.qos - impact.qos_loss
+    if use_impact:
+        edges += [
+            _log_ratio(impact.ttft, 0.3),
+            _log_ratio(impact.tpot, _TYPICAL_TIME_PER_TOKEN),
+            _log_ratio(impact.normalised_latency, requirement),
+            impact.in_time,
+            impact.qos,
+            jnp.minimum(impact.qos_loss, 4.0),
+            jnp.minimum(impact.added_violations, 4.0),
+            jnp.clip(gain, -4.0, 1.0),
+        ]
+    limit = jnp.where(requests.latency_requirement > 0, requests.latency_requirement, 1.0)
+    request_features = jnp.stack(
+        [
+            _log_tokens(requests.prompt_tokens),
+            _log_tokens(requests.kv_tokens),
+            _log_tokens(requests.generated),
+            _log_tokens(requests.remaining_tokens),
+            requests.predicted_quality,
+            requests.in_time,
+            _log_ratio(limit, _TYPICAL_TIME_PER_TOKEN),
+            # Share of its time that is used up.
+            jnp.minimum(requests.age / (limit * jnp.maximum(requests.generated + requests.remaining_tokens, 1.0)), 4.0),
+        ],
+        axis=-1,
+    )
+    return Features(
+        arrival=arrival_features,
+        experts=expert_features,
+        candidates=jnp.stack(edges, axis=-1),
+        in_flight=request_features,
+        running=obs.running,
+        waiting=obs.waiting,
+        available=experts.available,
+        expected_gain=gain,
+    )

@@ -1,0 +1,32 @@
+"""The flat ablation: a multilayer perceptron on each expert's aggregate features, for one number of experts."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxroute.env.types import Observation
+from jaxroute.networks.features import features_of
+from jaxroute.networks.han import mask_unavailable
+
+
+class FlatMLP(nn.Module):
+    """Actor and critic without graph, estimator or residual."""
+
+    hidden: int = 64
+
+    @nn.compact
+    def __call__(self, obs: Observation) -> tuple[Float[Array, "expert"], Float[Array, ""]]:
+        """Return the logits of the experts, unavailable ones masked, and the value."""
+        features = features_of(obs, use_impact=False)
+        flat = jnp.concatenate(
+            [features.arrival, features.experts.reshape(-1), features.candidates.reshape(-1)], axis=-1
+        )
+        hidden = flat
+        for layer in range(2):
+            hidden = jnp.tanh(nn.Dense(self.hidden, name=f"hidden_{layer}")(hidden))
+        small = nn.initializers.orthogonal(0.01)
+        logits = nn.Dense(features.experts.shape[0], kernel_init=small, name="logits")(hidden)
+        value = nn.Dense(1, kernel_init=small, name="value")(hidden)[..., 0]
+        return mask_unavailable(logits, features.available), value

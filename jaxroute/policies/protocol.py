@@ -1,0 +1,35 @@
+"""One protocol for every router, rules and networks alike, so that evaluation can vmap over any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxroute.env.types import Observation
+
+Params = Any
+Memory = Any
+
+
+class Policy(NamedTuple):
+    """A router: a pure function of what it knows and what it sees."""
+
+    name: str
+    act: Callable[[Params, Observation, PRNGKeyArray, Memory], tuple[Int[Array, ""], Memory]]
+    """`(params, observation, key, memory) -> (action, memory)`."""
+    params: Params = ()
+    memory: Memory = ()
+    """Memory at the start of an episode."""
+
+
+def best_available(obs: Observation, score: Float[Array, "expert"]) -> Int[Array, ""]:
+    """Return the expert with the highest score among those that would take the request; ties go to the lowest index.
+
+    Every rule is spared the experts whose queue is full, as a gateway that retries elsewhere would be.
+    """
+    available = obs.experts.available
+    allowed = available | ~available.any()
+    return jnp.argmax(jnp.where(allowed, score, -jnp.inf))

@@ -1,0 +1,213 @@
+"""Proximal policy optimisation, compiled end to end.
+
+`make_ppo` returns two pure functions: `init(key)` draws parameters and environments, `update(state)` runs a number of
+updates and returns metrics averaged over them. Read from top to bottom: rollout, advantages, epochs, minibatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jaxroute.errors import UserError
+from jaxroute.ppo.gae import generalised_advantages
+
+
+@dataclass
+class PPOConfig:
+    """PPO's settings, as written in configs/ppo."""
+
+    num_envs: int | None = None
+    """Environments side by side; null takes what fits the backend (256 on a CPU, 8192 on an accelerator)."""
+    num_steps: int = 64
+    """Steps of each environment per update."""
+    num_epochs: int = 2
+    num_minibatches: int = 4
+    total_steps: int = 2_000_000
+    """Environment steps in all."""
+    learning_rate: float = 5e-4
+    anneal: bool = True
+    """Lower the learning rate linearly to zero."""
+    discount: float = 0.98
+    gae_lambda: float = 0.9
+    clip: float = 0.2
+    entropy_bonus: float = 0.001
+    value_weight: float = 0.5
+    max_grad_norm: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "num_epochs", "num_minibatches", "total_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"ppo: {name}={getattr(self, name)} must be at least 1")
+        if self.num_envs is not None and (self.num_envs < 1 or self.num_envs % self.num_minibatches):
+            raise UserError(
+                f"ppo: num_envs={self.num_envs} must be a positive multiple of num_minibatches={self.num_minibatches}"
+            )
+        for name in ("learning_rate", "clip", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"ppo: {name}={getattr(self, name)} must be above 0")
+        for name in ("discount", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1 or (name == "discount" and self.discount == 1):
+                raise UserError(f"ppo: {name}={getattr(self, name)} must lie in [0, 1), as the task never ends")
+
+
+class Transition(NamedTuple):
+    """One step of one environment; `(time, env, ...)` in a rollout."""
+
+    obs: Any
+    action: Int[Array, "..."]
+    log_prob: Float[Array, "..."]
+    value: Float[Array, "..."]
+    next_value: Float[Array, "..."]
+    reward: Float[Array, "..."]
+    terminated: Bool[Array, "..."]
+    truncated: Bool[Array, "..."]
+
+
+class PPOState(NamedTuple):
+    """Everything that training carries on: enough to resume it exactly."""
+
+    params: Any
+    optimiser: optax.OptState
+    env_state: Any
+    obs: Any
+    key: PRNGKeyArray
+    updates: Int[Array, ""]
+
+
+class Learner(NamedTuple):
+    """The two functions that train."""
+
+    init: Callable[[PRNGKeyArray], PPOState]
+    update: Callable[[PPOState], tuple[PPOState, dict[str, Float[Array, ""]]]]
+    steps_per_update: int
+    num_updates: int
+
+
+def make_ppo(config: PPOConfig, env: Any, env_params: Any, network: nn.Module, updates_per_call: int = 1) -> Learner:
+    """Build the compiled loop for an environment with the gymnax 1.x protocol.
+
+    `network.apply(params, obs)` gives logits and a value, in units of 1 / (1 - discount) rewards, so that the critic's
+    output stays near one whatever the discount.
+    """
+    num_envs = config.num_envs
+    assert num_envs is not None
+    steps_per_update = num_envs * config.num_steps
+    num_updates = max(1, config.total_steps // steps_per_update)
+    value_scale = 1 / (1 - config.discount)
+    gradient_steps = num_updates * config.num_epochs * config.num_minibatches
+    schedule = optax.linear_schedule(config.learning_rate, 0.0 if config.anneal else config.learning_rate, gradient_steps)
+    optimiser = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(schedule, eps=1e-5))
+
+    def evaluate(params: Any, obs: Any) -> tuple[Array, Array]:
+        logits, value = jax.vmap(partial(network.apply, params))(obs)
+        return jax.nn.log_softmax(logits), value * value_scale
+
+    def init(key: PRNGKeyArray) -> PPOState:
+        key, key_params, key_envs = jax.random.split(key, 3)
+        obs, env_state = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key_envs, num_envs), env_params)
+        params = network.init(key_params, jax.tree.map(lambda leaf: leaf[0], obs))
+        return PPOState(params, optimiser.init(params), env_state, obs, key, jnp.int32(0))
+
+    def rollout(state: PPOState) -> tuple[PPOState, Transition, dict[str, Array]]:
+        def env_step(carry: tuple, key: PRNGKeyArray) -> tuple[tuple, tuple]:
+            env_state, obs = carry
+            key_action, key_env = jax.random.split(key)
+            log_probs, value = evaluate(state.params, obs)
+            action = jax.random.categorical(key_action, log_probs)
+            log_prob = jnp.take_along_axis(log_probs, action[:, None], axis=-1)[:, 0]
+            next_obs, env_state, reward, terminated, truncated, info = jax.vmap(env.step, in_axes=(0, 0, 0, None))(
+                jax.random.split(key_env, num_envs), env_state, action, env_params
+            )
+            step = Transition(obs, action, log_prob, value, value, reward, terminated, truncated)
+            counts = {name: info[name].sum() for name in ("qos_sum", "num_completed", "num_late", "rejected") if name in info}
+            final_value = jnp.where(truncated, evaluate(state.params, info["final_observation"])[1], 0.0) if (
+                "final_observation" in info
+            ) else jnp.zeros_like(value)
+            return (env_state, next_obs), (step, final_value, counts)
+
+        key, key_rollout = jax.random.split(state.key)
+        (env_state, obs), (steps, final_values, counts) = jax.lax.scan(
+            env_step, (state.env_state, state.obs), jax.random.split(key_rollout, config.num_steps)
+        )
+        last_value = evaluate(state.params, obs)[1]
+        following = jnp.concatenate([steps.value[1:], last_value[None]])
+        steps = steps._replace(next_value=jnp.where(steps.truncated, final_values, following))
+        counts = {name: count.sum() for name, count in counts.items()}
+        return state._replace(env_state=env_state, obs=obs, key=key), steps, counts
+
+    def loss(params: Any, batch: tuple[Transition, Array, Array]) -> tuple[Array, dict[str, Array]]:
+        steps, advantages, targets = batch
+        log_probs, values = evaluate(params, steps.obs)
+        log_prob = jnp.take_along_axis(log_probs, steps.action[:, None], axis=-1)[:, 0]
+        log_ratio = log_prob - steps.log_prob
+        ratio = jnp.exp(log_ratio)
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        clipped = jnp.clip(ratio, 1 - config.clip, 1 + config.clip)
+        policy_loss = -jnp.minimum(ratio * advantages, clipped * advantages).mean()
+        value_loss = jnp.square((values - targets) / value_scale).mean()
+        entropy = -(jnp.exp(log_probs) * jnp.maximum(log_probs, -100.0)).sum(-1).mean()
+        total = policy_loss + config.value_weight * value_loss - config.entropy_bonus * entropy
+        metrics = {
+            "loss/policy": policy_loss,
+            "loss/value": value_loss,
+            "ppo/entropy": entropy,
+            "ppo/approx_kl": (ratio - 1 - log_ratio).mean(),
+            "ppo/clip_fraction": (jnp.abs(ratio - 1) > config.clip).mean(),
+        }
+        return total, metrics
+
+    def minibatch_step(carry: tuple[Any, optax.OptState], batch: tuple) -> tuple[tuple, dict[str, Array]]:
+        params, optimiser_state = carry
+        gradients, metrics = jax.grad(loss, has_aux=True)(params, batch)
+        metrics["ppo/grad_norm"] = optax.global_norm(gradients)
+        updates, optimiser_state = optimiser.update(gradients, optimiser_state, params)
+        return (optax.apply_updates(params, updates), optimiser_state), metrics
+
+    def epoch(carry: tuple, key: PRNGKeyArray, data: tuple) -> tuple[tuple, dict[str, Array]]:
+        # Whole environments are dealt to minibatches: they are exchangeable, and long rows gather fast.
+        order = jax.random.permutation(key, num_envs).reshape(config.num_minibatches, -1)
+
+        def deal(carry: tuple, chosen: Int[Array, "env"]) -> tuple[tuple, dict[str, Array]]:
+            batch = jax.tree.map(lambda leaf: leaf[:, chosen].reshape(-1, *leaf.shape[2:]), data)
+            return minibatch_step(carry, batch)
+
+        return jax.lax.scan(deal, carry, order)
+
+    def one_update(state: PPOState, _: None) -> tuple[PPOState, dict[str, Array]]:
+        state, steps, counts = rollout(state)
+        advantages, targets = generalised_advantages(
+            steps.reward,
+            steps.value,
+            steps.next_value,
+            steps.terminated,
+            steps.truncated,
+            config.discount,
+            config.gae_lambda,
+        )
+        key, key_epochs = jax.random.split(state.key)
+        carry, metrics = jax.lax.scan(
+            lambda carry, key: epoch(carry, key, (steps, advantages, targets)),
+            (state.params, state.optimiser),
+            jax.random.split(key_epochs, config.num_epochs),
+        )
+        metrics = {name: values.mean() for name, values in metrics.items()}
+        metrics["train/reward"] = steps.reward.mean()
+        metrics["ppo/explained_variance"] = 1 - jnp.var(targets - steps.value) / jnp.maximum(jnp.var(targets), 1e-8)
+        metrics |= counts
+        return state._replace(params=carry[0], optimiser=carry[1], key=key, updates=state.updates + 1), metrics
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: PPOState) -> tuple[PPOState, dict[str, Array]]:
+        state, metrics = jax.lax.scan(one_update, state, length=updates_per_call)
+        return state, {name: values.mean() for name, values in metrics.items()}
+
+    return Learner(jax.jit(init), update, steps_per_update, num_updates)

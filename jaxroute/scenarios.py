@@ -1,0 +1,116 @@
+"""From a configuration, or a scenario's name, to an environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxroute.config import Config, load_config
+from jaxroute.env import EdgeRouting, EnvParams, RewardParams
+from jaxroute.errors import UserError
+from jaxroute.serving import build_site
+from jaxroute.workloads import build_bank, build_workload
+
+SCENARIOS: dict[str, dict[str, str]] = {
+    f"{prefix}-{workload}": {"site": site, "workload": "azure_conv" if workload == "azure" else workload}
+    for prefix, site in (("edge", "edge6"), ("edge3", "edge3"), ("edge16", "edge16"))
+    for workload in ("poisson", "gamma", "azure")
+}
+"""Named scenarios; "edge" is the site edge6."""
+
+
+def make(
+    name: str,
+    *,
+    rate: float | tuple[float, float] | None = None,
+    horizon: int = 0,
+    redraw_every: int = 0,
+    overrides: tuple[str, ...] = (),
+    **groups: str,
+) -> tuple[EdgeRouting, EnvParams]:
+    """Return the environment and parameters of a named scenario.
+
+    Args:
+        name: e.g. "edge-poisson"; `jaxroute.SCENARIOS` lists them.
+        rate: requests per second, or the (least, greatest) between which each environment draws its own; the
+            workload's by default.
+        horizon: truncate episodes after so many steps; 0 for an endless task.
+        redraw_every: draw a new rate every so many steps; 0 keeps the first.
+        overrides: further options as on the command line, e.g. ("bank.split=test", "reward.shaping=false").
+        **groups: other choices than the scenario's for site, workload or bank, e.g. site="edge3".
+
+    Raises:
+        UserError: an unknown name or option, or data that is missing.
+    """
+    if name not in SCENARIOS:
+        near = difflib.get_close_matches(name, SCENARIOS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SCENARIOS)}"
+        raise UserError(f"scenario {name} is unknown; {hint}")
+    chosen = SCENARIOS[name] | groups
+    config = load_config([f"{group}={choice}" for group, choice in chosen.items()] + list(overrides))
+    return build_env(config, rate=rate, horizon=horizon, redraw_every=redraw_every)
+
+
+def build_env(
+    config: Config,
+    *,
+    rate: float | tuple[float, float] | None = None,
+    horizon: int = 0,
+    redraw_every: int = 0,
+) -> tuple[EdgeRouting, EnvParams]:
+    """Build the environment of a configuration; arguments as for `make`.
+
+    Raises:
+        UserError: data that is missing or malformed, a bank that does not fit the site.
+    """
+    site = build_site(config.site)
+    workload = build_workload(config.workload, config.data_path)
+    bank = build_bank(config.bank, config.site.models, config.data_path)
+    longest, memory = int(np.max(np.asarray(bank.prompt_tokens))), int(np.max(np.asarray(site.kv_capacity)))
+    if longest >= memory:
+        raise UserError(
+            f"bank {config.bank.kind}: its longest prompt has {longest} tokens, but no expert of site "
+            f"{config.site.name} has more than {memory} tokens of KV cache; raise kv_capacity or choose another bank"
+        )
+    if rate is None:
+        rate = workload.rate
+    low, high = rate if isinstance(rate, tuple) else (rate, rate)
+    if not 0 < low <= high:
+        raise UserError(f"rate={rate} must be above 0 requests per second")
+    weights = config.reward
+    env = EdgeRouting(
+        num_experts=site.num_experts,
+        num_slots=int(np.max(np.asarray(site.max_num_seqs) + np.asarray(site.max_waiting))),
+        arrival_process=workload.process,
+        redraw_every=redraw_every,
+        horizon=horizon,
+        expected_quality=weights.expected_quality,
+    )
+    params = EnvParams(
+        site=site,
+        bank=bank,
+        arrivals=workload.params,
+        rate=jnp.asarray([low, high], jnp.float32),
+        requirement=workload.requirement,
+        share=workload.share,
+        reward=RewardParams(
+            violation_penalty=jnp.float32(weights.violation_penalty),
+            rejection_penalty=jnp.float32(weights.rejection_penalty),
+            shaping=jnp.float32(weights.shaping),
+            discount=jnp.float32(config.ppo.discount),
+        ),
+    )
+    return env, params
+
+
+def with_rate(params: EnvParams, rate: float) -> EnvParams:
+    """Return the same scenario at another request rate, 1/s."""
+    return params._replace(rate=jnp.asarray([rate, rate], jnp.float32))
+
+
+def test_split(config: Config) -> Config:
+    """Return the configuration with prompts that training has not seen."""
+    return dataclasses.replace(config, bank=dataclasses.replace(config.bank, split="test"))

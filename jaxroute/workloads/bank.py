@@ -1,0 +1,606 @@
+"""Request banks: tables of prompts with what every LLM would answer and what a router can predict of it.
+
+Three kinds. `embedded` is generated from figures fitted to a public evaluation and needs no download;
+`zeroeval` and `mmlu_pro` are the published evaluations themselves. A bank holds outcomes (quality, length),
+which the router must not see, and predictions, which it may. The predictions are outcomes seen through noise
+of such strength that they are as good as those of a predictor measured on the real prompts (a TF-IDF ridge
+regression).
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxroute.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("embedded", "zeroeval", "mmlu_pro")
+SPLITS = ("train", "test", "all")
+
+# Codes of the published tables (shared by both evaluations).
+RIGHT, WRONG, NO_ANSWER, MISSING = 1, 0, 2, 255
+MISSING_LENGTH = 65535
+MIN_ROWS = 100  # fewer prompts cannot carry the calibration of the predictions
+
+
+class RequestBank(NamedTuple):
+    """A device-resident table: rows are prompts, columns are a site's experts in the site's order.
+
+    Attributes:
+        prompt_tokens: length of the prompt, tokens.
+        quality: 1 if the expert answers correctly, else 0; real tables and generated ones alike.
+        output_tokens: true length of the expert's answer, tokens, at least 1. Unknown to the router.
+        predicted_quality: calibrated probability that the expert answers correctly. The router sees it.
+        predicted_output_tokens: predicted median of the length, exp(predicted log length), tokens. The router
+            sees it.
+        log_length_error: standard deviation of log(output_tokens) around log(predicted_output_tokens): what
+            the predictor knows of its own error. The router sees it.
+
+    """
+
+    prompt_tokens: Int[Array, "prompt"]
+    quality: Float[Array, "prompt expert"]
+    output_tokens: Int[Array, "prompt expert"]
+    predicted_quality: Float[Array, "prompt expert"]
+    predicted_output_tokens: Float[Array, "prompt expert"]
+    log_length_error: Float[Array, "expert"]
+
+
+@dataclass
+class PredictorConfig:
+    """How good the router's predictor is, on the train prompts, pooled over the site's distinct LLMs.
+
+    A real predictor learns mostly how hard and how long a prompt is for all LLMs alike, and little of which
+    LLM does better. The two are separate figures: the second decides what routing by quality alone can gain.
+
+    Attributes:
+        quality_auc: area under the ROC curve of predicted quality.
+        quality_own_r2: R2 of the predicted quality's deviation from the prompt's mean over LLMs.
+        length_r2: R2 of the predicted log length.
+        length_own_r2: R2 of the predicted log length's deviation from the prompt's mean over LLMs.
+
+    """
+
+    quality_auc: float = 0.80
+    quality_own_r2: float = 0.011
+    length_r2: float = 0.46
+    length_own_r2: float = 0.07
+
+    def __post_init__(self) -> None:
+        if not 0.5 < self.quality_auc < 1:
+            raise UserError(
+                f"bank.predictor.quality_auc={self.quality_auc} is not between 0.5 and 1 (both excluded): "
+                "give the AUC of your predictor, e.g. 0.8"
+            )
+        for name in ("quality_own_r2", "length_r2", "length_own_r2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(
+                    f"bank.predictor.{name}={getattr(self, name)} is not in [0, 1): give the R2 of your predictor"
+                )
+
+
+@dataclass
+class DomainFigures:
+    """One domain of prompts in the embedded bank.
+
+    Difficulty, length factor and log prompt length are jointly normal, the first two with mean 0 and sd 1.
+    """
+
+    name: str
+    share: float
+    log_prompt_mean: float
+    log_prompt_sd: float
+    difficulty_length_correlation: float
+    difficulty_prompt_correlation: float
+    length_prompt_correlation: float
+
+    def __post_init__(self) -> None:
+        if self.share <= 0 or self.log_prompt_sd <= 0:
+            raise UserError(
+                f"bank.domains, domain '{self.name}': share={self.share} and "
+                f"log_prompt_sd={self.log_prompt_sd} must both be above 0: correct the figures"
+            )
+        if np.linalg.eigvalsh(self.correlation()).min() <= 0:
+            raise UserError(
+                f"bank.domains, domain '{self.name}': its three correlations contradict each other "
+                "(the matrix is not positive definite): use figures fitted together"
+            )
+
+    def correlation(self) -> Float[np.ndarray, "3 3"]:
+        """Correlation matrix of (difficulty, length factor, log prompt length)."""
+        a, b, c = (
+            self.difficulty_length_correlation,
+            self.difficulty_prompt_correlation,
+            self.length_prompt_correlation,
+        )
+        return np.array([[1.0, a, b], [a, 1.0, c], [b, c, 1.0]])
+
+
+@dataclass
+class LLMFigures:
+    """One LLM in the embedded bank; lists have one entry per domain, in the order of `BankConfig.domains`.
+
+    P(right) = sigmoid(ability - discrimination * difficulty), the two-parameter logistic model of item
+    response theory; log length = log_length_mean + log_length_slope * length factor + log_length_sd * own
+    noise. A share `runaway` of the wrong answers instead repeats itself up to the generation limit.
+    """
+
+    ability: list[float]
+    discrimination: list[float]
+    log_length_mean: list[float]
+    log_length_slope: list[float]
+    log_length_sd: list[float]
+    runaway: list[float]
+
+
+@dataclass
+class BankConfig:
+    """Which bank, how much of it, and how well its outcomes can be predicted.
+
+    Attributes:
+        kind: "embedded" (generated, no download), "zeroeval" or "mmlu_pro" (published tables).
+        num_prompts: rows; None takes every row of a real table (the embedded bank needs a number).
+        seed: of the generated prompts, the prediction noise and the choice of rows.
+        split: "train" or "test", two disjoint populations: other draws for the embedded bank, two fixed
+            halves of a real table, which do not depend on the seed. "all": every row of a real table.
+        models: a site's model name -> name of its column in the bank; identity where absent.
+        predictor: strength of the predictions.
+        max_output_tokens: generation limit of the embedded bank, tokens.
+        domains: figures of the embedded bank's domains.
+        llms: figures of the embedded bank's LLMs, by name.
+
+    """
+
+    kind: str = "embedded"
+    num_prompts: int | None = 4096
+    seed: int = 0
+    split: str = "train"
+    models: dict[str, str] = field(default_factory=dict)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    max_output_tokens: int = 4096
+    domains: list[DomainFigures] = field(default_factory=list)
+    llms: dict[str, LLMFigures] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"bank.kind='{self.kind}' is unknown: use one of {', '.join(KINDS)}")
+        if self.split not in SPLITS:
+            raise UserError(f"bank.split='{self.split}' is unknown: use one of {', '.join(SPLITS)}")
+        if self.kind == "embedded" and self.split == "all":
+            raise UserError(
+                "bank.split='all' does not fit bank.kind='embedded', which has no fixed rows: use train or test"
+            )
+        if self.kind == "embedded" and self.num_prompts is None:
+            raise UserError("bank.num_prompts=null does not fit bank.kind='embedded': give a number, e.g. 4096")
+        if self.num_prompts is not None and self.num_prompts < MIN_ROWS:
+            raise UserError(
+                f"bank.num_prompts={self.num_prompts} is too few to calibrate predictions: use at least {MIN_ROWS}"
+            )
+        if self.seed < 0:
+            raise UserError(f"bank.seed={self.seed} is negative: use a seed of at least 0")
+        if self.max_output_tokens < 1:
+            raise UserError(f"bank.max_output_tokens={self.max_output_tokens} is below 1: use e.g. 4096")
+        for name, llm in self.llms.items():
+            for figure, values in vars(llm).items():
+                if len(values) != len(self.domains):
+                    raise UserError(
+                        f"bank.llms.{name}.{figure} has {len(values)} values for {len(self.domains)} "
+                        "domains: give one value per domain"
+                    )
+
+
+class _Outcomes(NamedTuple):
+    """What the LLMs do, on the host; one column per distinct LLM."""
+
+    prompt_tokens: Int[np.ndarray, "prompt"]
+    quality: Float[np.ndarray, "prompt llm"]
+    output_tokens: Int[np.ndarray, "prompt llm"]
+
+
+def build_bank(config: BankConfig, models: Sequence[str], data_dir: Path | None = None) -> RequestBank:
+    """Build the bank for a site.
+
+    Noise levels and calibration of the predictions are set on the train population (on all rows with split
+    "all") and applied unchanged to the test population. Two experts that run the same LLM get the same
+    columns.
+
+    Args:
+        config: which bank.
+        models: model name of each expert, in the site's order.
+        data_dir: folder that holds the published tables (`JAXROUTE_DATA`); not needed for the embedded bank.
+
+    Returns:
+        The bank, deterministic in (config, models): prompts in rows, experts in columns.
+
+    Raises:
+        UserError: an unknown LLM, a missing table, too few complete rows, or predictor figures that no noise
+            level reaches on this pool of LLMs.
+
+    """
+    if not models:
+        raise UserError("a bank was asked for a site without experts: list at least one expert")
+    columns = [config.models.get(model, model) for model in models]
+    llms = list(dict.fromkeys(columns))
+    if config.kind == "embedded":
+        outcomes, calibration, kept = _generate(config, llms)
+    else:
+        outcomes, calibration, kept = _read_tables(config, llms, data_dir)
+    quality, log_length, error = _predict(outcomes, calibration, config)
+    expert = [llms.index(column) for column in columns]
+    return RequestBank(
+        prompt_tokens=jnp.asarray(outcomes.prompt_tokens[kept], jnp.int32),
+        quality=jnp.asarray(outcomes.quality[kept][:, expert], jnp.float32),
+        output_tokens=jnp.asarray(outcomes.output_tokens[kept][:, expert], jnp.int32),
+        predicted_quality=jnp.asarray(quality[kept][:, expert], jnp.float32),
+        predicted_output_tokens=jnp.asarray(np.exp(log_length[kept][:, expert]), jnp.float32),
+        log_length_error=jnp.asarray(error[expert], jnp.float32),
+    )
+
+
+# --- outcomes: generated ------------------------------------------------------------------------------------
+
+
+def _generate(
+    config: BankConfig, llms: list[str]
+) -> tuple[_Outcomes, Bool[np.ndarray, "prompt"], Bool[np.ndarray, "prompt"]]:
+    """Outcomes of the generated bank, which rows calibrate the predictor, and which rows were asked for."""
+    if not config.domains or not config.llms:
+        raise UserError(
+            "bank.kind='embedded' has no figures (bank.domains, bank.llms): start from configs/bank/embedded.yaml"
+        )
+    for llm in llms:
+        if llm not in config.llms:
+            raise UserError(
+                f"the embedded bank has no LLM '{llm}'{_close(llm, config.llms)}: add its figures under "
+                "bank.llms or name a stand-in under bank.models"
+            )
+    train = _generate_split(config, llms, "train")
+    if config.split == "train":
+        everything = np.ones(len(train.prompt_tokens), bool)
+        return train, everything, everything
+    test = _generate_split(config, llms, "test")
+    outcomes = _Outcomes(*(np.concatenate(pair) for pair in zip(train, test, strict=True)))
+    calibration = np.arange(len(outcomes.prompt_tokens)) < len(train.prompt_tokens)
+    return outcomes, calibration, ~calibration
+
+
+def _generate_split(config: BankConfig, llms: list[str], split: str) -> _Outcomes:
+    """Draw prompts, then each LLM's answers; an LLM's column is the same whatever the other LLMs are."""
+    num_prompts = config.num_prompts or 0
+    seed = [config.seed, SPLITS.index(split)]
+    rng = np.random.default_rng(seed)
+    share = np.array([domain.share for domain in config.domains])
+    domain = rng.choice(len(share), size=num_prompts, p=share / share.sum())
+    factor = np.stack([np.linalg.cholesky(figures.correlation()) for figures in config.domains])
+    latent = np.einsum("pij,pj->pi", factor[domain], rng.standard_normal((num_prompts, 3)))
+    difficulty, length_factor, prompt = latent.T
+    log_prompt_mean = np.array([figures.log_prompt_mean for figures in config.domains])[domain]
+    log_prompt_sd = np.array([figures.log_prompt_sd for figures in config.domains])[domain]
+
+    quality = np.empty((num_prompts, len(llms)))
+    output_tokens = np.empty((num_prompts, len(llms)), np.int64)
+    for column, llm in enumerate(llms):
+        figures = {name: np.asarray(values)[domain] for name, values in vars(config.llms[llm]).items()}
+        rng = np.random.default_rng([*seed, zlib.crc32(llm.encode())])
+        right = rng.random(num_prompts) < _sigmoid(figures["ability"] - figures["discrimination"] * difficulty)
+        log_length = (
+            figures["log_length_mean"]
+            + figures["log_length_slope"] * length_factor
+            + figures["log_length_sd"] * rng.standard_normal(num_prompts)
+        )
+        runaway = ~right & (rng.random(num_prompts) < figures["runaway"])
+        tokens = np.where(runaway, config.max_output_tokens, np.rint(np.exp(log_length)))
+        quality[:, column] = right
+        output_tokens[:, column] = np.clip(tokens, 1, config.max_output_tokens)
+    prompt_tokens = np.maximum(np.rint(np.exp(log_prompt_mean + log_prompt_sd * prompt)), 1).astype(np.int64)
+    return _Outcomes(prompt_tokens, quality, output_tokens)
+
+
+# --- outcomes: published tables -----------------------------------------------------------------------------
+
+
+def _read_tables(
+    config: BankConfig, llms: list[str], data_dir: Path | None
+) -> tuple[_Outcomes, Bool[np.ndarray, "prompt"], Bool[np.ndarray, "prompt"]]:
+    """Outcomes of a published table, which rows calibrate the predictor, and which rows were asked for.
+
+    `<data_dir>/<kind>/` holds `queries.parquet` (`prompt_tokens`), `correct.parquet` (1 right, 0 wrong, 2 no
+    answer, which counts as wrong, 255 missing) and `out_tokens.parquet` (65535 missing), rows in the same
+    order; the last two have one column per LLM.
+    """
+    if data_dir is None:
+        raise UserError(
+            f"bank.kind='{config.kind}' reads published tables and no data folder is set: "
+            "set JAXROUTE_DATA or data_dir, or use bank.kind=embedded"
+        )
+    folder = Path(data_dir) / config.kind
+    queries = _read_parquet(folder / "queries.parquet")
+    correct = _read_parquet(folder / "correct.parquet")
+    lengths = _read_parquet(folder / "out_tokens.parquet")
+    for table, name in ((correct, "correct.parquet"), (lengths, "out_tokens.parquet")):
+        if len(table) != len(queries):
+            raise UserError(
+                f"{folder / name} has {len(table)} rows where queries.parquet has {len(queries)}: "
+                "fetch the three tables from one release"
+            )
+        for llm in llms:
+            if llm not in table.columns:
+                raise UserError(
+                    f"{folder / name} has no column '{llm}'{_close(llm, table.columns)}: name a column "
+                    "for the site's model under bank.models"
+                )
+    if "prompt_tokens" not in queries.columns:
+        raise UserError(f"{folder / 'queries.parquet'} has no column 'prompt_tokens': add the prompts' token counts")
+    code = correct[llms].to_numpy()
+    tokens = lengths[llms].to_numpy().astype(np.int64)
+    if not np.isin(code, (RIGHT, WRONG, NO_ANSWER, MISSING)).all():
+        raise UserError(
+            f"{folder / 'correct.parquet'} holds codes other than 0 wrong, 1 right, 2 no answer, "
+            "255 missing: recode the table"
+        )
+
+    complete = ((code != MISSING) & (tokens != MISSING_LENGTH)).all(axis=1)
+    if complete.sum() < MIN_ROWS:
+        raise UserError(
+            f"{folder} has {complete.sum()} rows complete for {', '.join(llms)}; at least {MIN_ROWS} are "
+            "needed: choose LLMs with fewer missing cells under bank.models"
+        )
+    if not complete.all():
+        logger.warning(
+            "%s: dropped %d of %d rows with a missing cell among the chosen LLMs",
+            folder, (~complete).sum(), len(complete),
+        )  # fmt: skip
+    outcomes = _Outcomes(
+        prompt_tokens=queries["prompt_tokens"].to_numpy().astype(np.int64)[complete],
+        quality=(code[complete] == RIGHT).astype(np.float64),
+        output_tokens=np.maximum(tokens[complete], 1),
+    )
+    # The halves are drawn over the rows of the file, with a constant seed, so that the same prompt stays in
+    # the same half for every pool of LLMs and every configured seed.
+    in_train = np.random.default_rng(0).permutation(len(complete))[complete] % 2 == 0
+    calibration = in_train if config.split != "all" else np.ones(len(in_train), bool)
+    wanted = ~in_train if config.split == "test" else calibration
+    if config.num_prompts is not None:
+        if config.num_prompts > wanted.sum():
+            raise UserError(
+                f"bank.num_prompts={config.num_prompts} is more than the {wanted.sum()} complete rows of "
+                f"{folder} in split '{config.split}': lower it, or use null for all of them"
+            )
+        chosen = np.random.default_rng(config.seed).permutation(np.flatnonzero(wanted))[: config.num_prompts]
+        wanted = np.isin(np.arange(len(wanted)), chosen)
+    return outcomes, calibration, wanted
+
+
+def _read_parquet(path: Path) -> Any:
+    """Read one table; pandas is imported here because only real tables need it."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: set JAXROUTE_DATA or data_dir to the folder of the published tables")
+    try:
+        import pandas
+        import pyarrow  # noqa: F401  (pandas reads Parquet through it)
+    except ImportError as error:
+        raise UserError(
+            f"reading {path} needs pandas and pyarrow: install them with pip install 'jaxroute[data]'"
+        ) from error
+    try:
+        return pandas.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these two
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a readable Parquet file ({reason}): fetch it again") from error
+
+
+def _close(name: str, known: Any) -> str:
+    """Name the nearest known names, for error messages."""
+    lowered = {str(candidate).lower(): str(candidate) for candidate in known}
+    near = difflib.get_close_matches(name.lower(), list(lowered), n=3, cutoff=0.4)
+    return f" (close: {', '.join(lowered[candidate] for candidate in near)})" if near else ""
+
+
+# --- predictions --------------------------------------------------------------------------------------------
+
+
+def _predict(
+    outcomes: _Outcomes, calibration: Bool[np.ndarray, "prompt"], config: BankConfig
+) -> tuple[Float[np.ndarray, "prompt llm"], Float[np.ndarray, "prompt llm"], Float[np.ndarray, "llm"]]:
+    """Predicted quality, predicted log length, and the sd of the latter's error per LLM.
+
+    Quality and log length are each split into a part shared by all LLMs of a prompt and an own part of each
+    LLM. The predictor sees the four parts through Gaussian noise and nothing else. Both predictions are
+    regressions on the shared signals of both and on the LLM's own signal: so the predicted length tells a
+    router nothing about quality that the predicted quality does not already hold. The strengths of the
+    signals are those at which the regressions reach the configured figures on the calibration rows.
+    """
+    streams = np.random.SeedSequence([config.seed, zlib.crc32(b"predictor")]).spawn(2)
+    quality = _Signals(outcomes.quality, calibration, streams[0], _logistic_regression)
+    length = _Signals(np.log(outcomes.output_tokens), calibration, streams[1], _linear_regression)
+    # The strengths depend on each other a little, since the regressions share signals: two rounds settle it.
+    for _ in range(2):
+        _tune(length, quality, _r2, config.predictor, "length_r2", "length_own_r2")
+        _tune(quality, length, _auc, config.predictor, "quality_auc", "quality_own_r2")
+    log_length = length.predict(quality)
+    error = (length.truth - log_length)[calibration].std(axis=0)
+    return quality.predict(length), log_length, error
+
+
+class _Signals:
+    """An outcome's shared and own part, each seen through noise, and the regression of the outcome on them.
+
+    A strength r in [0, 1] gives sqrt(r) * part + sqrt(1 - r) * noise, both with variance 1, so that r is the
+    share of the signal's variance that the part makes up.
+    """
+
+    def __init__(
+        self,
+        truth: Float[np.ndarray, "prompt llm"],
+        calibration: Bool[np.ndarray, "prompt"],
+        stream: np.random.SeedSequence,
+        regression: Callable[..., Float[np.ndarray, "prompt llm"]],
+    ) -> None:
+        self.truth, self.calibration, self.regression = truth, calibration, regression
+        self.shared_strength, self.own_strength = 0.0, 0.0
+        # One stream each, so that the noise of the calibration rows, which come first in a generated bank,
+        # does not depend on the number of rows after them.
+        shared_rng, own_rng = (np.random.default_rng(child) for child in stream.spawn(2))
+        deviation = truth - truth[calibration].mean(axis=0)
+        shared = deviation.mean(axis=1, keepdims=True)
+        self._shared = _standardise(shared, calibration)
+        self._shared_noise = shared_rng.standard_normal(shared.shape)
+        self._own = _standardise(deviation - shared, calibration)
+        # Own parts of a prompt sum to zero. Noise that did not would be revealed by the sum of the signals.
+        noise = own_rng.standard_normal(truth.shape)
+        self._own_noise = _standardise(noise - noise.mean(axis=1, keepdims=True), calibration)
+
+    def shared(self) -> Float[np.ndarray, "prompt 1"]:
+        """Signal of the shared part."""
+        r = self.shared_strength
+        return np.sqrt(r) * self._shared + np.sqrt(1 - r) * self._shared_noise
+
+    def own(self) -> Float[np.ndarray, "prompt llm"]:
+        """Signal of the own parts."""
+        r = self.own_strength
+        return np.sqrt(r) * self._own + np.sqrt(1 - r) * self._own_noise
+
+    def predict(self, other: _Signals) -> Float[np.ndarray, "prompt llm"]:
+        """Regress on the own signals and the shared signals of both, per LLM, and predict every row."""
+        shared, own = self.shared(), self.own()
+        # The square bends the curve where the shared part is far from normal (most prompts of a domain easy).
+        common = np.concatenate([np.ones_like(shared), shared, shared**2, other.shared()], axis=1)
+        features = np.stack([np.column_stack([common, signal]) for signal in own.T])
+        return self.regression(features, self.truth, self.calibration)
+
+
+def _standardise(part: np.ndarray, calibration: Bool[np.ndarray, "prompt"]) -> np.ndarray:
+    """Scale to variance 1 on the calibration rows; what does not vary (a lone LLM's own part) becomes 0."""
+    scale = part[calibration].std()
+    return part / scale if scale > 1e-9 else np.zeros_like(part)
+
+
+def _tune(
+    signals: _Signals,
+    other: _Signals,
+    score: Callable[[np.ndarray, np.ndarray], float],
+    figures: PredictorConfig,
+    score_name: str,
+    own_name: str,
+) -> None:
+    """Set an outcome's two strengths so that score and own R2 match the figures on the calibration rows."""
+    known = signals.truth[signals.calibration]
+    target, own_target = getattr(figures, score_name), getattr(figures, own_name)
+
+    def shared_score(strength: float) -> float:
+        signals.shared_strength = strength
+        return score(known, signals.predict(other)[signals.calibration])
+
+    def own_score(strength: float) -> float:
+        signals.own_strength = strength
+        return _own_r2(known, signals.predict(other)[signals.calibration])
+
+    # Slopes that differ between LLMs may by themselves predict more of the own parts than asked for: the
+    # strength is then 0. So it is for a lone LLM, which has no own part.
+    signals.own_strength = _solve(own_score, own_target, own_score(0.0), own_score(1.0))
+    low, high = shared_score(0.0), shared_score(1.0)
+    if not low <= target <= high:
+        raise UserError(
+            f"bank.predictor.{score_name}={target:g} is out of reach for this site's LLMs and the other "
+            f"figures: choose a value between {low:.3f} and {high:.3f}, or change bank.predictor.{own_name}"
+        )
+    signals.shared_strength = _solve(shared_score, target, low, high)
+
+
+def _solve(increasing: Callable[[float], float], target: float, at_zero: float, at_one: float) -> float:
+    """Where an increasing function on [0, 1] meets the target, or the nearer end: damped regula falsi."""
+    if target <= at_zero:
+        return 0.0
+    if target >= at_one:
+        return 1.0
+    left, below, right, above = 0.0, at_zero - target, 1.0, at_one - target
+    for _ in range(20):
+        middle = (left * above - right * below) / (above - below)
+        error = increasing(middle) - target
+        if abs(error) < 1e-4:
+            break
+        # The end that stays counts half: without it the search creeps along a bent curve.
+        if error < 0:
+            left, below, above = middle, error, above / 2
+        else:
+            right, above, below = middle, error, below / 2
+    return middle
+
+
+def _linear_regression(
+    features: Float[np.ndarray, "llm prompt feature"],
+    truth: Float[np.ndarray, "prompt llm"],
+    calibration: Bool[np.ndarray, "prompt"],
+) -> Float[np.ndarray, "prompt llm"]:
+    """Least squares per LLM on the calibration rows, evaluated on every row."""
+    known = features[:, calibration]
+    transposed = known.swapaxes(1, 2)
+    # The small ridge is for features that do not vary.
+    gram = transposed @ known + 1e-6 * np.eye(known.shape[2])
+    weights = np.linalg.solve(gram, transposed @ truth[calibration].T[:, :, None])
+    return (features @ weights)[..., 0].T
+
+
+def _logistic_regression(
+    features: Float[np.ndarray, "llm prompt feature"],
+    truth: Float[np.ndarray, "prompt llm"],
+    calibration: Bool[np.ndarray, "prompt"],
+) -> Float[np.ndarray, "prompt llm"]:
+    """Logistic regression per LLM by Newton's method on the calibration rows, evaluated on every row."""
+    known, target = features[:, calibration], truth[calibration].T[:, :, None]
+    transposed = known.swapaxes(1, 2)
+    penalty = 1e-3  # keeps the weights finite where an LLM is always right
+    weights = np.zeros((len(known), known.shape[2], 1))
+    for _ in range(25):
+        probability = _sigmoid(known @ weights)
+        gradient = transposed @ (target - probability) - penalty * weights
+        hessian = transposed @ (probability * (1 - probability) * known) + penalty * np.eye(known.shape[2])
+        step = np.linalg.solve(hessian, gradient)
+        weights += step
+        if np.abs(step).max() < 1e-3:  # convergence is quadratic
+            break
+    return _sigmoid(features @ weights)[..., 0].T
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(0.5 * x))  # does not overflow
+
+
+def _r2(truth: np.ndarray, prediction: np.ndarray) -> float:
+    """Coefficient of determination, pooled over all cells."""
+    return float(1 - ((truth - prediction) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
+
+
+def _own_r2(truth: Float[np.ndarray, "prompt llm"], prediction: Float[np.ndarray, "prompt llm"]) -> float:
+    """R2 of the deviation from the prompt's mean over LLMs, each LLM's average taken out."""
+    own, predicted_own = (
+        deviation - deviation.mean(axis=1, keepdims=True)
+        for deviation in (truth - truth.mean(axis=0), prediction - prediction.mean(axis=0))
+    )
+    return float(1 - ((own - predicted_own) ** 2).sum() / np.maximum((own**2).sum(), 1e-12))
+
+
+def _auc(right: np.ndarray, score: np.ndarray) -> float:
+    """Area under the ROC curve, pooled over all cells: the rank-sum statistic, for scores without ties."""
+    right = right.ravel() > 0.5
+    rank = np.empty(right.size)
+    rank[np.argsort(score, axis=None, kind="stable")] = np.arange(1, right.size + 1)
+    positives = right.sum()
+    negatives = right.size - positives
+    if positives == 0 or negatives == 0:
+        raise UserError(
+            "every LLM of the site is always right or always wrong in this bank, so that there is nothing to "
+            "predict: choose other LLMs under bank.models"
+        )
+    return float((rank[right].sum() - positives * (positives + 1) / 2) / (positives * negatives))
