@@ -19,6 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from jaxroute.errors import UserError
 from jaxroute.networks import NetworkConfig
@@ -164,6 +165,18 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
         raise UserError(_explain(error)) from None
 
 
+def read_config(path: Path) -> Config:
+    """Read a configuration that a run has written.
+
+    Raises:
+        UserError: it is not one, or was written by a version with other options.
+    """
+    try:
+        return typed(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    except (OmegaConfBaseException, YAMLError, UserError) as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+
+
 def typed(composed: Any) -> Config:
     """Turn Hydra's composed configuration into the checked dataclasses."""
     config = OmegaConf.to_object(composed)
@@ -198,9 +211,10 @@ def _explain(error: Exception) -> str:
 
 def _suggestion(key: str) -> str:
     known = list(_option_names(Config))
-    near = difflib.get_close_matches(key, known, n=1) or [
-        name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]
-    ][:1]
+    near = (
+        difflib.get_close_matches(key, known, n=1)
+        or [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
+    )
     return f"; did you mean {near[0]}?" if near else "; see python train.py --help"
 
 

@@ -112,9 +112,7 @@ class EdgeRouting:
         table = SlotTable(
             quality=placement.put(state.table.quality, request.quality),
             predicted_quality=placement.put(state.table.predicted_quality, request.predicted_quality),
-            predicted_output_tokens=placement.put(
-                state.table.predicted_output_tokens, request.predicted_output_tokens
-            ),
+            predicted_output_tokens=placement.put(state.table.predicted_output_tokens, request.predicted_output_tokens),
             latency_requirement=placement.put(state.table.latency_requirement, request.latency_requirement),
         )
         rejected = ~accepted.any()

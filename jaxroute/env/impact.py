@@ -136,9 +136,7 @@ def assess(site: Site, batch: Batch, log_error: Float[Array, "expert"]) -> tuple
     head = jnp.where(batch.waiting, position, jnp.inf).min(0)
     wait = jnp.where(batch.waiting, jnp.maximum(position - head + 1 - seats, 0.0) * departure_time, 0.0)
     elapsed = batch.age + site.network_delay + wait + _prefill_stall(site, prefill, num_seqs)
-    _, in_time = _probability_in_time(
-        elapsed, batch.generated, remaining, time, _requirement(batch, active), log_error
-    )
+    _, in_time = _probability_in_time(elapsed, batch.generated, remaining, time, _requirement(batch, active), log_error)
     outlook = Outlook(
         iteration_time=time,
         pending_prefill=prefill,

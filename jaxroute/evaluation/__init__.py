@@ -1,0 +1,17 @@
+"""Paired evaluation of policies: episodes, metrics, statistics, tables and figures."""
+
+from jaxroute.evaluation.episodes import evaluate_policies
+from jaxroute.evaluation.evaluate import evaluate
+from jaxroute.evaluation.metrics import EpisodeRecords, summarise
+from jaxroute.evaluation.report import EvaluationResult, results_table, summary_text, write_all
+
+__all__ = [
+    "EpisodeRecords",
+    "EvaluationResult",
+    "evaluate",
+    "evaluate_policies",
+    "results_table",
+    "summarise",
+    "summary_text",
+    "write_all",
+]

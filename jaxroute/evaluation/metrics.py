@@ -117,15 +117,12 @@ METRICS: dict[str, Metric] = {
         "e2e",
         "End-to-end latency (E2E)",
         "s",
-        "From the arrival at the router to the last output token back there, network both ways; "
-        "completed requests.",
+        "From the arrival at the router to the last output token back there, network both ways; completed requests.",
     ),
     "goodput": Metric(
         "Goodput", "requests/s", "Requests completed within their latency requirement per simulated second."
     ),
-    "tokens_per_second": Metric(
-        "Throughput", "tokens/s", "Output tokens of completed requests per simulated second."
-    ),
+    "tokens_per_second": Metric("Throughput", "tokens/s", "Output tokens of completed requests per simulated second."),
     "preemptions_per_request": Metric(
         "Preemptions", "per request", "Evictions from the KV cache, to be recomputed later / ended requests."
     ),
@@ -139,9 +136,7 @@ METRICS: dict[str, Metric] = {
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Divide; where nothing was measured (denominator 0) the answer is nan."""
-    numerator, denominator = np.broadcast_arrays(
-        np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
-    )
+    numerator, denominator = np.broadcast_arrays(np.asarray(numerator, np.float64), np.asarray(denominator, np.float64))
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator != 0)
 
 

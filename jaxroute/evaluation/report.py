@@ -499,9 +499,7 @@ def plot_qos_against_load(result: EvaluationResult) -> Figure:
         mean = np.array([interval.mean for interval in intervals])
         half = np.nan_to_num([interval.ci95 for interval in intervals])
         marker = look.marker or ("_" if len(at) == 1 else "")
-        axes.plot(
-            at, mean, color=look.colour, lw=look.width, ls=look.line, marker=marker, ms=5, zorder=look.order
-        )
+        axes.plot(at, mean, color=look.colour, lw=look.width, ls=look.line, marker=marker, ms=5, zorder=look.order)
         if look.labelled and np.isfinite(mean).all():
             axes.fill_between(at, mean - half, mean + half, color=look.colour, alpha=0.13, lw=0)
             ends[policy] = (at[-1], mean[-1])
@@ -683,9 +681,7 @@ def _place_labels(
     frame = axes.get_window_extent()
     pixels = axes.transData.transform(points)
     unit = figure.dpi / 72
-    taken: list[tuple[float, ...]] = [
-        (x - 4 * unit, y - 4 * unit, x + 4 * unit, y + 4 * unit) for x, y in pixels
-    ]
+    taken: list[tuple[float, ...]] = [(x - 4 * unit, y - 4 * unit, x + 4 * unit, y + 4 * unit) for x, y in pixels]
     taken += [tuple(obstacle.get_window_extent().extents) for obstacle in obstacles]
     angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
 

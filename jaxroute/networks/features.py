@@ -35,6 +35,10 @@ def _log_tokens(tokens: Array) -> Array:
     return jnp.log1p(tokens) / 8
 
 
+def _saturating(tokens: Array) -> Array:
+    return tokens / (tokens + 256.0)
+
+
 def _log_ratio(value: Array, typical: Array | float) -> Array:
     return jnp.clip(jnp.log(jnp.maximum(value, 1e-6) / typical), -4.0, 4.0)
 
@@ -86,18 +90,20 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
             jnp.minimum(impact.added_violations, 4.0),
             jnp.clip(gain, -4.0, 1.0),
         ]
+    # By far the most numbers are here, so these are scaled without logarithms.
     limit = jnp.where(requests.latency_requirement > 0, requests.latency_requirement, 1.0)
+    total = jnp.maximum(requests.generated + requests.remaining_tokens, 1.0)
     request_features = jnp.stack(
         [
-            _log_tokens(requests.prompt_tokens),
-            _log_tokens(requests.kv_tokens),
-            _log_tokens(requests.generated),
-            _log_tokens(requests.remaining_tokens),
+            _saturating(requests.prompt_tokens),
+            _saturating(requests.kv_tokens),
+            _saturating(requests.generated),
+            _saturating(requests.remaining_tokens),
             requests.predicted_quality,
             requests.in_time,
-            _log_ratio(limit, _TYPICAL_TIME_PER_TOKEN),
+            jnp.minimum(_TYPICAL_TIME_PER_TOKEN / limit, 4.0),
             # Share of its time that is used up.
-            jnp.minimum(requests.age / (limit * jnp.maximum(requests.generated + requests.remaining_tokens, 1.0)), 4.0),
+            jnp.minimum(requests.age / (limit * total), 4.0),
         ],
         axis=-1,
     )

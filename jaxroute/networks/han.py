@@ -11,7 +11,7 @@ projects the result, N x heads projections instead of N x slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -29,10 +29,11 @@ _MASKED = -1e9
 
 
 class NeighbourAttention(nn.Module):
-    """Node-level attention of the experts over the requests of one type.
+    """Node-level attention of the experts over their requests, for each type of request by itself.
 
     For expert i, neighbour j and head h: e_ij = LeakyReLU(a_h . [W x_i || W' x_j]), alpha = softmax_j(e), and the
-    output is the concatenation over heads of sum_j alpha_ij W' x_j; zero for an expert without neighbours.
+    output is the concatenation over heads of sum_j alpha_ij W' x_j; zero for an expert without neighbours. W, W' and
+    a are the type's own.
     """
 
     heads: int
@@ -43,22 +44,29 @@ class NeighbourAttention(nn.Module):
         self,
         experts: Float[Array, "expert hidden"],
         requests: Float[Array, "expert slot feature"],
-        mask: Bool[Array, "expert slot"],
-        graph: jraph.GraphsTuple | None,
-    ) -> Float[Array, "expert hidden"]:
-        """Attend densely, or along the edges of `graph` if one is given."""
-        project = self.param(
-            "project", nn.initializers.lecun_normal(), (requests.shape[-1], self.heads * self.head_size)
-        ).reshape(-1, self.heads, self.head_size)
-        of_request = self.param("of_request", nn.initializers.normal(0.1), (self.heads, self.head_size))
-        of_expert = nn.Dense(self.heads, use_bias=False, name="of_expert")(experts)
-        if graph is not None:
-            return self._by_segments(graph, project, of_request, of_expert)
-        logits = jnp.einsum("nsf,fhd,hd->nsh", requests, project, of_request) + of_expert[:, None]
-        logits = jnp.where(mask[..., None], nn.leaky_relu(logits, 0.2), _MASKED)
-        weights = jax.nn.softmax(logits, axis=1) * mask[..., None]
-        attended = jnp.einsum("nsh,nsf->nhf", weights, requests)
-        return jnp.einsum("nhf,fhd->nhd", attended, project).reshape(mask.shape[0], -1)
+        masks: Bool[Array, "type expert slot"],
+        graphs: Sequence[jraph.GraphsTuple],
+    ) -> Float[Array, "type expert hidden"]:
+        """Attend densely, or along the edges of `graphs`, one per type, if they are given."""
+        num_types = masks.shape[0]
+        weights_shape = (num_types, requests.shape[-1], self.heads, self.head_size)
+        project = self.param("project", nn.initializers.lecun_normal(1, (2, 3), batch_axis=0), weights_shape)
+        of_request = self.param("of_request", nn.initializers.normal(0.1), (num_types, self.heads, self.head_size))
+        of_expert = nn.DenseGeneral((num_types, self.heads), use_bias=False, name="of_expert")(experts)
+        if graphs:
+            return jnp.stack(
+                [self._by_segments(graph, project[i], of_request[i], of_expert[:, i]) for i, graph in enumerate(graphs)]
+            )
+        # One matrix product for all types and heads, with slots last for the softmax: 3 times faster on a CPU than a
+        # product per type with heads last.
+        by_feature = jnp.einsum("tfhd,thd->fth", project, of_request)
+        logits = jnp.moveaxis(jnp.tensordot(requests, by_feature, 1), 1, -1) + of_expert[..., None]
+        mask = jnp.moveaxis(masks, 0, 1)[:, :, None]
+        weights = jax.nn.softmax(jnp.where(mask, nn.leaky_relu(logits, 0.2), _MASKED), axis=-1) * mask
+        num_experts, num_slots = masks.shape[1:]
+        attended = jnp.matmul(weights.reshape(num_experts, -1, num_slots), requests)
+        attended = attended.reshape(num_experts, num_types, self.heads, -1)
+        return jnp.einsum("nthf,tfhd->tnhd", attended, project).reshape(num_types, num_experts, -1)
 
     def _by_segments(self, graph: jraph.GraphsTuple, project: Array, of_request: Array, of_expert: Array) -> Array:
         num_experts = of_expert.shape[0]
@@ -80,8 +88,9 @@ class SemanticAttention(nn.Module):
     def __call__(self, by_type: Float[Array, "type expert hidden"]) -> Float[Array, "expert hidden"]:
         """Weigh the types and add them up."""
         hidden = jnp.tanh(nn.Dense(self.hidden)(by_type))
-        importance = nn.Dense(1, use_bias=False)(hidden).mean(axis=1)
-        return (jax.nn.softmax(importance, axis=0)[..., None] * by_type).sum(0)
+        # q . is linear, so the mean over experts comes first.
+        importance = nn.Dense(1, use_bias=False)(hidden.mean(axis=1))[:, 0]
+        return jnp.tensordot(jax.nn.softmax(importance), by_type, 1)
 
 
 class HAN(nn.Module):
@@ -96,10 +105,13 @@ class HAN(nn.Module):
     use_impact: bool = True
     """False hides the action impact estimator, the residual term included (an ablation)."""
 
+    def prepare(self, obs: Observation) -> Features:
+        """Return the input of the network; it has no parameters, so a learner computes it once per step."""
+        return features_of(obs, self.use_impact)
+
     @nn.compact
-    def __call__(self, obs: Observation) -> tuple[Float[Array, "expert"], Float[Array, ""]]:
+    def __call__(self, features: Features) -> tuple[Float[Array, "expert"], Float[Array, ""]]:
         """Return the logits of the experts, unavailable ones masked, and the value."""
-        features = features_of(obs, self.use_impact)
         experts = nn.Dense(self.hidden, name="expert")(features.experts)
         by_type = [
             experts,
@@ -107,13 +119,13 @@ class HAN(nn.Module):
             + nn.Dense(self.hidden, use_bias=False, name="candidate")(features.candidates),
         ]
         graphs = {} if self.dense else as_graphs(features)
-        for name, edge_type, mask in (
-            ("running", RUNNING_TO_EXPERT, features.running),
-            ("waiting", WAITING_TO_EXPERT, features.waiting),
-        ):
-            attend = NeighbourAttention(self.heads, self.hidden // self.heads, name=name)
-            by_type.append(attend(experts, features.in_flight, mask, graphs.get(edge_type)))
-        stacked = nn.elu(jnp.stack(by_type))
+        of_requests = NeighbourAttention(self.heads, self.hidden // self.heads, name="requests")(
+            experts,
+            features.in_flight,
+            jnp.stack([features.running, features.waiting]),
+            [graphs[RUNNING_TO_EXPERT], graphs[WAITING_TO_EXPERT]] if graphs else [],
+        )
+        stacked = nn.elu(jnp.concatenate([jnp.stack(by_type), of_requests]))
         embedding = (
             SemanticAttention(self.hidden, name="semantic")(stacked) if self.semantic_attention else stacked.mean(0)
         )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxroute.env.types import Observation
-from jaxroute.networks.features import features_of
+from jaxroute.networks.features import Features, features_of
 from jaxroute.networks.han import mask_unavailable
 
 
@@ -16,10 +16,13 @@ class FlatMLP(nn.Module):
 
     hidden: int = 64
 
+    def prepare(self, obs: Observation) -> Features:
+        """Return the input of the network."""
+        return features_of(obs, use_impact=False)
+
     @nn.compact
-    def __call__(self, obs: Observation) -> tuple[Float[Array, "expert"], Float[Array, ""]]:
+    def __call__(self, features: Features) -> tuple[Float[Array, "expert"], Float[Array, ""]]:
         """Return the logits of the experts, unavailable ones masked, and the value."""
-        features = features_of(obs, use_impact=False)
         flat = jnp.concatenate(
             [features.arrival, features.experts.reshape(-1), features.candidates.reshape(-1)], axis=-1
         )

@@ -22,7 +22,7 @@ def learned_policy(network: nn.Module, params: Params) -> Policy:
     """Route to the expert that the network prefers."""
 
     def act(params, obs, key, memory: Memory):  # type: ignore[no-untyped-def]
-        logits, _ = network.apply(params, obs)
+        logits, _ = network.apply(params, network.prepare(obs))
         return jnp.argmax(logits), memory
 
     return Policy(LEARNED, act, params=params)

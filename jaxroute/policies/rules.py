@@ -30,18 +30,18 @@ def round_robin(params: Params, obs: Observation, key: PRNGKeyArray, memory: Mem
 
 
 def shortest_queue(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
-    """argmin W + R (Vidur lor, LiteLLM least-busy, BLIS least-loaded)."""
+    """Argmin W + R (Vidur lor, LiteLLM least-busy, BLIS least-loaded)."""
     return best_available(obs, -(obs.experts.num_waiting + obs.experts.num_running)), memory
 
 
 def shortest_expected_delay(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
-    """argmin TTFT + n TPOT, as predicted (Block)."""
+    """Argmin TTFT + n TPOT, as predicted (Block)."""
     impact = obs.candidates.impact
     return best_available(obs, -(impact.ttft + obs.candidates.predicted_output_tokens * impact.tpot)), memory
 
 
 def quality_only(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
-    """argmax q (RouteLLM, LLMRouter, GraphRouter)."""
+    """Argmax q (RouteLLM, LLMRouter, GraphRouter)."""
     return best_available(obs, obs.candidates.predicted_quality), memory
 
 
@@ -68,7 +68,7 @@ def lowest_latency(params: Params, obs: Observation, key: PRNGKeyArray, memory: 
 
 
 def weighted_sum(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
-    """argmax q - w (predicted latency / L) among the experts predicted to meet L (RouteBalance, arXiv 2606.17949).
+    """Argmax q - w (predicted latency / L) among the experts predicted to meet L (RouteBalance, arXiv 2606.17949).
 
     If none is predicted to meet L, all are candidates. `params` is w.
     """
@@ -79,12 +79,12 @@ def weighted_sum(params: Params, obs: Observation, key: PRNGKeyArray, memory: Me
 
 
 def qos_greedy(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
-    """argmax q Pr[predicted normalised latency <= L]: the best for this request."""
+    """Argmax q Pr[predicted normalised latency <= L]: the best for this request."""
     return best_available(obs, obs.candidates.impact.qos), memory
 
 
 def impact_greedy(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
-    """argmax own expected QoS - expected QoS lost by the requests in flight there (the action impact estimator)."""
+    """Argmax own expected QoS - expected QoS lost by the requests in flight there (the action impact estimator)."""
     return best_available(obs, obs.candidates.impact.qos - obs.candidates.impact.qos_loss), memory
 
 

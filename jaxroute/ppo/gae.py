@@ -28,7 +28,5 @@ def generalised_advantages(
         advantage = delta + discount * gae_lambda * carry * ~ended
         return advantage, advantage
 
-    _, advantages = jax.lax.scan(
-        backwards, jnp.zeros_like(deltas[0]), (deltas, terminated | truncated), reverse=True
-    )
+    _, advantages = jax.lax.scan(backwards, jnp.zeros_like(deltas[0]), (deltas, terminated | truncated), reverse=True)
     return advantages, advantages + values

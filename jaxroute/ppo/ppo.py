@@ -59,6 +59,10 @@ class PPOConfig:
                 raise UserError(f"ppo: {name}={getattr(self, name)} must lie in [0, 1), as the task never ends")
 
 
+# Totals of a rollout that an environment may report in `info`.
+_COUNTS = ("qos_sum", "num_completed", "num_late", "rejected")
+
+
 class Transition(NamedTuple):
     """One step of one environment; `(time, env, ...)` in a rollout."""
 
@@ -95,8 +99,8 @@ class Learner(NamedTuple):
 def make_ppo(config: PPOConfig, env: Any, env_params: Any, network: nn.Module, updates_per_call: int = 1) -> Learner:
     """Build the compiled loop for an environment with the gymnax 1.x protocol.
 
-    `network.apply(params, obs)` gives logits and a value, in units of 1 / (1 - discount) rewards, so that the critic's
-    output stays near one whatever the discount.
+    `network.apply(params, network.prepare(obs))` gives logits and a value, in units of 1 / (1 - discount) rewards, so
+    that the critic's output stays near one whatever the discount. What `prepare` returns is kept for the epochs.
     """
     num_envs = config.num_envs
     assert num_envs is not None
@@ -104,7 +108,9 @@ def make_ppo(config: PPOConfig, env: Any, env_params: Any, network: nn.Module, u
     num_updates = max(1, config.total_steps // steps_per_update)
     value_scale = 1 / (1 - config.discount)
     gradient_steps = num_updates * config.num_epochs * config.num_minibatches
-    schedule = optax.linear_schedule(config.learning_rate, 0.0 if config.anneal else config.learning_rate, gradient_steps)
+    schedule = optax.linear_schedule(
+        config.learning_rate, 0.0 if config.anneal else config.learning_rate, gradient_steps
+    )
     optimiser = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(schedule, eps=1e-5))
 
     def evaluate(params: Any, obs: Any) -> tuple[Array, Array]:
@@ -114,6 +120,7 @@ def make_ppo(config: PPOConfig, env: Any, env_params: Any, network: nn.Module, u
     def init(key: PRNGKeyArray) -> PPOState:
         key, key_params, key_envs = jax.random.split(key, 3)
         obs, env_state = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(key_envs, num_envs), env_params)
+        obs = jax.vmap(network.prepare)(obs)
         params = network.init(key_params, jax.tree.map(lambda leaf: leaf[0], obs))
         return PPOState(params, optimiser.init(params), env_state, obs, key, jnp.int32(0))
 
@@ -127,20 +134,22 @@ def make_ppo(config: PPOConfig, env: Any, env_params: Any, network: nn.Module, u
             next_obs, env_state, reward, terminated, truncated, info = jax.vmap(env.step, in_axes=(0, 0, 0, None))(
                 jax.random.split(key_env, num_envs), env_state, action, env_params
             )
+            next_obs = jax.vmap(network.prepare)(next_obs)
             step = Transition(obs, action, log_prob, value, value, reward, terminated, truncated)
-            counts = {name: info[name].sum() for name in ("qos_sum", "num_completed", "num_late", "rejected") if name in info}
-            final_value = jnp.where(truncated, evaluate(state.params, info["final_observation"])[1], 0.0) if (
-                "final_observation" in info
-            ) else jnp.zeros_like(value)
-            return (env_state, next_obs), (step, final_value, counts)
+            if "final_observation" in info:
+                final_obs = jax.vmap(network.prepare)(info["final_observation"])
+                step = step._replace(next_value=evaluate(state.params, final_obs)[1])
+            counts = {name: info[name].sum() for name in _COUNTS if name in info}
+            return (env_state, next_obs), (step, counts)
 
         key, key_rollout = jax.random.split(state.key)
-        (env_state, obs), (steps, final_values, counts) = jax.lax.scan(
+        (env_state, obs), (steps, counts) = jax.lax.scan(
             env_step, (state.env_state, state.obs), jax.random.split(key_rollout, config.num_steps)
         )
         last_value = evaluate(state.params, obs)[1]
         following = jnp.concatenate([steps.value[1:], last_value[None]])
-        steps = steps._replace(next_value=jnp.where(steps.truncated, final_values, following))
+        # Where an episode was cut off, the step led to the final observation, not to the next one stored.
+        steps = steps._replace(next_value=jnp.where(steps.truncated, steps.next_value, following))
         counts = {name: count.sum() for name, count in counts.items()}
         return state._replace(env_state=env_state, obs=obs, key=key), steps, counts
 

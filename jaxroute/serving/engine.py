@@ -244,11 +244,7 @@ def _advance(site: Site, state: SiteState, until: Float[Array, "*lanes"]) -> Sit
 @_advance.def_vmap
 def _advance_batched(axis_size: int, in_batched: tuple, site: Site, state: SiteState, until: Array) -> tuple:
     def innermost(leaf: Array, batched: bool) -> Array:
-        return (
-            jnp.moveaxis(leaf, 0, -1)
-            if batched
-            else jnp.broadcast_to(leaf[..., None], (*leaf.shape, axis_size))
-        )
+        return jnp.moveaxis(leaf, 0, -1) if batched else jnp.broadcast_to(leaf[..., None], (*leaf.shape, axis_size))
 
     site_batched, state_batched, until_batched = in_batched
     new = _advance(
@@ -294,9 +290,7 @@ def _round(site: Site, state: SiteState, until: Float[Array, "*lanes"]) -> SiteS
     """
     # Iterations to apply. Once the head of the queue is ready it may be admitted at the next boundary. A head that
     # was ready when this iteration began was turned away for lack of memory, tokens or seats, and none of these grows.
-    k = jnp.minimum(
-        state.max_iterations, _iterations_within(until - state.clock, state.duration, state.growth)
-    )
+    k = jnp.minimum(state.max_iterations, _iterations_within(until - state.clock, state.duration, state.growth))
     until_ready = state.head_ready - state.clock
     k_ready = _iterations_within(until_ready, state.duration, state.growth)
     k_ready += _elapsed(k_ready, state.duration, state.growth) < until_ready
@@ -412,9 +406,7 @@ def _round(site: Site, state: SiteState, until: Float[Array, "*lanes"]) -> SiteS
     )
 
 
-def _elapsed(
-    k: Int[Array, "*lanes"], duration: Float[Array, "*lanes"], growth: Float[Array, "*lanes"]
-) -> Array:
+def _elapsed(k: Int[Array, "*lanes"], duration: Float[Array, "*lanes"], growth: Float[Array, "*lanes"]) -> Array:
     """Time of k iterations, the first of which takes `duration` and each next one `growth` more."""
     i = k.astype(jnp.float32)
     return i * duration + growth * (i * (i - 1) / 2)

@@ -79,9 +79,7 @@ def _check_requests(
         raise UserError(f"requests: arrival_time[{int(np.argmin(np.isfinite(times)))}] is not finite")
     gaps = np.diff(times, prepend=times[:1])
     if (gaps < 0).any():
-        raise UserError(
-            f"requests: arrival_time[{int(np.argmax(gaps < 0))}] lies before its predecessor; sort them"
-        )
+        raise UserError(f"requests: arrival_time[{int(np.argmax(gaps < 0))}] lies before its predecessor; sort them")
 
     tokens = {}
     for name in ("prompt_tokens", "output_tokens"):
@@ -99,9 +97,7 @@ def _check_requests(
 
     experts = np.asarray(assignment)
     if experts.shape != (num_requests,):
-        raise UserError(
-            f"assignment has shape {experts.shape}; give one expert per request, ({num_requests},)"
-        )
+        raise UserError(f"assignment has shape {experts.shape}; give one expert per request, ({num_requests},)")
     bad = (experts < 0) | (experts >= num_experts) | (experts != np.round(experts))
     if bad.any():
         first = int(np.argmax(bad))
@@ -139,9 +135,7 @@ def _replay(
             preemptions=table.preemptions.at[row].set(slots.preemptions),
         )
 
-    def arrive(
-        carry: tuple[SiteState, _Table], request: tuple[Array, ...]
-    ) -> tuple[tuple[SiteState, _Table], None]:
+    def arrive(carry: tuple[SiteState, _Table], request: tuple[Array, ...]) -> tuple[tuple[SiteState, _Table], None]:
         state, table = carry
         number, gap, prompt, output, expert = request
         state = advance(site, state, gap)
@@ -163,7 +157,5 @@ def _replay(
     carry = (idle_site(num_experts, num_slots), _Table(zeros, nan, nan, zeros))
     numbers = jnp.arange(num_requests, dtype=jnp.int32)
     carry, _ = jax.lax.scan(arrive, carry, (numbers, gaps, prompts, outputs, experts))
-    _, table = jax.lax.while_loop(
-        lambda carry: jnp.any(carry[0].slots.status == SlotStatus.ACTIVE), wait, carry
-    )
+    _, table = jax.lax.while_loop(lambda carry: jnp.any(carry[0].slots.status == SlotStatus.ACTIVE), wait, carry)
     return tuple(column[:num_requests] for column in table)

@@ -78,9 +78,7 @@ def check_site(site: Site, name: str = "site") -> Site:
         bad = ~(np.isfinite(values) & (values >= low))
         if bad.any():
             expert = int(np.argmax(bad))
-            raise UserError(
-                f"{name}: {entry.name} of expert {expert} is {values[expert]}; it must be at least {low}"
-            )
+            raise UserError(f"{name}: {entry.name} of expert {expert} is {values[expert]}; it must be at least {low}")
         counts = isinstance(low, int)
         checked[entry.name] = jnp.asarray(values, jnp.int32 if counts else jnp.float32)
     return Site(**checked)

@@ -1,0 +1,110 @@
+"""What train.py and eval.py do: read the command line, run, and report mistakes in one line."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import get_type_hints
+
+import jax
+from rich.console import Console
+
+from jaxroute.config import Config, config_folder, config_yaml, load_config
+from jaxroute.errors import UserError
+from jaxroute.evaluation import EvaluationResult, evaluate, results_table, summary_text, write_all
+from jaxroute.training import train
+from jaxroute.training.checkpoint import write_config
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """Train a router, then judge it against the rules; returns the exit code."""
+    return _run("train.py", "Train a router, then judge it against the rules in production use.", _train, argv)
+
+
+def eval_main(argv: Sequence[str] | None = None) -> int:
+    """Judge a trained router, or the rules alone; returns the exit code."""
+    return _run("eval.py", "Judge a trained router (checkpoint=outputs/<run>), or the rules alone.", _eval, argv)
+
+
+def _train(config: Config, console: Console, command: str) -> None:
+    run = _new_run(config, f"train-{config.workload.name}-seed{config.seed}")
+    train(config, run, console)
+    console.print(f"Run directory: {run}")
+    if config.train.evaluate:
+        config = replace(config, checkpoint=str(run))
+        _show(evaluate(config, console, command=command), run, console)
+    else:
+        console.print(f"Judge it with: python eval.py checkpoint={run}")
+
+
+def _eval(config: Config, console: Console, command: str) -> None:
+    result = evaluate(config, console, command=command)
+    run = _new_run(config, f"eval-{config.workload.name}-{config.bank.kind}")
+    run.mkdir(parents=True, exist_ok=True)
+    write_config(run, config)
+    _show(result, run, console)
+
+
+def _show(result: EvaluationResult, run: Path, console: Console) -> None:
+    written = write_all(result, run)
+    console.print(results_table(result))
+    console.print(summary_text(result))
+    console.print(f"Report: {written['report.html']}")
+    console.print(f"Figures and tables: {run}")
+
+
+def _new_run(config: Config, name: str) -> Path:
+    if config.output_dir is not None:
+        return Path(config.output_dir)
+    return Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+
+
+def _run(program: str, purpose: str, main: Callable[[Config, Console, str], None], argv: Sequence[str] | None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(flag in ("-h", "--help") for flag in argv):
+        print(_help(program, purpose))
+        return 0
+    # A plain, wide console where nobody watches, so that logs hold whole lines.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        if "--cfg" in argv:
+            print(config_yaml(load_config([flag for flag in argv if flag != "--cfg"])), end="")
+            return 0
+        config = load_config(argv)
+        use_compilation_cache()
+        main(config, console, shlex.join(["python", program, *argv]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, so that the next start takes seconds."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(home / "jaxroute" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _help(program: str, purpose: str) -> str:
+    groups = {
+        group.name: ", ".join(sorted(path.stem for path in group.glob("[!_]*.yaml")))
+        for group in sorted(config_folder().iterdir())
+        if group.is_dir()
+    }
+    lines = [purpose, "", f"usage: python {program} [option=value ...] [--cfg] [--help]", "", "Choices:"]
+    lines += [f"  {name}={choices}" for name, choices in groups.items()]
+    lines += ["", "Options (defaults in configs/; --cfg prints the configuration that results):"]
+    for entry, hint in get_type_hints(Config).items():
+        if is_dataclass(hint):
+            names = [field.name for field in fields(hint)]
+            lines.append(f"  {entry}.{{{', '.join(names)}}}")
+        else:
+            lines.append(f"  {entry}")
+    return "\n".join(lines)

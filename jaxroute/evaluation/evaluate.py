@@ -1,0 +1,85 @@
+"""From a configuration and perhaps a trained policy to a judged comparison."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jaxroute.config import Config
+from jaxroute.evaluation.episodes import evaluate_policies
+from jaxroute.evaluation.metrics import summarise
+from jaxroute.evaluation.report import EvaluationResult
+from jaxroute.policies import LEARNED, learned_policy, rules_named
+from jaxroute.scenarios import build_env, test_split
+from jaxroute.training import TrainedPolicy, load_policy
+
+
+def evaluate(config: Config, console: Console, *, command: str) -> EvaluationResult:
+    """Judge the configured policies on prompts that training has not seen.
+
+    Raises:
+        UserError: an unknown policy, missing data, a checkpoint that does not exist or does not fit.
+    """
+    rules = rules_named(config.policies)
+    config = test_split(config)
+    env, params = build_env(config)
+    trained: TrainedPolicy | None = None
+    if config.checkpoint is not None:
+        trained = load_policy(config.checkpoint, env, params)
+    policies = ([learned_policy(trained.network, trained.params)] if trained else []) + rules
+    settings = config.eval
+    nominal = float(params.rate[0])
+    rates = sorted({nominal * load for load in [*settings.loads, 1.0]})
+    console.print(
+        f"Judging {len(policies)} policies on {config.workload.name}, bank {config.bank.kind}, site {config.site.name}: "
+        f"{settings.seeds} episodes of {settings.requests} requests at {', '.join(f'{rate:.3g}' for rate in rates)} requests/s"
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, refresh_per_second=2) as progress:
+        task = progress.add_task("evaluating", total=len(policies))
+        records = evaluate_policies(
+            env,
+            params,
+            policies,
+            rates,
+            seed=settings.seed,
+            seeds=settings.seeds,
+            requests=settings.requests,
+            warmup=settings.warmup,
+            on_done=lambda name: progress.update(task, advance=1, description=f"evaluated {name}"),
+        )
+    return EvaluationResult(
+        workload=config.workload.name,
+        site=config.site.name,
+        bank=config.bank.kind,
+        rates=rates,
+        nominal_rate=nominal,
+        seeds=settings.seeds,
+        requests=settings.requests,
+        warmup=settings.warmup,
+        reference=LEARNED if trained else None,
+        expert_names=[expert.label for expert in config.site.experts],
+        summaries={
+            rate: {name: summarise(episodes, settings.warmup) for name, episodes in by_policy.items()}
+            for rate, by_policy in records.items()
+        },
+        settings={
+            "command": command,
+            "checkpoint": str(trained.source) if trained else "none",
+            "jaxroute": version("jaxroute"),
+            "jax": jax.__version__,
+            "backend": jax.default_backend(),
+            "python": platform.python_version(),
+            "seed": str(settings.seed),
+        },
+    )

@@ -1,0 +1,99 @@
+"""Checkpoints of a policy: parameters in Orbax's format inside a run directory, which also holds the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import orbax.checkpoint as ocp
+
+from jaxroute.config import Config, config_yaml, read_config
+from jaxroute.env import EdgeRouting, EnvParams
+from jaxroute.errors import UserError
+from jaxroute.networks import build_network
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+
+
+class TrainedPolicy(NamedTuple):
+    """A network with its parameters."""
+
+    network: nn.Module
+    params: Any
+    source: Path
+
+
+def write_config(run: Path, config: Config) -> None:
+    """Write the resolved configuration into the run directory."""
+    (run / CONFIG_FILE).write_text(config_yaml(config))
+
+
+def save_params(run: Path, step: int, params: Any) -> Path:
+    """Save parameters under `checkpoints/<step>`; Orbax makes the folder appear only once it is complete."""
+    path = (run / CHECKPOINTS / str(step)).resolve()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, params, force=True)
+    return path
+
+
+def load_policy(path: str | Path, env: EdgeRouting, env_params: EnvParams) -> TrainedPolicy:
+    """Load the policy of a run directory (its latest checkpoint) or of one checkpoint, to act in `env`.
+
+    Raises:
+        UserError: there is none, it is damaged, or its network does not fit this site.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"checkpoint {path} does not exist; give a run directory, e.g. checkpoint=outputs/<run>")
+    if (path / CONFIG_FILE).is_file():
+        run, checkpoint = path, latest_checkpoint(path)
+    else:
+        run, checkpoint = path.parent.parent, path
+        if not (run / CONFIG_FILE).is_file():
+            raise UserError(
+                f"checkpoint {path}: no {CONFIG_FILE} beside it; give the run directory that train.py wrote"
+            )
+    config = read_config(run / CONFIG_FILE)
+    network = build_network(config.network)
+
+    def fresh(key: Any) -> Any:
+        return network.init(key, network.prepare(env.reset(key, env_params)[0]))
+
+    expected = jax.eval_shape(fresh, jax.random.key(0))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(checkpoint.resolve())
+    except Exception as error:  # Orbax raises many kinds; to the user they all mean an unreadable checkpoint.
+        raise UserError(f"checkpoint {checkpoint} cannot be read ({type(error).__name__}); is it complete?") from error
+    _check_fits(checkpoint, params, expected, env)
+    return TrainedPolicy(network, params, checkpoint)
+
+
+def latest_checkpoint(run: Path) -> Path:
+    """Return the run's checkpoint with the most steps.
+
+    Raises:
+        UserError: the run has none.
+    """
+    folder = run / CHECKPOINTS
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if not found:
+        raise UserError(f"run {run} holds no checkpoint under {CHECKPOINTS}/; it may have ended before the first")
+    return max(found, key=lambda path: int(path.name))
+
+
+def _check_fits(checkpoint: Path, params: Any, expected: Any, env: EdgeRouting) -> None:
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        return {jax.tree_util.keystr(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    found, wanted = shapes(params), shapes(expected)
+    differing = sorted(set(found.items()) ^ set(wanted.items()))
+    if differing:
+        name = differing[0][0]
+        raise UserError(
+            f"checkpoint {checkpoint} belongs to another network or site: {name} is {found.get(name, 'absent')}, but "
+            f"{wanted.get(name, 'absent')} is needed for {env.num_experts} experts"
+        )

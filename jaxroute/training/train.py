@@ -1,0 +1,98 @@
+"""The host's side of training: it starts compiled updates, watches them, and keeps what they produce."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jaxroute.config import Config
+from jaxroute.errors import UserError
+from jaxroute.networks import build_network
+from jaxroute.ppo import make_ppo
+from jaxroute.scenarios import build_env
+from jaxroute.training.checkpoint import save_params, write_config
+from jaxroute.training.tracking import Tracker
+
+_ENVS_BY_BACKEND = {"cpu": 256}
+_ENVS_ON_ACCELERATORS = 8192
+
+
+def with_default_sizes(config: Config) -> Config:
+    """Fill in the sizes that depend on the backend."""
+    if config.ppo.num_envs is not None:
+        return config
+    num_envs = _ENVS_BY_BACKEND.get(jax.default_backend(), _ENVS_ON_ACCELERATORS)
+    num_envs -= num_envs % config.ppo.num_minibatches
+    return dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, num_envs=num_envs))
+
+
+def train(config: Config, run: Path, console: Console) -> Any:
+    """Train a router and return its parameters; `run` receives configuration, metrics and checkpoints.
+
+    Raises:
+        UserError: the configuration's data is missing or malformed.
+        FloatingPointError: the loss is no longer finite.
+    """
+    config = with_default_sizes(config)
+    env, env_params = build_env(config, rate=tuple(config.train.rates), redraw_every=config.train.redraw_every)
+    network = build_network(config.network)
+    interval = config.train.log_interval
+    learner = make_ppo(config.ppo, env, env_params, network, updates_per_call=interval)
+    calls = max(1, learner.num_updates // interval)
+    steps_per_call = interval * learner.steps_per_update
+    total = calls * steps_per_call
+
+    run.mkdir(parents=True, exist_ok=True)
+    write_config(run, config)
+    console.print(
+        f"Training on {jax.default_backend()}: {config.ppo.num_envs} environments, {total:,} steps, "
+        f"rates {config.train.rates[0]:g} to {config.train.rates[1]:g} requests/s on {config.site.name}"
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[speed]} steps/s"),
+        TextColumn("average QoS {task.fields[qos]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Tracker(run, config) as tracker, Progress(*columns, console=console, refresh_per_second=2) as progress:
+        task = progress.add_task("compiling", total=calls, speed="-", qos="-")
+        state = learner.init(jax.random.key(config.seed))
+        for call in range(1, calls + 1):
+            started = time.perf_counter()
+            state, on_device = learner.update(state)
+            metrics = _readable(jax.device_get(on_device))
+            speed = steps_per_call / (time.perf_counter() - started)
+            steps = call * steps_per_call
+            tracker.log({"steps": steps, "train/steps_per_second": speed} | metrics)
+            if not all(math.isfinite(value) for value in metrics.values()):
+                bad = next(name for name, value in metrics.items() if not math.isfinite(value))
+                raise UserError(
+                    f"training diverged at step {steps:,}: {bad} is {metrics[bad]}; lower ppo.learning_rate"
+                )
+            progress.update(
+                task, advance=1, description="training", speed=f"{speed:,.0f}", qos=f"{metrics['train/avg_qos']:.3f}"
+            )
+            if call == calls or call % max(1, calls // 4) == 0:
+                save_params(run, steps, state.params)
+    return state.params
+
+
+def _readable(metrics: dict[str, Any]) -> dict[str, float]:
+    """Turn a rollout's totals into the rates that people read."""
+    values = {name: float(value) for name, value in metrics.items()}
+    completed, rejected = values.pop("num_completed"), values.pop("rejected")
+    ended = max(completed + rejected, 1.0)
+    values["train/avg_qos"] = values.pop("qos_sum") / ended
+    values["train/violation_rate"] = values.pop("num_late") / ended
+    values["train/rejection_rate"] = rejected / ended
+    return values

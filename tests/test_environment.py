@@ -1,0 +1,541 @@
+"""The environment: dynamics, reward, observation and protocol, against what its parts and the reference say."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from episodes import NUM_ENVS, NUM_STEPS, play, scenario, step_keys, with_rates
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import simulate
+
+import jaxroute
+from jaxroute.errors import UserError
+from jaxroute.serving import SlotStatus, running_and_waiting
+
+# The engine's times are float32 and count from now; over an episode of minutes they add up to this.
+TIME_TOLERANCE = 1e-3  # s
+# Nearer to each other than this, the order of two events is not float32's to get right (see test_replay.py).
+RESOLUTION = 1e-5  # s
+
+
+@pytest.fixture(scope="module")
+def edge3():
+    return scenario("edge3-poisson")
+
+
+@pytest.fixture(scope="module")
+def busy(edge3):
+    """Episodes with random actions, from quiet to overloaded."""
+    env, params = edge3
+    return play(env, with_rates(params, 1.0, 20.0))
+
+
+@pytest.fixture(scope="module")
+def single(edge3):
+    """One environment's compiled step; a second trace is an error."""
+    env, params = edge3
+    step = jax.jit(chex.assert_max_traces(env.step, n=1))
+    return lambda key, state, action, params=params: step(key, state, jnp.int32(action), params)
+
+
+def lane(tree, env, step=None):
+    """One environment's part of recorded episodes, or one step of it."""
+    return jax.tree.map(lambda leaf: leaf[env] if step is None else leaf[env, step], tree)
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    """Integers and masks are equal, floats close."""
+    for (path, a), (_, b) in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree_util.tree_leaves_with_path(expected), strict=True
+    ):
+        a, b = np.asarray(a), np.asarray(b)
+        where = jax.tree_util.keystr(path)
+        assert a.dtype == b.dtype, where
+        if np.issubdtype(a.dtype, np.floating):
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=where)
+        else:
+            np.testing.assert_array_equal(a, b, err_msg=where)
+
+
+def count(mask):
+    """How many slots of all experts."""
+    return mask.sum((-2, -1))
+
+
+def in_flight(obs):
+    return count(obs.running) + count(obs.waiting)
+
+
+# ---- Compilation and batching ------------------------------------------------------------------------------
+
+
+def test_single_steps_compile_once_and_equal_batched_ones(edge3, single, busy):
+    env, params = edge3
+    seed = jax.random.split(jax.random.key(0), NUM_ENVS)
+    for e in (0, 5):
+        key_reset, keys = step_keys(seed[e], NUM_STEPS)
+        state = lane(busy.state, e, 0)
+        steps = []
+        for t in range(NUM_STEPS):
+            obs, state, reward, terminated, truncated, info = single(keys[t, 0], state, busy.action[e, t])
+            assert not terminated
+            assert not truncated
+            steps.append((obs, state, reward, info))
+        obs, states, rewards, infos = jax.tree.map(lambda *leaves: np.stack(leaves), *steps)
+        assert_same(states, lane(busy.next_state, e))
+        assert_same(rewards, busy.reward[e])
+        assert_same(infos, lane(busy.info, e))
+        assert_same(
+            jax.tree.map(lambda leaf: leaf[:-1], obs), jax.tree.map(lambda leaf: leaf[1:], lane(busy.obs, e))
+        )
+
+
+def test_same_seed_same_run(edge3, busy):
+    env, params = edge3
+    params = with_rates(params, 1.0, 20.0)
+    chex.assert_trees_all_equal(play(env, params), busy)
+    assert (play(env, params, seed=1).info["gap"] != busy.info["gap"]).all()
+
+
+def test_shapes_never_change(busy):
+    for now, later in zip(jax.tree.leaves(busy.state), jax.tree.leaves(busy.next_state), strict=True):
+        assert now.shape == later.shape
+        assert now.dtype == later.dtype
+
+
+# ---- Dynamics ----------------------------------------------------------------------------------------------
+
+
+def assert_conserved(played):
+    """Every request is rejected, in flight or has ended, exactly once."""
+    arrived = np.arange(1, NUM_STEPS + 1)
+    completed = np.cumsum(played.info["num_completed"], axis=1)
+    rejected = np.cumsum(played.info["rejected"], axis=1)
+    status = played.next_state.site.slots.status
+    np.testing.assert_array_equal(arrived, completed + rejected + count(status == SlotStatus.ACTIVE))
+    np.testing.assert_array_equal(played.info["num_completed"], count(played.info["ended"]))
+    for e in range(NUM_ENVS):
+        ended = played.info["request"][e][played.info["ended"][e]]
+        alive = played.next_state.site.slots.request[e, -1][status[e, -1] == SlotStatus.ACTIVE]
+        turned_away = np.flatnonzero(played.info["rejected"][e])
+        everyone = np.concatenate([ended, alive, turned_away])
+        np.testing.assert_array_equal(np.sort(everyone), np.arange(NUM_STEPS))
+
+
+def assert_within_limits(played, site):
+    after = played.next_state.site
+    clock = after.clock + played.info["gap"][..., None]
+    assert (clock >= played.state.site.clock - 1e-4).all(), "a clock went back"
+    assert (after.num_running <= site.max_num_seqs).all()
+    assert ((after.kv_held <= site.kv_capacity) | (after.num_running <= 1)).all()
+    running = np.moveaxis(played.obs.running, -1, -2)
+    waiting = np.moveaxis(played.obs.waiting, -1, -2)
+    held = np.where(running, played.state.site.slots.computed, 0).sum(-2)
+    assert ((held <= site.kv_capacity) | (running.sum(-2) <= 1)).all()
+    assert (np.where(running, 0, played.state.site.slots.computed * waiting) == 0).all(), "KV held in the queue"
+    assert (waiting.sum(-2) <= site.max_waiting + site.max_num_seqs).all()
+    busy_seconds = np.cumsum(played.info["busy_seconds"], axis=1)
+    # What is applied was in progress at most since the beginning.
+    assert (busy_seconds <= np.cumsum(played.info["gap"], axis=1)[..., None] + 1e-3).all()
+    assert (played.info["kv_token_seconds"] <= played.info["busy_seconds"] * site.kv_capacity * 1.001 + 1e-3).all()
+
+
+def assert_sane_observation(obs):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(obs):
+        assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
+        assert (leaf >= 0).all(), jax.tree_util.keystr(path)
+    impact = obs.candidates.impact
+    for probability in (impact.in_time, obs.in_flight.in_time, impact.qos, obs.candidates.predicted_quality):
+        assert (probability <= 1).all()
+    assert not (obs.running & obs.waiting).any()
+    np.testing.assert_array_equal(obs.running.sum(-1), obs.experts.num_running)
+    np.testing.assert_array_equal(obs.waiting.sum(-1), obs.experts.num_waiting)
+    for leaf in obs.in_flight:
+        assert (leaf[~(obs.running | obs.waiting)] == 0).all(), "something is left in an empty slot"
+
+
+def of_requests(played, values, slots):
+    """Per slot, what was known of its request when it arrived: `values` (env, step, expert)."""
+    num_experts = values.shape[-1]
+    env = np.arange(NUM_ENVS)[:, None, None, None]
+    # Empty slots may hold any number.
+    return values[env, np.clip(slots, 0, NUM_STEPS - 1), np.arange(num_experts)]
+
+
+def assert_table_follows_requests(played):
+    """What is kept beside the engine's slots still belongs to their requests, however they moved."""
+    request, slots = played.state.request, played.next_state.site.slots
+    known = {
+        name: np.broadcast_to(
+            getattr(request, name)[..., None] if name == "latency_requirement" else getattr(request, name),
+            request.quality.shape,
+        )
+        for name in ("quality", "predicted_quality", "predicted_output_tokens", "latency_requirement", "output_tokens")
+    }
+    used = slots.status != SlotStatus.EMPTY
+    for name, values in known.items():
+        holder = slots if name == "output_tokens" else played.next_state.table
+        expected = of_requests(played, values, slots.request)
+        np.testing.assert_array_equal(getattr(holder, name)[used], expected[used], err_msg=name)
+
+
+def assert_outcomes_add_up(played, params):
+    info = played.info
+    ended = info["ended"]
+    late = info["latency"] / np.maximum(info["output_tokens"], 1) > info["latency_requirement"]
+    np.testing.assert_array_equal(info["in_time"], ended & ~late)
+    np.testing.assert_array_equal(info["qos"], np.where(info["in_time"], info["quality"], 0))
+    np.testing.assert_allclose(info["qos_sum"], info["qos"].sum((-2, -1)), rtol=1e-6)
+    np.testing.assert_array_equal(info["num_late"], count(ended & late))
+    assert (info["ttft"][ended] <= info["latency"][ended]).all()
+    assert (info["ttft"] >= 2 * params.site.network_delay)[ended].all()
+
+
+def assert_reward_adds_up(played, params):
+    weights, info = params.reward, played.info
+    shaping = weights.discount * played.next_state.potential - played.state.potential
+    expected = (
+        info["qos_sum"]
+        - weights.violation_penalty * info["num_late"]
+        - weights.rejection_penalty * info["rejected"]
+        + weights.shaping * shaping
+    )
+    np.testing.assert_allclose(played.reward, expected, atol=1e-5)
+
+
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    rate=st.floats(0.2, 100.0),
+    spread=st.floats(1.0, 20.0),
+    kv_capacity=st.sampled_from([400, 1500, 6000, 20_000]),
+    max_num_seqs=st.integers(1, 4),
+    max_waiting=st.integers(1, 2),
+    max_num_batched_tokens=st.sampled_from([16, 128, 2048]),
+    network_delay=st.sampled_from([0.0, 0.02, 1.0]),
+    requirement=st.floats(0.01, 0.2),
+    penalty=st.floats(0.0, 1.0),
+)
+def test_any_actions_on_any_site(edge3, seed, rate, spread, penalty, requirement, **limits):
+    env, params = edge3
+    site = params.site.replace(
+        **{
+            name: jnp.full_like(getattr(params.site, name), value, dtype=getattr(params.site, name).dtype)
+            for name, value in limits.items()
+        }
+    )
+    params = with_rates(params, rate, rate * spread)._replace(
+        site=site,
+        requirement=params.requirement * jnp.float32(requirement / 0.04),
+        reward=params.reward._replace(rejection_penalty=jnp.float32(penalty)),
+    )
+    played = play(env, params, seed)
+    assert_conserved(played)
+    assert_within_limits(played, jax.tree.map(np.asarray, site))
+    assert_sane_observation(played.obs)
+    assert_table_follows_requests(played)
+    assert_outcomes_add_up(played, params)
+    assert_reward_adds_up(played, params)
+    for name, leaf in played.info.items():
+        assert np.isfinite(leaf).all(), name
+
+
+def test_full_experts_are_announced(busy):
+    """An expert that is not available rejects; one that is takes every request that its memory can hold."""
+    request = busy.state.request
+    chosen = busy.action[..., None]
+    available = np.take_along_axis(busy.obs.experts.available, chosen, -1)[..., 0]
+    output = np.take_along_axis(request.output_tokens, chosen, -1)[..., 0]
+    capacity = np.take_along_axis(busy.obs.experts.kv_capacity, chosen, -1)[..., 0]
+    fits = request.prompt_tokens + output <= capacity
+    np.testing.assert_array_equal(busy.info["rejected"], ~(available & fits))
+    assert 0 < busy.info["rejected"].mean() < 1
+
+
+def test_same_key_same_requests_whatever_the_actions(edge3, busy):
+    env, params = edge3
+    script = np.zeros_like(busy.action)
+    other = play(env, with_rates(params, 1.0, 20.0), script=script)
+    chex.assert_trees_all_equal(other.state.request, busy.state.request)
+    np.testing.assert_array_equal(other.info["gap"], busy.info["gap"])
+    np.testing.assert_array_equal(other.state.rate, busy.state.rate)
+    assert (other.info["num_completed"] != busy.info["num_completed"]).any()
+
+
+def test_requests_come_from_the_bank(edge3, busy):
+    _, params = edge3
+    rows = {prompt.tobytes() for prompt in np.asarray(params.bank.predicted_quality)}
+    seen = busy.state.request.predicted_quality.reshape(-1, 3)
+    assert all(row.tobytes() in rows for row in seen)
+    assert len({row.tobytes() for row in seen}) > 0.8 * len(seen)
+    limits, counts = np.unique(busy.state.request.latency_requirement, return_counts=True)
+    np.testing.assert_allclose(limits, params.requirement)
+    np.testing.assert_allclose(counts / counts.sum(), params.share, atol=0.1)
+
+
+# ---- Against replay and the reference ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quiet(edge3):
+    env, params = edge3
+    return play(env, with_rates(params, 1.0, 12.0), seed=3)
+
+
+@pytest.mark.parametrize("e", range(NUM_ENVS))
+def test_outcomes_equal_replay_and_reference(edge3, quiet, e):
+    _, params = edge3
+    # A request arrives when a step begins, the next one `gap` later.
+    gaps = quiet.info["gap"][e].astype(np.float64)
+    request = lane(quiet.state.request, e)
+    action = quiet.action[e]
+    requests = jaxroute.Requests(
+        arrival_time=np.concatenate([[0.0], np.cumsum(gaps[:-1])]),
+        prompt_tokens=np.repeat(request.prompt_tokens[:, None], 3, axis=1),
+        output_tokens=request.output_tokens,
+    )
+    site = {name: np.asarray(values) for name, values in vars(params.site).items()}
+    replayed = jaxroute.replay(params.site, requests, action)
+    expected = simulate(site, *requests, action)
+    assert expected.closest_call > RESOLUTION, "choose another seed: this one says nothing"
+
+    np.testing.assert_array_equal(quiet.info["rejected"][e], replayed.status == 1)
+    np.testing.assert_array_equal(quiet.info["rejected"][e], expected.status == 1)
+    ended = quiet.info["ended"][e]
+    number, expert = quiet.info["request"][e][ended], np.nonzero(ended)[2]
+    assert len(number) > NUM_STEPS / 4
+    np.testing.assert_array_equal(expert, action[number])
+    np.testing.assert_array_equal(quiet.info["preemptions"][e][ended], expected.preemptions[number])
+    np.testing.assert_array_equal(quiet.info["preemptions"][e][ended], replayed.preemptions[number])
+    way_back = site["network_delay"][expert]
+    for name in ("ttft", "latency"):
+        at_expert = quiet.info[name][e][ended] - way_back
+        np.testing.assert_allclose(at_expert, getattr(replayed, name)[number], atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(at_expert, getattr(expected, name)[number], atol=TIME_TOLERANCE, err_msg=name)
+    # Whatever has not ended yet is not late to end.
+    left = np.setdiff1d(np.flatnonzero(expected.status == 0), number)
+    assert (requests.arrival_time[left] + expected.latency[left] > gaps.sum() - TIME_TOLERANCE).all()
+
+
+# ---- Reward ------------------------------------------------------------------------------------------------
+
+
+def test_plain_reward_is_the_quality_of_service(edge3):
+    env, _ = edge3
+    weights = ("shaping=false", "expected_quality=false", "violation_penalty=0", "rejection_penalty=0")
+    plain_env, params = jaxroute.make("edge3-poisson", overrides=tuple(f"reward.{weight}" for weight in weights))
+    assert plain_env == env
+    played = play(env, with_rates(params, 1.0, 12.0))
+    np.testing.assert_allclose(played.reward.sum(1), played.info["qos"].sum((1, 2, 3)), rtol=1e-5)
+    assert played.reward.sum() > 50
+
+
+def test_shaping_telescopes(edge3, busy):
+    env, params = edge3
+    params = with_rates(params, 1.0, 20.0)
+    unshaped = play(env, params._replace(reward=params.reward._replace(shaping=jnp.float32(0.0))))
+    gamma = float(params.reward.discount)
+    assert 0.9 < gamma < 1
+    shaping = (busy.reward - unshaped.reward).astype(np.float64)
+    potential = busy.obs.experts.expected_qos.sum(-1)
+    np.testing.assert_array_equal(potential[:, 0], 0)
+    np.testing.assert_allclose(potential[:, 1:], busy.next_state.potential[:, :-1], rtol=1e-5)
+    total = (gamma ** np.arange(NUM_STEPS) * shaping).sum(1)
+    np.testing.assert_allclose(total, gamma**NUM_STEPS * busy.next_state.potential[:, -1], atol=1e-4)
+
+
+# ---- What the router may know ------------------------------------------------------------------------------
+
+
+def test_truths_stay_hidden(edge3, single, busy):
+    """Other true qualities and lengths of what is pending and in flight, same predictions: the router sees no change.
+
+    A rate this high lets no time pass, so that `step` shows the state as it is.
+    """
+    _, params = edge3
+    key = jax.random.key(0)
+    bank = params.bank._replace(
+        quality=1 - params.bank.quality, output_tokens=jnp.roll(params.bank.output_tokens, 1, axis=0)
+    )
+    seen = 0
+    for e, t in [(e, t) for e in range(NUM_ENVS) for t in (20, 40, 60)]:
+        state = lane(busy.state, e, t)._replace(rate=np.float32(1e9))
+        slots, request = state.site.slots, state.request
+        tampered = state._replace(
+            site=state.site._replace(
+                slots=slots._replace(output_tokens=np.where(slots.output_tokens > 0, slots.generated + 7, 0))
+            ),
+            table=state.table._replace(quality=1 - state.table.quality),
+            request=request._replace(quality=1 - request.quality, output_tokens=request.output_tokens // 2 + 1),
+        )
+        action = int(np.argmax(busy.obs.experts.available[e, t]))
+        honest, _, reward, _, _, info = single(key, state, action)
+        other, _, other_reward, _, _, other_info = single(key, tampered, action, params._replace(bank=bank))
+        assert not info["rejected"]
+        assert not other_info["rejected"]
+        chex.assert_trees_all_equal(honest, other)
+        assert reward == other_reward
+        seen += int(in_flight(honest))
+    assert seen > 5 * 3 * NUM_ENVS
+
+
+def test_quality_never_steers_the_dynamics(edge3, single, busy):
+    _, params = edge3
+    key = jax.random.key(1)
+    for e in range(NUM_ENVS):
+        state = lane(busy.state, e, 50)
+        tampered = state._replace(table=state.table._replace(quality=1 - state.table.quality))
+        honest, other = single(key, state, 0), single(key, tampered, 0)
+        chex.assert_trees_all_equal(honest[0], other[0])
+        chex.assert_trees_all_equal(honest[1].site, other[1].site)
+
+
+# ---- Horizon, rates, other sites ---------------------------------------------------------------------------
+
+HORIZON, REDRAW = 20, 8
+
+
+@pytest.fixture(scope="module")
+def bounded():
+    """Two episodes and a half on the largest site, with clustered arrivals."""
+    env, params = jaxroute.make("edge16-gamma", rate=(2.0, 6.0), horizon=HORIZON, redraw_every=REDRAW)
+    num_envs = 4
+    keys = jax.random.split(jax.random.key(0), num_envs)
+    step = jax.jit(chex.assert_max_traces(jax.vmap(env.step, (0, 0, 0, None)), n=1))
+    _, state = jax.jit(jax.vmap(env.reset, (0, None)))(keys, params)
+    steps = []
+    for t in range(HORIZON * 5 // 2):
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, 7))(keys)
+        action = jnp.argmax(jax.random.uniform(keys[0], (num_envs, env.num_experts)), -1)
+        obs, next_state, *rest = step(keys, state, action, params)
+        steps.append((t, state, obs, next_state, *rest))
+        state = next_state
+    return env, params, jax.tree.map(lambda *leaves: np.stack(leaves), *steps)
+
+
+def test_an_episode_ends_at_the_horizon(bounded):
+    _, _, (t, state, obs, next_state, reward, terminated, truncated, info) = bounded
+    assert not terminated.any()
+    np.testing.assert_array_equal(truncated, np.broadcast_to(((t + 1) % HORIZON == 0)[:, None], truncated.shape))
+    np.testing.assert_array_equal(next_state.step, np.where(truncated, 0, state.step + 1))
+    assert np.isfinite(reward).all()
+
+
+def test_a_new_episode_starts_idle(bounded):
+    env, params, (_, _, obs, next_state, _, _, truncated, _) = bounded
+    assert (in_flight(obs)[truncated] == 0).all()
+    for name in ("kv_used", "expected_qos", "recent_latency", "pending_output"):
+        assert (getattr(obs.experts, name)[truncated] == 0).all(), name
+    assert (next_state.potential[truncated] == 0).all()
+    assert (next_state.site.slots.status[truncated] == SlotStatus.EMPTY).all()
+    # Every episode starts anew, not from the same request.
+    assert len(np.unique(next_state.request.predicted_quality[truncated][:, 0])) == truncated.sum()
+
+
+def test_final_observation_is_the_one_before_the_reset(bounded):
+    _, _, (t, _, obs, _, _, _, truncated, info) = bounded
+    final = info["final_observation"]
+    for here, there in zip(jax.tree.leaves(obs), jax.tree.leaves(final), strict=True):
+        np.testing.assert_array_equal(here[~truncated], there[~truncated])
+    gone = info["num_completed"] + info["rejected"]
+    for episode in range(2):
+        steps = slice(episode * HORIZON, (episode + 1) * HORIZON)
+        np.testing.assert_array_equal(in_flight(final)[steps][-1], HORIZON - gone[steps].sum(0))
+    assert (in_flight(final)[truncated] > 0).all()
+
+
+def test_expected_quality_is_rewarded_when_asked(bounded):
+    _, params, (_, state, _, next_state, reward, _, truncated, info) = bounded
+    weights = params.reward
+    expected = (
+        np.where(info["in_time"], next_state.table.predicted_quality, 0).sum((-2, -1))
+        - weights.violation_penalty * info["num_late"]
+        - weights.rejection_penalty * info["rejected"]
+        + weights.discount * next_state.potential
+        - state.potential
+    )
+    np.testing.assert_allclose(reward[~truncated], expected[~truncated], atol=1e-5)
+    assert info["in_time"][~truncated].sum() > 50
+
+
+def test_the_rate_is_redrawn_when_asked(bounded):
+    _, _, (_, state, _, next_state, _, _, truncated, info) = bounded
+    redrawn = (state.step + 1) % REDRAW == 0
+    np.testing.assert_array_equal(next_state.rate != state.rate, redrawn | truncated)
+    assert (next_state.rate >= 2).all()
+    assert (next_state.rate <= 6).all()
+
+
+def test_the_rate_stays_unless_asked(busy):
+    assert (busy.state.rate == busy.state.rate[:, :1]).all()
+    assert len(np.unique(busy.state.rate[:, 0])) == NUM_ENVS
+
+
+def test_gaps_follow_the_rate(edge3):
+    env, params = edge3
+    gaps = play(env, with_rates(params, 4.0, 4.0), seed=5).info["gap"]
+    assert gaps.mean() == pytest.approx(0.25, abs=5 * 0.25 / gaps.size**0.5)
+
+
+# ---- Scenarios by name -------------------------------------------------------------------------------------
+
+WITHOUT_DATA = [name for name in jaxroute.SCENARIOS if not name.endswith("azure")]
+
+
+@pytest.mark.parametrize("name", WITHOUT_DATA)
+def test_every_scenario_steps(name):
+    """Traced, not compiled: tests run edge3-poisson, edge-poisson and edge16-gamma, and the others share their parts."""
+    env, params = jaxroute.make(name)
+
+    def first_step(key):
+        obs, state = env.reset(key, params)
+        return (obs, state), env.step(key, state, jnp.int32(0), params)
+
+    first, (obs, state, reward, terminated, truncated, info) = jax.eval_shape(first_step, jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, (obs, state))
+    chex.assert_shape([reward, terminated, truncated], ())
+    assert obs.experts.available.shape == (env.num_actions,)
+    assert info["ended"].shape == (env.num_slots, env.num_experts)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("name", [name for name in jaxroute.SCENARIOS if name.endswith("azure")])
+def test_scenarios_with_data_are_made(name, data_dir):
+    env, params = jaxroute.make(name, overrides=(f"data_dir={data_dir}",))
+    assert env.num_experts == params.site.num_experts
+    assert params.arrivals.gaps.shape[0] > 1000
+
+
+def test_arguments_reach_the_environment():
+    env, params = jaxroute.make("edge-poisson", rate=(2, 5), horizon=7, redraw_every=3, site="edge3", workload="gamma")
+    assert (env.num_experts, env.horizon, env.redraw_every) == (3, 7, 3)
+    np.testing.assert_array_equal(params.rate, [2, 5])
+    assert params.arrivals.shape == pytest.approx(1 / 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "named"),
+    [
+        ("edge-poison", {}, "edge-poisson"),
+        ("nothing like it", {}, "edge16-gamma"),
+        ("edge-poisson", {"rate": 0}, "rate=0"),
+        ("edge-poisson", {"rate": -1.0}, "rate=-1.0"),
+        ("edge-poisson", {"rate": (5.0, 2.0)}, "rate="),
+        ("edge-poisson", {"rate": float("nan")}, "rate=nan"),
+        ("edge-poisson", {"site": "edge4"}, "edge3"),
+        ("edge-poisson", {"bank": "embeded"}, "embedded"),
+        ("edge-poisson", {"sites": "edge3"}, "sites"),
+        ("edge-poisson", {"overrides": ("reward.shapin=false",)}, "reward.shaping"),
+        ("edge-poisson", {"overrides": ("reward.shaping=maybe",)}, "reward.shaping"),
+        ("edge-poisson", {"overrides": ("reward.rejection_penalty=-1",)}, "rejection_penalty"),
+        ("edge-poisson", {"overrides": ("workload.rate=0",)}, "rate"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line(name, arguments, named):
+    with pytest.raises(UserError) as caught:
+        jaxroute.make(name, **arguments)
+    message = str(caught.value)
+    assert named in message
+    assert "\n" not in message
