@@ -46,7 +46,7 @@ class NeighbourAttention(nn.Module):
         requests: Float[Array, "expert slot feature"],
         masks: Bool[Array, "type expert slot"],
         graphs: Sequence[jraph.GraphsTuple],
-    ) -> Float[Array, "type expert hidden"]:
+    ) -> list[Float[Array, "expert hidden"]]:
         """Attend densely, or along the edges of `graphs`, one per type, if they are given."""
         num_types = masks.shape[0]
         weights_shape = (num_types, requests.shape[-1], self.heads, self.head_size)
@@ -65,8 +65,11 @@ class NeighbourAttention(nn.Module):
         weights = jax.nn.softmax(jnp.where(mask, nn.leaky_relu(logits, 0.2), _MASKED), axis=-1) * mask
         num_experts, num_slots = masks.shape[1:]
         attended = jnp.matmul(weights.reshape(num_experts, -1, num_slots), requests)
-        attended = attended.reshape(num_experts, num_types, self.heads, -1)
-        return jnp.einsum("nthf,tfhd->tnhd", attended, project).reshape(num_types, num_experts, -1)
+        attended = attended.reshape(num_experts, num_types, -1)
+        # Each head has a projection of its own: the blocks of one plain matrix.
+        blocks = jnp.einsum("tfhd,hg->thfgd", project, jnp.eye(self.heads))
+        blocks = blocks.reshape(num_types, attended.shape[-1], -1)
+        return [attended[:, i] @ blocks[i] for i in range(num_types)]
 
     def _by_segments(self, graph: jraph.GraphsTuple, project: Array, of_request: Array, of_expert: Array) -> Array:
         num_experts = of_expert.shape[0]
@@ -85,12 +88,13 @@ class SemanticAttention(nn.Module):
     hidden: int
 
     @nn.compact
-    def __call__(self, by_type: Float[Array, "type expert hidden"]) -> Float[Array, "expert hidden"]:
+    def __call__(self, by_type: list[Float[Array, "expert hidden"]]) -> Float[Array, "expert hidden"]:
         """Weigh the types and add them up."""
-        hidden = jnp.tanh(nn.Dense(self.hidden)(by_type))
+        project = nn.Dense(self.hidden)
         # q . is linear, so the mean over experts comes first.
-        importance = nn.Dense(1, use_bias=False)(hidden.mean(axis=1))[:, 0]
-        return jnp.tensordot(jax.nn.softmax(importance), by_type, 1)
+        means = jnp.stack([jnp.tanh(project(embedding)).mean(axis=0) for embedding in by_type])
+        weights = jax.nn.softmax(nn.Dense(1, use_bias=False)(means)[:, 0])
+        return sum((weights[i] * embedding for i, embedding in enumerate(by_type)), start=jnp.zeros(()))
 
 
 class HAN(nn.Module):
@@ -125,11 +129,12 @@ class HAN(nn.Module):
             jnp.stack([features.running, features.waiting]),
             [graphs[RUNNING_TO_EXPERT], graphs[WAITING_TO_EXPERT]] if graphs else [],
         )
-        stacked = nn.elu(jnp.concatenate([jnp.stack(by_type), of_requests]))
-        embedding = (
-            SemanticAttention(self.hidden, name="semantic")(stacked) if self.semantic_attention else stacked.mean(0)
-        )
-        return _heads(self, features, embedding, stacked[1], graphs.get(EXPERT_TO_ARRIVAL))
+        by_type = [jnp.tanh(embedding) for embedding in [*by_type, *of_requests]]
+        if self.semantic_attention:
+            embedding = SemanticAttention(self.hidden, name="semantic")(by_type)
+        else:
+            embedding = jnp.stack(by_type).mean(0)
+        return _heads(self, features, embedding, by_type[1], graphs.get(EXPERT_TO_ARRIVAL))
 
 
 def _heads(
@@ -150,17 +155,17 @@ def _heads(
         attended = jraph.segment_sum(weights[..., None] * values[graph.senders], graph.receivers, num_segments=1)
     pooled = jnp.concatenate([attended.reshape(-1), embedding.mean(0)])
     context = nn.Dense(hidden, name="context")(pooled)
-    score = nn.elu(
+    score = jnp.tanh(
         nn.Dense(hidden, name="score_embedding")(embedding)
         + nn.Dense(hidden, use_bias=False, name="score_candidate")(candidates)
         + context
     )
-    score = nn.elu(nn.Dense(hidden, name="score_hidden")(score))
+    score = jnp.tanh(nn.Dense(hidden, name="score_hidden")(score))
     logits = _last_layer("score")(score)[..., 0]
     if module.use_impact:
         trust = module.param("log_trust", nn.initializers.constant(_INITIAL_LOG_TRUST), ())
         logits = logits + jnp.exp(trust) * features.expected_gain
-    value = nn.elu(nn.Dense(hidden, name="value_hidden")(context))
+    value = jnp.tanh(nn.Dense(hidden, name="value_hidden")(context))
     return mask_unavailable(logits, features.available), _last_layer("value")(value)[..., 0]
 
 
