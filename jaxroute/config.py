@@ -85,7 +85,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.requests < 1 or self.warmup < 0:
             raise UserError(
-                f"eval: seeds={self.seeds} and requests={self.requests} must be at least 1, warmup={self.warmup} at least 0"
+                f"eval: seeds={self.seeds} and requests={self.requests} must be at least 1, "
+                f"warmup={self.warmup} at least 0"
             )
         if any(not load > 0 for load in self.loads):
             raise UserError(f"eval: loads={list(self.loads)} must all be above 0")

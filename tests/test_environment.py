@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from episodes import NUM_ENVS, NUM_STEPS, play, scenario, step_keys, with_rates
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from reference import simulate
 
 import jaxroute
 from jaxroute.errors import UserError
-from jaxroute.serving import SlotStatus, running_and_waiting
+from jaxroute.serving import SlotStatus
 
 # The engine's times are float32 and count from now; over an episode of minutes they add up to this.
 TIME_TOLERANCE = 1e-3  # s
@@ -71,11 +71,10 @@ def in_flight(obs):
 # ---- Compilation and batching ------------------------------------------------------------------------------
 
 
-def test_single_steps_compile_once_and_equal_batched_ones(edge3, single, busy):
-    env, params = edge3
+def test_single_steps_compile_once_and_equal_batched_ones(single, busy):
     seed = jax.random.split(jax.random.key(0), NUM_ENVS)
     for e in (0, 5):
-        key_reset, keys = step_keys(seed[e], NUM_STEPS)
+        _, keys = step_keys(seed[e], NUM_STEPS)
         state = lane(busy.state, e, 0)
         steps = []
         for t in range(NUM_STEPS):
@@ -110,7 +109,7 @@ def test_shapes_never_change(busy):
 
 def assert_conserved(played):
     """Every request is rejected, in flight or has ended, exactly once."""
-    arrived = np.arange(1, NUM_STEPS + 1)
+    arrived = np.broadcast_to(np.arange(1, NUM_STEPS + 1), played.reward.shape)
     completed = np.cumsum(played.info["num_completed"], axis=1)
     rejected = np.cumsum(played.info["rejected"], axis=1)
     status = played.next_state.site.slots.status
@@ -205,6 +204,8 @@ def assert_reward_adds_up(played, params):
     np.testing.assert_allclose(played.reward, expected, atol=1e-5)
 
 
+# Without the phase that explains a failure: it traces every line, and that takes minutes here.
+@settings(phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink])
 @given(
     seed=st.integers(0, 2**31 - 1),
     rate=st.floats(0.2, 100.0),
@@ -277,45 +278,48 @@ def test_requests_come_from_the_bank(edge3, busy):
 # ---- Against replay and the reference ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def quiet(edge3):
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"kv_capacity": 700, "max_num_batched_tokens": 100}],
+    ids=["as it is", "little memory, small chunks"],
+)
+def test_outcomes_equal_replay_and_reference(edge3, changes):
     env, params = edge3
-    return play(env, with_rates(params, 1.0, 12.0), seed=3)
-
-
-@pytest.mark.parametrize("e", range(NUM_ENVS))
-def test_outcomes_equal_replay_and_reference(edge3, quiet, e):
-    _, params = edge3
-    # A request arrives when a step begins, the next one `gap` later.
-    gaps = quiet.info["gap"][e].astype(np.float64)
-    request = lane(quiet.state.request, e)
-    action = quiet.action[e]
-    requests = jaxroute.Requests(
-        arrival_time=np.concatenate([[0.0], np.cumsum(gaps[:-1])]),
-        prompt_tokens=np.repeat(request.prompt_tokens[:, None], 3, axis=1),
-        output_tokens=request.output_tokens,
-    )
+    limits = {name: jnp.full_like(getattr(params.site, name), value) for name, value in changes.items()}
+    params = with_rates(params, 0.5, 6.0)._replace(site=params.site.replace(**limits))
     site = {name: np.asarray(values) for name, values in vars(params.site).items()}
-    replayed = jaxroute.replay(params.site, requests, action)
-    expected = simulate(site, *requests, action)
-    assert expected.closest_call > RESOLUTION, "choose another seed: this one says nothing"
-
-    np.testing.assert_array_equal(quiet.info["rejected"][e], replayed.status == 1)
-    np.testing.assert_array_equal(quiet.info["rejected"][e], expected.status == 1)
-    ended = quiet.info["ended"][e]
-    number, expert = quiet.info["request"][e][ended], np.nonzero(ended)[2]
-    assert len(number) > NUM_STEPS / 4
-    np.testing.assert_array_equal(expert, action[number])
-    np.testing.assert_array_equal(quiet.info["preemptions"][e][ended], expected.preemptions[number])
-    np.testing.assert_array_equal(quiet.info["preemptions"][e][ended], replayed.preemptions[number])
-    way_back = site["network_delay"][expert]
-    for name in ("ttft", "latency"):
-        at_expert = quiet.info[name][e][ended] - way_back
-        np.testing.assert_allclose(at_expert, getattr(replayed, name)[number], atol=1e-4, err_msg=name)
-        np.testing.assert_allclose(at_expert, getattr(expected, name)[number], atol=TIME_TOLERANCE, err_msg=name)
-    # Whatever has not ended yet is not late to end.
-    left = np.setdiff1d(np.flatnonzero(expected.status == 0), number)
-    assert (requests.arrival_time[left] + expected.latency[left] > gaps.sum() - TIME_TOLERANCE).all()
+    played = play(env, params, seed=3)
+    compared, preemptions, rejections = 0, 0, 0
+    for e in range(NUM_ENVS):
+        request, info, action = lane(played.state.request, e), lane(played.info, e), played.action[e]
+        # A request arrives when a step begins, the next one `gap` later.
+        arrival_time = np.concatenate([[0.0], np.cumsum(info["gap"].astype(np.float64))])
+        prompt_tokens = np.repeat(request.prompt_tokens[:, None], env.num_experts, axis=1)
+        requests = jaxroute.Requests(arrival_time[:-1], prompt_tokens, request.output_tokens)
+        expected = simulate(site, *requests, action)
+        if expected.closest_call < RESOLUTION:
+            continue
+        replayed = jaxroute.replay(params.site, requests, action)
+        ended = info["ended"]
+        number, expert = info["request"][ended], np.nonzero(ended)[2]
+        np.testing.assert_array_equal(expert, action[number])
+        way_back = site["network_delay"][expert]
+        for other, tolerance in ((replayed, 1e-4), (expected, TIME_TOLERANCE)):
+            np.testing.assert_array_equal(info["rejected"], other.status == 1)
+            np.testing.assert_array_equal(info["preemptions"][ended], other.preemptions[number])
+            for name in ("ttft", "latency"):
+                at_expert = info[name][ended] - way_back
+                np.testing.assert_allclose(at_expert, getattr(other, name)[number], atol=tolerance, err_msg=name)
+        # What has not ended here ends later there.
+        left = np.setdiff1d(np.flatnonzero(expected.status == 0), number)
+        assert (arrival_time[left] + expected.latency[left] > arrival_time[-1] - TIME_TOLERANCE).all()
+        compared += len(number)
+        preemptions += expected.preemptions[number].sum()
+        rejections += info["rejected"].sum()
+    # Enough of everything, or the comparison says nothing.
+    assert compared > 100
+    assert rejections > 10
+    assert preemptions > 0 or not changes
 
 
 # ---- Reward ------------------------------------------------------------------------------------------------
@@ -349,7 +353,7 @@ def test_shaping_telescopes(edge3, busy):
 
 
 def test_truths_stay_hidden(edge3, single, busy):
-    """Other true qualities and lengths of what is pending and in flight, same predictions: the router sees no change.
+    """Other true qualities and lengths of what is pending and in flight: with the same predictions, nothing to see.
 
     A rate this high lets no time pass, so that `step` shows the state as it is.
     """
@@ -369,7 +373,10 @@ def test_truths_stay_hidden(edge3, single, busy):
             table=state.table._replace(quality=1 - state.table.quality),
             request=request._replace(quality=1 - request.quality, output_tokens=request.output_tokens // 2 + 1),
         )
-        action = int(np.argmax(busy.obs.experts.available[e, t]))
+        available = busy.obs.experts.available[e, t]
+        if not available.any():
+            continue
+        action = int(np.argmax(available))
         honest, _, reward, _, _, info = single(key, state, action)
         other, _, other_reward, _, _, other_info = single(key, tampered, action, params._replace(bank=bank))
         assert not info["rejected"]
@@ -380,8 +387,7 @@ def test_truths_stay_hidden(edge3, single, busy):
     assert seen > 5 * 3 * NUM_ENVS
 
 
-def test_quality_never_steers_the_dynamics(edge3, single, busy):
-    _, params = edge3
+def test_quality_never_steers_the_dynamics(single, busy):
     key = jax.random.key(1)
     for e in range(NUM_ENVS):
         state = lane(busy.state, e, 50)
@@ -415,7 +421,7 @@ def bounded():
 
 
 def test_an_episode_ends_at_the_horizon(bounded):
-    _, _, (t, state, obs, next_state, reward, terminated, truncated, info) = bounded
+    _, _, (t, state, _, next_state, reward, terminated, truncated, _) = bounded
     assert not terminated.any()
     np.testing.assert_array_equal(truncated, np.broadcast_to(((t + 1) % HORIZON == 0)[:, None], truncated.shape))
     np.testing.assert_array_equal(next_state.step, np.where(truncated, 0, state.step + 1))
@@ -423,7 +429,7 @@ def test_an_episode_ends_at_the_horizon(bounded):
 
 
 def test_a_new_episode_starts_idle(bounded):
-    env, params, (_, _, obs, next_state, _, _, truncated, _) = bounded
+    _, _, (_, _, obs, next_state, _, _, truncated, _) = bounded
     assert (in_flight(obs)[truncated] == 0).all()
     for name in ("kv_used", "expected_qos", "recent_latency", "pending_output"):
         assert (getattr(obs.experts, name)[truncated] == 0).all(), name
@@ -434,7 +440,7 @@ def test_a_new_episode_starts_idle(bounded):
 
 
 def test_final_observation_is_the_one_before_the_reset(bounded):
-    _, _, (t, _, obs, _, _, _, truncated, info) = bounded
+    _, _, (_, _, obs, _, _, _, truncated, info) = bounded
     final = info["final_observation"]
     for here, there in zip(jax.tree.leaves(obs), jax.tree.leaves(final), strict=True):
         np.testing.assert_array_equal(here[~truncated], there[~truncated])
@@ -460,7 +466,7 @@ def test_expected_quality_is_rewarded_when_asked(bounded):
 
 
 def test_the_rate_is_redrawn_when_asked(bounded):
-    _, _, (_, state, _, next_state, _, _, truncated, info) = bounded
+    _, _, (_, state, _, next_state, _, _, truncated, _) = bounded
     redrawn = (state.step + 1) % REDRAW == 0
     np.testing.assert_array_equal(next_state.rate != state.rate, redrawn | truncated)
     assert (next_state.rate >= 2).all()
@@ -480,20 +486,23 @@ def test_gaps_follow_the_rate(edge3):
 
 # ---- Scenarios by name -------------------------------------------------------------------------------------
 
+SMALL_BANK = ("bank.num_prompts=200",)
 WITHOUT_DATA = [name for name in jaxroute.SCENARIOS if not name.endswith("azure")]
 
 
 @pytest.mark.parametrize("name", WITHOUT_DATA)
 def test_every_scenario_steps(name):
     """Traced, not compiled: tests run edge3-poisson, edge-poisson and edge16-gamma, and the others share their parts."""
-    env, params = jaxroute.make(name)
+    env, params = jaxroute.make(name, overrides=SMALL_BANK)
 
-    def first_step(key):
+    def two_steps(key):
         obs, state = env.reset(key, params)
-        return (obs, state), env.step(key, state, jnp.int32(0), params)
+        obs, state, *_ = first = env.step(key, state, jnp.int32(0), params)
+        return first, env.step(key, state, jnp.int32(0), params)
 
-    first, (obs, state, reward, terminated, truncated, info) = jax.eval_shape(first_step, jax.random.key(0))
-    chex.assert_trees_all_equal_shapes_and_dtypes(first, (obs, state))
+    first, second = jax.eval_shape(two_steps, jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, second)
+    obs, _, reward, terminated, truncated, info = second
     chex.assert_shape([reward, terminated, truncated], ())
     assert obs.experts.available.shape == (env.num_actions,)
     assert info["ended"].shape == (env.num_slots, env.num_experts)
@@ -502,7 +511,7 @@ def test_every_scenario_steps(name):
 
 @pytest.mark.parametrize("name", [name for name in jaxroute.SCENARIOS if name.endswith("azure")])
 def test_scenarios_with_data_are_made(name, data_dir):
-    env, params = jaxroute.make(name, overrides=(f"data_dir={data_dir}",))
+    env, params = jaxroute.make(name, overrides=(*SMALL_BANK, f"data_dir={data_dir}"))
     assert env.num_experts == params.site.num_experts
     assert params.arrivals.gaps.shape[0] > 1000
 
@@ -535,7 +544,7 @@ def test_arguments_reach_the_environment():
 )
 def test_mistakes_are_one_line(name, arguments, named):
     with pytest.raises(UserError) as caught:
-        jaxroute.make(name, **arguments)
+        jaxroute.make(name, **{"overrides": SMALL_BANK} | arguments)
     message = str(caught.value)
     assert named in message
     assert "\n" not in message

@@ -116,18 +116,19 @@ def _episodes(
         ended, ttft, latency, preemptions = table[:num_requests].T
         completed = ended > 0
         status = jnp.where(completed, COMPLETED, jnp.where(noted["rejected"], REJECTED, IN_FLIGHT))
-        return EpisodeRecords(
-            status=status.astype(jnp.int8),
-            expert=noted["expert"],
-            quality=noted["quality"],
-            latency_requirement=noted["latency_requirement"],
-            output_tokens=noted["output_tokens"],
-            ttft=jnp.where(completed, ttft, jnp.nan),
-            latency=jnp.where(completed, latency, jnp.nan),
-            preemptions=preemptions.astype(jnp.int32),
-            busy_seconds=noted["busy_seconds"][warmup:].sum(0),
-            kv_token_seconds=noted["kv_token_seconds"][warmup:].sum(0),
-            duration=noted["gap"][warmup:].sum(),
-        )
+        records: dict[str, Any] = {
+            "status": status.astype(jnp.int8),
+            "expert": noted["expert"],
+            "quality": noted["quality"],
+            "latency_requirement": noted["latency_requirement"],
+            "output_tokens": noted["output_tokens"],
+            "ttft": jnp.where(completed, ttft, jnp.nan),
+            "latency": jnp.where(completed, latency, jnp.nan),
+            "preemptions": preemptions.astype(jnp.int32),
+            "busy_seconds": noted["busy_seconds"][warmup:].sum(0),
+            "kv_token_seconds": noted["kv_token_seconds"][warmup:].sum(0),
+            "duration": noted["gap"][warmup:].sum(),
+        }
+        return EpisodeRecords(**records)
 
     return jax.vmap(episode)(keys, low_high)

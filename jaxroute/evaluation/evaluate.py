@@ -35,8 +35,9 @@ def evaluate(config: Config, console: Console, *, command: str) -> EvaluationRes
     nominal = float(params.rate[0])
     rates = sorted({nominal * load for load in [*settings.loads, 1.0]})
     console.print(
-        f"Judging {len(policies)} policies on {config.workload.name}, bank {config.bank.kind}, site {config.site.name}: "
-        f"{settings.seeds} episodes of {settings.requests} requests at {', '.join(f'{rate:.3g}' for rate in rates)} requests/s"
+        f"Judging {len(policies)} policies on {config.workload.name}, bank {config.bank.kind}, "
+        f"site {config.site.name}: {settings.seeds} episodes of {settings.requests} requests "
+        f"at {', '.join(f'{rate:.3g}' for rate in rates)} requests/s"
     )
     columns = (
         TextColumn("{task.description}"),

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -96,7 +95,7 @@ class Learner(NamedTuple):
     num_updates: int
 
 
-def make_ppo(config: PPOConfig, env: Any, env_params: Any, network: nn.Module, updates_per_call: int = 1) -> Learner:
+def make_ppo(config: PPOConfig, env: Any, env_params: Any, network: Any, updates_per_call: int = 1) -> Learner:
     """Build the compiled loop for an environment with the gymnax 1.x protocol.
 
     `network.apply(params, network.prepare(obs))` gives logits and a value, in units of 1 / (1 - discount) rewards, so
@@ -114,7 +113,7 @@ def make_ppo(config: PPOConfig, env: Any, env_params: Any, network: nn.Module, u
     optimiser = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(schedule, eps=1e-5))
 
     def evaluate(params: Any, obs: Any) -> tuple[Array, Array]:
-        logits, value = jax.vmap(partial(network.apply, params))(obs)
+        logits, value = jax.vmap(lambda obs: network.apply(params, obs))(obs)
         return jax.nn.log_softmax(logits), value * value_scale
 
     def init(key: PRNGKeyArray) -> PPOState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -130,7 +131,7 @@ def build_site(config: SiteConfig) -> Site:
     Raises:
         UserError: a value is out of range.
     """
-    columns = {
+    columns: dict[str, Any] = {
         entry.name: np.asarray([getattr(expert, entry.name) for expert in config.experts])
         for entry in dataclasses.fields(Site)
     }

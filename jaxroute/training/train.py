@@ -41,7 +41,9 @@ def train(config: Config, run: Path, console: Console) -> Any:
         FloatingPointError: the loss is no longer finite.
     """
     config = with_default_sizes(config)
-    env, env_params = build_env(config, rate=tuple(config.train.rates), redraw_every=config.train.redraw_every)
+    env, env_params = build_env(
+        config, rate=(config.train.rates[0], config.train.rates[1]), redraw_every=config.train.redraw_every
+    )
     network = build_network(config.network)
     interval = config.train.log_interval
     learner = make_ppo(config.ppo, env, env_params, network, updates_per_call=interval)
