@@ -51,7 +51,7 @@ class RewardConfig:
 class TrainConfig:
     """How to train."""
 
-    rates: list[float] = field(default_factory=lambda: [2.0, 20.0])
+    rates: list[float] = field(default_factory=lambda: [3.0, 18.0])
     """Least and greatest request rate, 1/s; each environment redraws its own in between."""
     redraw_every: int = 512
     """Steps after which an environment draws a new rate."""

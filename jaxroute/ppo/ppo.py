@@ -25,12 +25,12 @@ class PPOConfig:
     """PPO's settings, as written in configs/ppo."""
 
     num_envs: int | None = None
-    """Environments side by side; null takes what fits the backend (256 on a CPU, 8192 on an accelerator)."""
-    num_steps: int = 64
+    """Environments side by side; null takes what fits the backend (512 on a CPU, 8192 on an accelerator)."""
+    num_steps: int = 32
     """Steps of each environment per update."""
-    num_epochs: int = 2
+    num_epochs: int = 1
     num_minibatches: int = 4
-    total_steps: int = 2_000_000
+    total_steps: int = 500_000
     """Environment steps in all."""
     learning_rate: float = 5e-4
     anneal: bool = True

@@ -20,7 +20,7 @@ from jaxroute.scenarios import build_env
 from jaxroute.training.checkpoint import save_params, write_config
 from jaxroute.training.tracking import Tracker
 
-_ENVS_BY_BACKEND = {"cpu": 256}
+_ENVS_BY_BACKEND = {"cpu": 512}
 _ENVS_ON_ACCELERATORS = 8192
 
 
@@ -66,7 +66,10 @@ def train(config: Config, run: Path, console: Console) -> Any:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Tracker(run, config) as tracker, Progress(*columns, console=console, refresh_per_second=2) as progress:
+    with (
+        Tracker(run, config, console.print) as tracker,
+        Progress(*columns, console=console, refresh_per_second=2) as progress,
+    ):
         task = progress.add_task("compiling", total=calls, speed="-", qos="-")
         state = learner.init(jax.random.key(config.seed))
         for call in range(1, calls + 1):
