@@ -39,7 +39,8 @@ class RewardConfig:
     shaping: bool = True
     """Potential-based shaping with the estimator's expected QoS of all requests in flight."""
     expected_quality: bool = True
-    """Reward the predicted quality, not the drawn outcome: the same on average, with less noise."""
+    """Reward the predicted quality, not the drawn outcome: the same on average if quality and timing are independent
+    given the predictions, with much less noise."""
 
     def __post_init__(self) -> None:
         for name in ("violation_penalty", "rejection_penalty"):

@@ -16,6 +16,8 @@ from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.policies import RULES
 
 NUM_ENVS, NUM_STEPS = 8, 64
+LONG = 384
+"""Steps of the episodes on edge6: long enough for most answers to end."""
 SCRIPT = "script"
 ROUTERS = (SCRIPT, *RULES)
 
@@ -35,8 +37,9 @@ class Episodes(NamedTuple):
 
 @cache
 def scenario(name: str) -> tuple[EdgeRouting, EnvParams]:
-    """A scenario whose reward is the drawn outcome; `reward.expected_quality` is compiled into the step."""
-    return jaxroute.make(name, overrides=("reward.expected_quality=false",))
+    """A scenario; edge3 rewards the drawn outcome, edge6 the predicted quality (which is compiled into the step)."""
+    drawn = ("reward.expected_quality=false",) if name.startswith("edge3") else ()
+    return jaxroute.make(name, overrides=drawn)
 
 
 def step_keys(key: jax.Array, num_steps: int) -> tuple[jax.Array, jax.Array]:

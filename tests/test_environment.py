@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from episodes import NUM_ENVS, NUM_STEPS, play, scenario, step_keys, with_rates
+from episodes import LONG, NUM_ENVS, NUM_STEPS, play, scenario, step_keys, with_rates
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from reference import simulate
@@ -370,6 +370,25 @@ def test_plain_reward_is_the_quality_of_service(edge3):
     played = play(env, with_rates(params, 1.0, 12.0))
     np.testing.assert_allclose(played.reward.sum(1), played.info["qos"].sum((1, 2, 3)), rtol=1e-5)
     assert played.reward.sum() > 50
+
+
+def test_expected_quality_is_rewarded_when_asked():
+    env, params = scenario("edge-poisson")
+    assert env.expected_quality
+    played = play(env, params, num_steps=LONG)
+    weights, info = jax.tree.map(np.asarray, params.reward), played.info
+    expected = (
+        np.where(info["in_time"], played.next_state.table.predicted_quality, 0).sum((-2, -1))
+        - weights.violation_penalty * info["num_late"]
+        - weights.rejection_penalty * info["rejected"]
+        + weights.discount * played.next_state.potential
+        - played.state.potential
+    )
+    np.testing.assert_allclose(played.reward, expected, atol=1e-4)
+    # The drawn outcome is another, and the same on average.
+    drawn, predicted = info["qos"].sum(), np.where(info["in_time"], played.next_state.table.predicted_quality, 0).sum()
+    assert drawn != predicted
+    assert drawn == pytest.approx(predicted, abs=4 * 0.5 * info["in_time"].sum() ** 0.5)
 
 
 def test_shaping_telescopes(edge3, busy):

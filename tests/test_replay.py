@@ -144,3 +144,30 @@ def test_mistakes_are_named(name, value):
     message = str(caught.value)
     assert name in message
     assert "\n" not in message
+
+
+def test_an_arrival_at_a_rounded_boundary_does_not_hang():
+    # In float32 clock + duration <= now and duration <= now - clock can differ; the engine once looped for ever where
+    # a request came exactly at the rounded end of the second iteration.
+    weight_load, compute = np.float32(0.0171), np.float32(9.2e-5)
+    prompt = 220
+    first = compute * np.float32(prompt)
+    boundary = first + weight_load
+    assert weight_load > boundary - first, "the case no longer shows the rounding"
+    zero = np.zeros(1)
+    site = jaxroute.Site(
+        iteration_overhead=zero,
+        weight_load=np.array([weight_load]),
+        compute_per_token=np.array([compute]),
+        decode_per_seq=zero,
+        attention_per_token=zero,
+        max_num_seqs=np.array([4]),
+        max_num_batched_tokens=np.array([2048]),
+        max_waiting=np.array([4]),
+        kv_capacity=np.array([9000]),
+        network_delay=zero,
+    )
+    requests = jaxroute.Requests(np.array([0.0, boundary]), np.array([prompt, 50]), np.array([20, 20]))
+    outcomes = jaxroute.replay(site, requests, np.array([0, 0]))
+    assert (outcomes.status == 0).all()
+    assert outcomes.ttft[0] == pytest.approx(first, abs=1e-4)

@@ -83,9 +83,11 @@ def _prefill_stall(site: Site, tokens: Array, num_seqs: Array) -> Array:
 
 def _expected_remaining(predicted: Array, generated: Array, log_error: Array) -> Array:
     """E[n - generated | n > generated] for log-normal n with median `predicted`, at least 1."""
-    z = jnp.log(predicted / jnp.maximum(generated, 1.0)) / log_error
-    # Far in the tail both probabilities vanish; the mean residual life grows only slowly there.
-    z = jnp.clip(z, -4.0, 8.0)
+    so_far = jnp.maximum(generated, 1.0)
+    # Four standard deviations into the tail both probabilities vanish in float32; from there on the mean is kept in
+    # proportion to what has been generated, which is a little less than a log-normal's.
+    predicted = jnp.maximum(predicted, so_far * jnp.exp(-4 * log_error))
+    z = jnp.minimum(jnp.log(predicted / so_far) / log_error, 8.0)
     mean = predicted * jnp.exp(log_error**2 / 2) * ndtr(z + log_error) / ndtr(z)
     return jnp.maximum(mean - generated, 1.0)
 

@@ -29,7 +29,7 @@ class Experts(NamedTuple):
     max_num_seqs: Float[Array, "expert"]
     max_waiting: Float[Array, "expert"]
     kv_used: Float[Array, "expert"]
-    """KV tokens held, those of the iteration in progress included."""
+    """KV tokens held, those of the iteration in progress not yet included."""
     kv_capacity: Float[Array, "expert"]
     pending_prefill: Float[Array, "expert"]
     """Tokens still to be prefilled for the requests there."""

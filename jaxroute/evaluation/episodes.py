@@ -30,6 +30,9 @@ def evaluate_policies(
 ) -> dict[float, dict[str, EpisodeRecords]]:
     """Run every policy at every rate on the same `seeds` episodes of `warmup + requests` requests.
 
+    Another `warmup` requests follow, which do not count but let those that do come to an end; otherwise long answers
+    would drop out of the average. What is still in flight then is not counted either.
+
     All rates and seeds of a policy run side by side, and one compiled program serves all policies: which one acts is
     an argument. `on_done` is called with each policy's name.
 
@@ -94,7 +97,7 @@ def _episodes(
             action, memories = act(obs, key_action, memories)
             request = state.request
             obs, state, _, _, _, info = env.step(key_env, state, action, episode_params)
-            row = jnp.where(info["ended"], info["request"], num_requests)
+            row = jnp.where(info["ended"], jnp.minimum(info["request"], num_requests), num_requests)
             outcome = (jnp.ones_like(info["ttft"]), info["ttft"], info["latency"], info["preemptions"])
             table = table.at[row.reshape(-1)].set(jnp.stack(outcome, axis=-1).reshape(-1, 4))
             noted = {
@@ -111,8 +114,9 @@ def _episodes(
 
         fresh = jax.tree.map(jnp.asarray, memories)
         (_, _, _, table), noted = jax.lax.scan(
-            step, (obs, state, fresh, table), jax.random.split(key_steps, num_requests)
+            step, (obs, state, fresh, table), jax.random.split(key_steps, num_requests + warmup)
         )
+        noted = jax.tree.map(lambda column: column[:num_requests], noted)
         ended, ttft, latency, preemptions = table[:num_requests].T
         completed = ended > 0
         status = jnp.where(completed, COMPLETED, jnp.where(noted["rejected"], REJECTED, IN_FLIGHT))

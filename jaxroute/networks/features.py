@@ -48,6 +48,7 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
     arrival, experts, requests = obs.arrival, obs.experts, obs.in_flight
     impact = obs.candidates.impact
     requirement = arrival.latency_requirement
+    shown = 1.0 if use_impact else 0.0
     arrival_features = jnp.stack(
         [
             _log_tokens(arrival.prompt_tokens),
@@ -69,7 +70,7 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
             _log_ratio(experts.compute_per_token, 1e-4),
             experts.network_delay / _TYPICAL_TIME_PER_TOKEN,
             jnp.minimum(experts.recent_latency / _TYPICAL_TIME_PER_TOKEN, 4.0),
-            experts.expected_qos / experts.max_num_seqs,
+            shown * experts.expected_qos / experts.max_num_seqs,
             experts.available.astype(jnp.float32),
         ],
         axis=-1,
@@ -100,7 +101,7 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
             _saturating(requests.generated),
             _saturating(requests.remaining_tokens),
             requests.predicted_quality,
-            requests.in_time,
+            shown * requests.in_time,
             jnp.minimum(_TYPICAL_TIME_PER_TOKEN / limit, 4.0),
             # Share of its time that is used up.
             jnp.minimum(requests.age / (limit * total), 4.0),

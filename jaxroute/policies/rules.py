@@ -89,7 +89,7 @@ def impact_greedy(params: Params, obs: Observation, key: PRNGKeyArray, memory: M
 
 
 # Tuned on the training workload by `python -m benchmarks.tune_rules`; see docs/policies.md.
-QUALITY_GAP = 0.1
+QUALITY_GAP = 0.2
 LATENCY_WEIGHT = 0.2
 
 RULES: dict[str, Policy] = {

@@ -30,8 +30,8 @@ class PPOConfig:
     """Steps of each environment per update."""
     num_epochs: int = 1
     num_minibatches: int = 4
-    total_steps: int = 500_000
-    """Environment steps in all."""
+    total_steps: int | None = None
+    """Environment steps in all; null takes half a million on a CPU, 100 million on an accelerator."""
     learning_rate: float = 5e-4
     anneal: bool = True
     """Lower the learning rate linearly to zero."""
@@ -44,7 +44,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_epochs", "num_minibatches", "total_steps"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"ppo: {name}={getattr(self, name)} must be at least 1")
         if self.num_envs is not None and (self.num_envs < 1 or self.num_envs % self.num_minibatches):
             raise UserError(
@@ -55,7 +55,7 @@ class PPOConfig:
                 raise UserError(f"ppo: {name}={getattr(self, name)} must be above 0")
         for name in ("discount", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1 or (name == "discount" and self.discount == 1):
-                raise UserError(f"ppo: {name}={getattr(self, name)} must lie in [0, 1), as the task never ends")
+                raise UserError(f"ppo: {name}={getattr(self, name)} must lie in [0, 1], discount below 1")
 
 
 # Totals of a rollout that an environment may report in `info`.
@@ -103,6 +103,7 @@ def make_ppo(config: PPOConfig, env: Any, env_params: Any, network: Any, updates
     """
     num_envs = config.num_envs
     assert num_envs is not None
+    assert config.total_steps is not None
     steps_per_update = num_envs * config.num_steps
     num_updates = max(1, config.total_steps // steps_per_update)
     value_scale = 1 / (1 - config.discount)

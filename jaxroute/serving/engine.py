@@ -229,7 +229,8 @@ def _advance(site: Site, state: SiteState, until: Float[Array, "*lanes"]) -> Sit
         kv_token_seconds=jnp.zeros_like(state.kv_token_seconds),
     )
     state = jax.lax.while_loop(
-        lambda state: jnp.any((state.clock + state.duration <= until) | (_next_start(state) < until)),
+        # The same comparison as in `_iterations_within`: rounded otherwise, a lane could ask for rounds for ever.
+        lambda state: jnp.any((state.duration <= until - state.clock) | (_next_start(state) < until)),
         lambda state: _round(site, state, until),
         state,
     )

@@ -20,33 +20,38 @@ from jaxroute.scenarios import build_env
 from jaxroute.training.checkpoint import save_params, write_config
 from jaxroute.training.tracking import Tracker
 
-_ENVS_BY_BACKEND = {"cpu": 512}
-_ENVS_ON_ACCELERATORS = 8192
+# Environments and total steps.
+_SIZES_ON_CPU = (512, 500_000)
+_SIZES_ON_ACCELERATORS = (8192, 100_000_000)
 
 
 def with_default_sizes(config: Config) -> Config:
     """Fill in the sizes that depend on the backend."""
-    if config.ppo.num_envs is not None:
-        return config
-    num_envs = _ENVS_BY_BACKEND.get(jax.default_backend(), _ENVS_ON_ACCELERATORS)
-    num_envs -= num_envs % config.ppo.num_minibatches
-    return dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, num_envs=num_envs))
+    ppo = config.ppo
+    num_envs, total_steps = _SIZES_ON_CPU if jax.default_backend() == "cpu" else _SIZES_ON_ACCELERATORS
+    if ppo.num_envs is None:
+        ppo = dataclasses.replace(ppo, num_envs=num_envs - num_envs % ppo.num_minibatches)
+    if ppo.total_steps is None:
+        ppo = dataclasses.replace(ppo, total_steps=total_steps)
+    return dataclasses.replace(config, ppo=ppo)
 
 
 def train(config: Config, run: Path, console: Console) -> Any:
     """Train a router and return its parameters; `run` receives configuration, metrics and checkpoints.
 
     Raises:
-        UserError: the configuration's data is missing or malformed.
-        FloatingPointError: the loss is no longer finite.
+        UserError: the configuration's data is missing or malformed, or a metric is no longer finite.
     """
     config = with_default_sizes(config)
     env, env_params = build_env(
         config, rate=(config.train.rates[0], config.train.rates[1]), redraw_every=config.train.redraw_every
     )
     network = build_network(config.network)
-    interval = config.train.log_interval
-    learner = make_ppo(config.ppo, env, env_params, network, updates_per_call=interval)
+    ppo = config.ppo
+    assert ppo.num_envs is not None
+    assert ppo.total_steps is not None
+    interval = min(config.train.log_interval, max(1, ppo.total_steps // (ppo.num_envs * ppo.num_steps)))
+    learner = make_ppo(ppo, env, env_params, network, updates_per_call=interval)
     calls = max(1, learner.num_updates // interval)
     steps_per_call = interval * learner.steps_per_update
     total = calls * steps_per_call
@@ -54,7 +59,7 @@ def train(config: Config, run: Path, console: Console) -> Any:
     run.mkdir(parents=True, exist_ok=True)
     write_config(run, config)
     console.print(
-        f"Training on {jax.default_backend()}: {config.ppo.num_envs} environments, {total:,} steps, "
+        f"Training on {jax.default_backend()}: {ppo.num_envs} environments, {total:,} steps, "
         f"rates {config.train.rates[0]:g} to {config.train.rates[1]:g} requests/s on {config.site.name}"
     )
     columns = (

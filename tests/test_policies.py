@@ -1,0 +1,290 @@
+"""Routing rules: one observation that pins each decision, full experts, ties, memory, and the registry."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from episodes import NUM_ENVS, ROUTERS, play, scenario, with_rates
+
+from jaxroute.env.types import Arrival, Candidates, Experts, Impact, InFlight, Observation
+from jaxroute.errors import UserError
+from jaxroute.policies import LEARNED, RULES, learned_policy, rules_named
+
+NUM_EXPERTS, NUM_SLOTS = 3, 4
+DRAWS = {"random", "lowest_latency"}
+"""Rules that decide with their key."""
+
+# Three experts that are alike in everything, and idle.
+ALIKE = {
+    "prompt_tokens": 100.0,
+    "latency_requirement": 0.04,
+    "arrival_rate": 8.0,
+    "max_num_seqs": 8.0,
+    "max_waiting": 4.0,
+    "kv_capacity": 10_000.0,
+    "iteration_time": 0.02,
+    "weight_load": 0.02,
+    "compute_per_token": 1e-4,
+    "predicted_quality": 0.5,
+    "predicted_output_tokens": 100.0,
+    "ttft": 0.1,
+    "tpot": 0.02,
+    "normalised_latency": 0.021,
+    "in_time": 0.9,
+    "qos": 0.45,
+    "available": True,
+}
+
+
+def observation(**changes):
+    """What a router sees; values are per expert, or one for all."""
+    assert set(changes) <= {*ALIKE, *Experts._fields, *Impact._fields}, "a field that does not exist"
+    values = ALIKE | changes
+
+    def fill(part, **others):
+        shape = () if part is Arrival else (NUM_EXPERTS,)
+        columns = {
+            name: jnp.broadcast_to(
+                jnp.asarray(values.get(name, 0.0), bool if name == "available" else jnp.float32), shape
+            )
+            for name in part._fields
+            if name not in others
+        }
+        return part(**columns, **others)
+
+    slots = jnp.zeros((NUM_EXPERTS, NUM_SLOTS))
+    return Observation(
+        arrival=fill(Arrival),
+        experts=fill(Experts),
+        candidates=fill(Candidates, impact=fill(Impact)),
+        in_flight=InFlight(*[slots] * len(InFlight._fields)),
+        running=slots > 0,
+        waiting=slots > 0,
+    )
+
+
+@jax.jit
+def all_decisions(obs, key):
+    return {name: rule.act(rule.params, obs, key, rule.memory)[0] for name, rule in RULES.items()}
+
+
+def decide(name, obs, seed=0):
+    return int(all_decisions(obs, jax.random.key(seed))[name])
+
+
+# ---- Each rule's decision ----------------------------------------------------------------------------------
+
+PINNED = {
+    # Waiting and running, and as many slots of either count the same: 3, 2 and 1 in all.
+    "shortest_queue": [({"num_waiting": [2, 0, 0], "num_running": [1, 2, 1]}, 2)],
+    # 0.1 + 100 * 0.02, 0.5 + 100 * 0.01, 0.05 + 300 * 0.01: neither the first token nor the pace nor the length alone.
+    "shortest_expected_delay": [
+        (
+            {
+                "ttft": [0.1, 0.5, 0.05],
+                "tpot": [0.02, 0.01, 0.01],
+                "predicted_output_tokens": [100, 100, 300],
+            },
+            1,
+        )
+    ],
+    "quality_only": [({"predicted_quality": [0.3, 0.6, 0.5], "in_time": [1, 0, 1], "qos": [0.3, 0, 0.5]}, 1)],
+    # Within 0.1 of the best: the last two, of which the second is faster. The fastest is not good enough.
+    "quality_threshold": [
+        ({"predicted_quality": [0.75, 0.82, 0.9], "weight_load": [0.01, 0.02, 0.04]}, 1),
+        ({"predicted_quality": [0.75, 0.78, 0.9], "weight_load": [0.01, 0.02, 0.04]}, 2),
+    ],
+    "lowest_latency": [
+        ({"recent_latency": [0.05, 0.03, 0.034]}, 1),
+        # Where nothing completed lately, nothing is slow.
+        ({"recent_latency": [0.05, 0.03, 0.0]}, 2),
+    ],
+    # q - 0.2 l / L: 0.65, but too late; 0.6 - 0.15; 0.55 - 0.05.
+    "weighted_sum": [
+        ({"predicted_quality": [0.9, 0.6, 0.55], "normalised_latency": [0.05, 0.03, 0.01]}, 2),
+        # Nobody meets the requirement of 0.04: all compete, 0.9 - 0.25, 0.6 - 0.225, 0.55 - 0.3.
+        ({"predicted_quality": [0.9, 0.6, 0.55], "normalised_latency": [0.05, 0.045, 0.06]}, 0),
+    ],
+    "qos_greedy": [({"qos": [0.4, 0.3, 0.6], "qos_loss": [0, 0, 0.5], "predicted_quality": [0.4, 0.9, 0.6]}, 2)],
+    "impact_greedy": [({"qos": [0.4, 0.3, 0.6], "qos_loss": [0, 0, 0.5]}, 0)],
+}
+CASES = [(name, changes, expected) for name, cases in PINNED.items() for changes, expected in cases]
+
+
+@pytest.mark.parametrize(("name", "changes", "expected"), CASES, ids=[case[0] for case in CASES])
+def test_decisions(name, changes, expected):
+    assert decide(name, observation(**changes)) == expected
+
+
+def test_every_rule_is_pinned():
+    assert set(RULES) == {*PINNED, "random", "round_robin"}
+    assert all(rule.name == name for name, rule in RULES.items())
+
+
+def test_random_is_uniform():
+    keys = jax.random.split(jax.random.key(0), 3000)
+    chosen = np.asarray(jax.jit(jax.vmap(all_decisions, (None, 0)))(observation(), keys)["random"])
+    np.testing.assert_allclose(np.bincount(chosen, minlength=3) / 3000, 1 / 3, atol=0.04)
+
+
+def test_lowest_latency_draws_among_the_close():
+    obs = observation(recent_latency=[0.0328, 0.03, 0.0332])
+    assert {decide("lowest_latency", obs, seed) for seed in range(20)} == {0, 1}
+
+
+def test_round_robin_takes_turns():
+    rule = RULES["round_robin"]
+    obs, memory, actions = observation(), rule.memory, []
+    for _ in range(7):
+        action, memory = rule.act(rule.params, obs, jax.random.key(0), memory)
+        actions.append(int(action))
+    assert actions == [0, 1, 2, 0, 1, 2, 0]
+    # Its turn has come, but it is full: the next one serves, and the one after that is next.
+    action, memory = rule.act(rule.params, observation(available=[True, False, True]), jax.random.key(0), memory)
+    assert int(action) == 2
+    action, _ = rule.act(rule.params, obs, jax.random.key(0), memory)
+    assert int(action) == 0
+
+
+def test_weighted_sum_ignores_who_is_full_when_it_asks_who_meets_the_limit():
+    # The only one in time is full: the others compete as if none were.
+    changes = {"predicted_quality": [0.9, 0.8, 0.5], "normalised_latency": [0.1, 0.05, 0.01]}
+    assert decide("weighted_sum", observation(**changes)) == 2
+    assert decide("weighted_sum", observation(**changes, available=[True, True, False])) == 1
+
+
+# ---- What holds for every rule -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def arbitrary():
+    """Decisions on observations that make no sense, with every pattern of full experts."""
+    count = 256
+    rng = np.random.default_rng(0)
+    numbers = jax.tree.map(
+        lambda leaf: (
+            jnp.asarray(rng.choice([0.0, 1e-3, 0.5, 1.0, 50.0], (count, *leaf.shape)), jnp.float32)
+            if leaf.dtype == jnp.float32
+            else jnp.zeros((count, *leaf.shape), bool)
+        ),
+        observation(),
+    )
+    available = (np.arange(count)[:, None] >> np.arange(NUM_EXPERTS)) % 2 == 1
+    arrival = numbers.arrival._replace(latency_requirement=numbers.arrival.latency_requirement + 1e-3)
+    obs = numbers._replace(arrival=arrival, experts=numbers.experts._replace(available=jnp.asarray(available)))
+    keys = jax.random.split(jax.random.key(0), count)
+    return available, jax.tree.map(np.asarray, jax.jit(jax.vmap(all_decisions))(obs, keys))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_full_experts_are_spared(arbitrary, name):
+    available, decisions = arbitrary
+    taken = np.take_along_axis(available, decisions[name][:, None], -1)[:, 0]
+    np.testing.assert_array_equal(taken, available.any(-1))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_last_one_with_room_is_taken(name):
+    """However bad it looks."""
+    for left in range(NUM_EXPERTS):
+        only = np.arange(NUM_EXPERTS) == left
+        changes = {field: np.where(only, 9.0, 0.1) for field in ("num_waiting", "num_running", "ttft", "tpot")}
+        changes |= {field: np.where(only, 0.1, 0.9) for field in ("predicted_quality", "qos")}
+        changes |= {field: np.where(only, 0.5, 0.01) for field in ("recent_latency", "normalised_latency")}
+        assert decide(name, observation(**changes, available=only)) == left
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_all_full_is_still_a_decision(arbitrary, name):
+    available, decisions = arbitrary
+    actions = decisions[name]
+    assert np.issubdtype(actions.dtype, np.integer)
+    assert set(actions[~available.any(-1)].tolist()) <= set(range(NUM_EXPERTS))
+    assert (~available.any(-1)).sum() > 10
+
+
+@pytest.mark.parametrize("name", sorted(set(PINNED) - DRAWS | {"round_robin"}))
+def test_ties_go_to_the_lowest_index(name):
+    assert decide(name, observation()) == 0
+    assert decide(name, observation(available=[False, True, True])) == 1
+
+
+def test_only_rules_that_draw_depend_on_the_key():
+    for name in RULES:
+        decided = {decide(name, observation(), seed) for seed in range(20)}
+        assert (len(decided) > 1) == (name in DRAWS), name
+
+
+# ---- In the environment ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def played():
+    """Each rule for an episode, jitted, vmapped and scanned."""
+    env, params = scenario("edge3-poisson")
+    episodes = {}
+    for start in range(1, len(ROUTERS), NUM_ENVS):
+        names = ROUTERS[start : start + NUM_ENVS]
+        batch = play(env, with_rates(params, 2.0, 8.0), seed=7, routers=names)
+        for e, name in enumerate(names):
+            episodes[name] = jax.tree.map(lambda leaf, e=e: leaf[e], batch)
+    return episodes
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_routes(played, name):
+    episode = played[name]
+    assert np.isfinite(episode.reward).all()
+    available = episode.obs.experts.available
+    chosen = np.take_along_axis(available, episode.action[:, None], -1)[:, 0]
+    np.testing.assert_array_equal(chosen, available.any(-1))
+    assert episode.info["num_completed"].sum() > 0
+
+
+def test_rules_decide_in_the_loop_as_outside(played):
+    for name in set(PINNED) - DRAWS:
+        episode = played[name]
+        obs = jax.tree.map(lambda leaf: leaf[40], episode.obs)
+        assert decide(name, obs) == episode.action[40], name
+
+
+def test_memory_is_carried(played):
+    episode = played["round_robin"]
+    room = episode.obs.experts.available.all(-1)
+    undisturbed = room[1:] & room[:-1]
+    assert undisturbed.sum() > 5
+    turns = np.diff(episode.action) % NUM_EXPERTS
+    assert (turns[undisturbed] == 1).all()
+
+
+# ---- Learned and registered --------------------------------------------------------------------------------
+
+
+def test_the_learned_router_takes_the_highest_logit():
+    class Scale:
+        def apply(self, params, obs):
+            return params * obs.candidates.predicted_quality, jnp.float32(0.0)
+
+    obs = observation(predicted_quality=[0.5, 0.9, 0.1])
+    for params, expected in ((1.0, 1), (-1.0, 2)):
+        policy = learned_policy(Scale(), params)
+        action, memory = policy.act(policy.params, obs, jax.random.key(0), policy.memory)
+        assert (policy.name, int(action), memory) == (LEARNED, expected, policy.memory)
+
+
+def test_rules_are_found_by_name():
+    assert [rule.name for rule in rules_named(["qos_greedy", "random"])] == ["qos_greedy", "random"]
+    assert [rule.name for rule in rules_named(None)] == list(RULES)
+    assert rules_named([]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "suggested"), [("qos_gredy", "qos_greedy"), ("shortest-queue", "shortest_queue"), ("xyz", "random")]
+)
+def test_an_unknown_rule_is_one_line(name, suggested):
+    with pytest.raises(UserError) as caught:
+        rules_named(["random", name])
+    message = str(caught.value)
+    assert name in message
+    assert suggested in message
+    assert "\n" not in message
