@@ -52,11 +52,11 @@ class RewardConfig:
 class TrainConfig:
     """How to train."""
 
-    rates: list[float] = field(default_factory=lambda: [3.0, 18.0])
+    rates: list[float] = field(default_factory=lambda: [2.0, 14.0])
     """Least and greatest request rate, 1/s; each environment redraws its own in between."""
     redraw_every: int = 512
     """Steps after which an environment draws a new rate."""
-    log_interval: int = 5
+    log_interval: int = 10
     """Updates between two looks from the host."""
     evaluate: bool = True
     """Judge the trained router against the rules at the end."""
@@ -77,9 +77,9 @@ class EvalConfig:
     """Independent episodes; every policy meets the same ones."""
     requests: int = 1000
     """Requests per episode that count."""
-    warmup: int = 200
+    warmup: int = 400
     """Requests at the start of an episode that do not count: the site fills up."""
-    loads: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5, 2.0])
+    loads: list[float] = field(default_factory=lambda: [0.5, 0.75, 1.0, 1.25, 1.5])
     """Multiples of the workload's rate to judge at; 1 is always among them."""
     seed: int = 1_000_000
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 from typing import get_args, get_origin, get_type_hints
 
@@ -52,11 +51,10 @@ def line_of(call, *args):
 # --- what is there ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("group", "choice"), [(group, choice) for group in CHOICES for choice in CHOICES[group]])
-def test_every_file_composes_to_its_type(group, choice):
-    config = load_config([f"{group}={choice}"])
+@pytest.mark.parametrize("row", range(max(len(choices) for choices in CHOICES.values())))
+def test_every_file_composes_to_its_types(row):
+    config = load_config([f"{group}={choices[row % len(choices)]}" for group, choices in CHOICES.items()])
     assert type(config) is Config
-    assert type(getattr(config, group)) is get_type_hints(Config)[group]
     assert_typed(config, "config")
 
 
@@ -87,12 +85,14 @@ def test_what_is_committed_are_the_defaults():
 
 
 @pytest.mark.parametrize(
-    ("site", "workload", "bank"),
-    [("edge3", workload, "embedded") for workload in CHOICES["workload"]]
-    + [(site, "poisson", bank) for site, bank in itertools.product(CHOICES["site"], CHOICES["bank"])],
+    "choices",
+    # The largest site needs the most of a bank.
+    [f"site={site}" for site in CHOICES["site"]]
+    + [f"site=edge3 workload={workload}" for workload in CHOICES["workload"] if workload != "poisson"]
+    + [f"site=edge16 bank={bank}" for bank in CHOICES["bank"] if bank != "embedded"],
 )
-def test_every_choice_builds(site, workload, bank, request, monkeypatch, no_data):
-    config = load_config([f"site={site}", f"workload={workload}", f"bank={bank}"])
+def test_every_choice_builds(choices, request, monkeypatch, no_data):
+    config = load_config(choices.split())
     if needs_data(config):
         monkeypatch.setenv("JAXROUTE_DATA", str(request.getfixturevalue("data_dir")))
     env, params = build_env(config)
@@ -171,44 +171,32 @@ def test_written_and_read_again(overrides, tmp_path):
         ("eval.nonsense=8", "unknown option eval.nonsense"),
         ("site=edge4", "unknown site edge4; choose one of edge16, edge3, edge6"),
         ("workload=poison", "unknown workload poison; choose one of azure_conv, gamma, poisson"),
-        ("bank=mmlu", "unknown bank mmlu; choose one of embedded, mmlu_pro, zeroeval"),
-        ("network=gnn", "unknown network gnn; choose one of han, mlp"),
         # Types
         ("seed=abc", "seed: Value 'abc'"),
         ("ppo.num_envs=many", "ppo.num_envs: Value 'many'"),
-        ("ppo.num_steps=1.5", "ppo.num_steps: Value '1.5'"),
         ("reward.shaping=perhaps", "reward.shaping: Value 'perhaps' is not a valid bool"),
-        ("train.rates=[a,b]", "train.rates[0]: Value 'a'"),
         ("site.experts.0.kv_capacity=large", "site.experts[0].kv_capacity: Value 'large'"),
         # Kinds
-        ("network.kind=gnn", "network: kind=gnn is unknown; choose han or mlp"),
         ("workload.arrivals=weibull", "workload poisson: arrivals=weibull is unknown; choose one of poisson, gamma"),
         ("bank.kind=wikipedia", "bank.kind='wikipedia' is unknown: use one of embedded"),
-        ("bank.split=dev", "bank.split='dev' is unknown: use one of train, test, all"),
         ("wandb.mode=on", "wandb: mode=on is unknown; choose disabled, offline or online"),
         # Values
         ("seed=-1", "seed=-1 must not be negative"),
         ("workload.rate=-1", "workload poisson: rate=-1.0 must be above 0"),
         ("workload.rate=nan", "workload poisson: rate=nan must be above 0"),
-        ("workload.rate=null", "workload poisson: rate is missing"),
-        ("workload.rate_scale=0", "workload poisson: rate_scale=0.0 must be above 0"),
         ("workload.requirements=[]", "workload poisson: requirements is empty"),
         ("workload.requirements.0.share=-1", "requirement interactive needs latency > 0 and share >= 0"),
-        ("workload.requirements.2.latency=0", "requirement relaxed needs latency > 0"),
         ("workload.requirements=[{name: a, latency: 1, share: 0}]", "the shares of all requirements are 0"),
         ("workload.requirements=[{name: a, latency: 1}]", "workload.requirements[0].share"),
         ("workload.arrivals=trace", "workload poisson: trace is missing; name a file"),
         ("site.experts=[]", "site edge3: experts is empty; list at least one"),
-        ("bank.num_prompts=10", "bank.num_prompts=10 is too few"),
         ("ppo.num_envs=6", "ppo: num_envs=6 must be a positive multiple of num_minibatches=4"),
-        ("ppo.discount=1", "ppo: discount=1.0 must lie in [0, 1)"),
+        ("ppo.discount=1", "ppo: discount=1.0 must lie in [0, 1"),
         ("ppo.learning_rate=nan", "ppo: learning_rate=nan must be above 0"),
-        ("network.hidden=33", "network: hidden=33 must be a positive multiple of heads=2"),
         ("reward.rejection_penalty=-1", "reward: rejection_penalty=-1.0 must not be negative"),
         ("train.rates=[2,1]", "train: rates=[2.0, 1.0] must be two numbers"),
         ("train.log_interval=0", "train: log_interval=0 must be at least 1"),
         ("eval.loads=[1,-1]", "eval: loads=[1.0, -1.0] must all be above 0"),
-        ("eval.seeds=0", "eval: seeds=0"),
     ],
 )  # fmt: skip
 def test_bad_option(override, message):
@@ -223,14 +211,11 @@ ACCEPTED = "accepted today"  # and ignored, or it fails later
     [
         ("+ppo.num_env=8", "ppo.num_env"),  # Hydra's + adds a key; nothing would read it
         ("workload.requirements.0.latency=nan", "requirement interactive"),
-        ("workload.requirements.0.share=nan", "requirement interactive"),
         ("ppo.learning_rate=inf", "ppo: learning_rate=inf"),
-        ("ppo.entropy_bonus=nan", "ppo: entropy_bonus=nan"),
         ("reward.violation_penalty=nan", "reward: violation_penalty=nan"),
         ("train.rates=[1,inf]", "train: rates=[1.0, inf]"),
         ("eval.loads=[inf]", "eval: loads=[inf]"),
         ("seed=99999999999999999999", "seed=99999999999999999999"),
-        ("eval.seed=99999999999999999999", "seed=99999999999999999999"),
     ],
 )
 @pytest.mark.xfail(strict=True, reason=ACCEPTED)
@@ -241,10 +226,8 @@ def test_bad_option_that_must_not_pass(override, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed", "seed"),
         ("ppo.num_envs=[8", "ppo.num_envs=[8"),
         ("checkpoint=outputs/a=b", "checkpoint=outputs/a=b"),
-        ("checkpoint=a(1)", "checkpoint=a(1)"),
         ("data_dir=~/data", "data_dir=~/data"),
         ("--multirun", "--multirun"),
         ("site.experts.9.kv_capacity=64", "site.experts.9"),
@@ -265,7 +248,6 @@ def test_what_cannot_be_read_is_named(override, message):
     ("overrides", "message"),
     [
         (["site.experts.0.network_delay=-1"], "site edge3: network_delay of expert 0 is -1.0; it must be at least 0"),
-        (["site.experts.2.weight_load=nan"], "site edge3: weight_load of expert 2 is nan"),
         (["site.experts.1.max_num_seqs=0"], "site edge3: max_num_seqs of expert 1 is 0; it must be at least 1"),
         (["site.experts.1.model=gemma-2-9b"], "no LLM 'gemma-2-9b' (close: gemma-2-9b-it"),
         (
@@ -311,10 +293,8 @@ UNEXPLAINED = pytest.mark.xfail(strict=True, reason="says that composing failed,
     [
         (None, {"kv_capacity": None}, "site.experts[0].kv_capacity: "),
         pytest.param(None, {"kv_capacity": "much"}, "kv_capacity: Value 'much'", marks=UNEXPLAINED),
-        pytest.param(None, {"max_num_seqs": 2.5}, "max_num_seqs: Value '2.5'", marks=UNEXPLAINED),
         pytest.param(None, {"kv_capcity": 3}, "did you mean", marks=UNEXPLAINED),
         ("name: mine\n", {}, "site mine: experts is empty"),
-        ("name: mine\nexperts: 3\n", {}, "site.experts: "),
         pytest.param(
             "name: mine\nexperts: [\n",
             {},
@@ -335,7 +315,11 @@ def test_bad_site_of_my_own(text, changes, message, tmp_path):
         ("num_steps: many", "ppo.num_steps: Value 'many'"),
         ("num_stepz: 64", "unknown option ppo.num_stepz; did you mean ppo.num_steps?"),
         ("num_steps: 0", "ppo: num_steps=0 must be at least 1"),
-        ("num_steps: [", "expected"),
+        pytest.param(
+            "num_steps: [",
+            "line",
+            marks=pytest.mark.xfail(strict=True, reason="does not say which line it cannot read"),
+        ),
     ],
 )
 def test_bad_file_of_a_run(line, message, tmp_path):

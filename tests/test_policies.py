@@ -63,9 +63,13 @@ def observation(**changes):
     )
 
 
+# Not those tuned on some workload, which may change.
+PARAMS = {"quality_threshold": 0.1, "weighted_sum": 0.2}
+
+
 @jax.jit
 def all_decisions(obs, key):
-    return {name: rule.act(rule.params, obs, key, rule.memory)[0] for name, rule in RULES.items()}
+    return {name: rule.act(PARAMS.get(name, rule.params), obs, key, rule.memory)[0] for name, rule in RULES.items()}
 
 
 def decide(name, obs, seed=0):
@@ -242,7 +246,7 @@ def test_every_rule_routes(played, name):
 
 
 def test_rules_decide_in_the_loop_as_outside(played):
-    for name in set(PINNED) - DRAWS:
+    for name in set(PINNED) - DRAWS - set(PARAMS):
         episode = played[name]
         obs = jax.tree.map(lambda leaf: leaf[40], episode.obs)
         assert decide(name, obs) == episode.action[40], name
@@ -262,6 +266,9 @@ def test_memory_is_carried(played):
 
 def test_the_learned_router_takes_the_highest_logit():
     class Scale:
+        def prepare(self, obs):
+            return obs
+
         def apply(self, params, obs):
             return params * obs.candidates.predicted_quality, jnp.float32(0.0)
 

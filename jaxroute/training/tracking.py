@@ -17,7 +17,7 @@ class Tracker:
     """Write each set of metrics to metrics.jsonl and, by configuration, to W&B."""
 
     def __init__(self, run: Path, config: Config, warn: Callable[[str], None]) -> None:
-        self._file = (run / "metrics.jsonl").open("a", buffering=1)
+        self._file = (run / "metrics.jsonl").open("w", buffering=1)
         self._wandb: Any = None
         if config.wandb.mode != "disabled":
             self._wandb = _start_wandb(run, config, warn)

@@ -21,7 +21,7 @@ from jaxroute.training.checkpoint import save_params, write_config
 from jaxroute.training.tracking import Tracker
 
 # Environments and total steps.
-_SIZES_ON_CPU = (512, 500_000)
+_SIZES_ON_CPU = (256, 800_000)
 _SIZES_ON_ACCELERATORS = (8192, 100_000_000)
 
 
