@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,6 +23,10 @@ from rich.table import Table
 import jaxroute
 from jaxroute.cli import use_compilation_cache
 from jaxroute.networks import NetworkConfig, build_network
+
+
+def _finish(program: Callable, *arguments: object) -> object:
+    return jax.block_until_ready(program(*arguments))
 
 
 def main() -> None:
@@ -64,7 +69,7 @@ def main() -> None:
             return jax.nn.log_softmax(logits)[:, 0].mean() + jnp.square(value).mean()
 
         for kind, program in (("forward", jax.jit(forward)), ("with gradient", jax.jit(jax.grad(loss)))):
-            call = lambda program=program, features=features: jax.block_until_ready(program(weights, features))  # noqa: E731
+            call = partial(_finish, program, weights, features)
             call()
             programs[name, kind] = call
 
