@@ -1,6 +1,7 @@
 """Environment steps/s and PPO training steps/s on this machine.
 
-`python -m benchmarks.throughput [--quick]` prints medians of several runs and writes outputs/benchmarks/throughput.json.
+`python -m benchmarks.throughput [--quick]` prints medians of several runs and writes
+outputs/benchmarks/throughput.json.
 One environment step is one routed request; routing is random on edge6 at 10 requests/s, which keeps the site busy.
 """
 

@@ -24,8 +24,14 @@ from jaxroute.training.checkpoint import save_params, write_config
 
 ROOT = Path(__file__).resolve().parents[1]
 RULES = ("random", "shortest_queue")
-EVAL = ("eval.seeds=2", "eval.requests=40", "eval.warmup=10", "eval.loads=[1.0]", f"policies=[{','.join(RULES)}]")
-PPO = ("ppo.num_envs=8", "ppo.num_steps=8", "ppo.total_steps=128", "train.log_interval=1")
+RATE = 10.0
+EVAL = (
+    "eval.seeds=2", "eval.requests=40", "eval.warmup=10", "eval.loads=[1.0]", f"workload.rate={RATE}",
+    f"policies=[{','.join(RULES)}]",
+)  # fmt: skip
+PPO = (
+    "ppo.num_envs=8", "ppo.num_steps=8", "ppo.num_minibatches=4", "ppo.total_steps=128", "train.log_interval=1",
+)  # fmt: skip
 TINY = ("site=edge3", *PPO, *EVAL)
 
 
@@ -130,7 +136,7 @@ def assert_results(run, reference, site="edge3", policies=RULES):
         assert 0 <= metrics["violation_rate"]["mean"] <= 1
         assert len(metrics["expert_share"]) == len(results["experts"])
         assert sum(metrics["expert_share"]) == pytest.approx(1), name
-    assert [load["rate"] for load in results["loads"]] == [results["rate"]] == [10.0]
+    assert [load["rate"] for load in results["loads"]] == [results["rate"]] == [RATE]
     assert set(results["paired_difference"]) == (set(policies) if reference else set())
     assert {"jaxroute", "jax", "backend", "command"} <= set(results["settings"])
 
@@ -173,25 +179,20 @@ def test_judging_a_run_again_gives_the_same_numbers(run):
     assert read_config(Path("again/config.yaml")).checkpoint == str(run)
 
 
-def test_judging_one_checkpoint(run, capsys):
-    early = run / "checkpoints" / "64"
-    assert eval_main(["site=edge3", *EVAL, f"checkpoint={early}"]) == 0
-    (written,) = Path("outputs").iterdir()
-    assert re.fullmatch(r"\d{8}-\d{6}-eval-poisson-embedded", written.name)
-    assert_results(written, "jaxroute")
-    assert results_of(written)["settings"]["checkpoint"] == str(early)
-    assert "report.html" in capsys.readouterr().out
-
-
 def test_judging_the_rules_alone():
     assert eval_main(["site=edge3", *EVAL, "output_dir=rules"]) == 0
     assert_results(Path("rules"), None)
 
 
-def test_a_han_runs_on_a_site_with_more_experts(run):
-    assert eval_main(["site=edge6", *EVAL, "policies=[random]", f"checkpoint={run}", "output_dir=edge6"]) == 0
-    assert_results(Path("edge6"), "jaxroute", site="edge6", policies=["random"])
-    assert len(results_of(Path("edge6"))["experts"]) == 6
+def test_a_checkpoint_of_the_han_runs_on_a_site_with_more_experts(run, capsys):
+    early = run / "checkpoints" / "64"
+    assert eval_main(["site=edge6", *EVAL, "policies=[random]", f"checkpoint={early}"]) == 0
+    (written,) = Path("outputs").iterdir()
+    assert re.fullmatch(r"\d{8}-\d{6}-eval-poisson-embedded", written.name)
+    assert f"{written}/report.html" in capsys.readouterr().out.replace("\n", "")
+    assert_results(written, "jaxroute", site="edge6", policies=["random"])
+    assert results_of(written)["settings"]["checkpoint"] == str(early)
+    assert len(results_of(written)["experts"]) == 6
 
 
 # --- help --------------------------------------------------------------------------------------------------
@@ -254,7 +255,8 @@ def test_bad_command(main, args, message, capsys):
     "main",
     [eval_main, pytest.param(train_main, marks=pytest.mark.xfail(strict=True, reason="trains first, then looks"))],
 )
-def test_unknown_policy(main, capsys):
+def test_unknown_policy(main, capsys, monkeypatch):
+    monkeypatch.setattr("jaxroute.cli.train", lambda *args: pytest.fail("it trained"))
     said = refuses(main, *TINY, "policies=[shortest_que]", "output_dir=new", capsys=capsys)
     assert "policies: shortest_que is unknown; did you mean shortest_queue?" in said
 
@@ -269,13 +271,6 @@ def test_no_policy_at_all(capsys):
 def test_output_folder_that_is_a_file(main, capsys):
     Path("taken").touch()
     assert "taken" in refuses(main, *TINY, "output_dir=taken", capsys=capsys)
-
-
-def test_one_line_in_a_shell():
-    refused = shell("eval.py", "eval.sedes=2", cwd=Path.cwd())
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr == "error: unknown option eval.sedes; did you mean eval.seeds?\n"
-    assert not list(Path.cwd().iterdir())
 
 
 def test_checkpoint_that_does_not_exist(capsys):
@@ -324,17 +319,18 @@ def test_damaged_checkpoint(name, damage, run, capsys):
     assert re.search(r"checkpoint run/checkpoints/128 cannot be read \(\w+\); is it complete\?", said)
 
 
-def test_damaged_numbers_in_a_shell(run):
+def test_one_line_in_a_shell(run):
+    """No warning and no stack trace of a library reaches the terminal, either."""
     shutil.copytree(run, "run")
     max(Path("run/checkpoints/128").rglob("*"), key=lambda path: path.stat().st_size).unlink()
     refused = shell("eval.py", "site=edge3", *EVAL, "checkpoint=run", cwd=Path.cwd())
-    assert refused.returncode == 2
+    assert (refused.returncode, refused.stdout) == (2, "")
     assert re.fullmatch(r"error: checkpoint run/checkpoints/128 cannot be read [^\n]*\n", refused.stderr)
 
 
-@pytest.mark.xfail(strict=True, reason="overwrites the run's config.yaml with its own")
-def test_judging_into_the_run_leaves_it_readable(run):
+@pytest.mark.xfail(strict=True, reason="overwrites the run's config.yaml, and the checkpoint no longer fits")
+def test_judging_into_a_run_leaves_it_as_it_was(run):
     shutil.copytree(run, "run")
-    before = (Path("run") / "config.yaml").read_text()
-    eval_main(["site=edge3", "network=mlp", *EVAL, "checkpoint=run", "output_dir=run"])
-    assert (Path("run") / "config.yaml").read_text() == before
+    before = Path("run/config.yaml").read_text()
+    eval_main(["site=edge3", "network=mlp", *EVAL, "output_dir=run"])
+    assert Path("run/config.yaml").read_text() == before

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import PENCIL, site_arrays
-from episodes import LONG, NUM_ENVS, play, scenario, with_rates
+from episodes import NUM_ENVS, NUM_STEPS, changed, edge6, play
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import simulate
@@ -139,7 +139,7 @@ def test_a_runaway_answer_is_not_about_to_end():
 
 def test_alone_on_a_real_expert_as_simulated():
     """One request of the predicted length, on each expert of edge6."""
-    _, params = scenario("edge-poisson")
+    _, params = edge6()
     site = {name: np.asarray(values) for name, values in vars(params.site).items()}
     exact = jnp.full(NUM_EXPERTS, 1e-3)
     nobody = Batch(*(np.zeros((NUM_SLOTS, NUM_EXPERTS), bool) for _ in range(2)), *[np.zeros((8, 6), np.float32)] * 7)
@@ -262,14 +262,14 @@ def calibration():
     Of requests that completed: nobody is rejected at this load, and the few per cent that are still running at the
     end of the episode are mostly runaway answers.
     """
-    env, params = scenario("edge-poisson")
-    played = play(env, with_rates(params, 10.0, 10.0), routers=("qos_greedy",), num_steps=LONG)
-    columns = []
+    _, params = edge6()
+    played = play(changed(params, (10.0, 10.0)), routers=("qos_greedy",), num_chunks=6)
+    num_steps, columns = 6 * NUM_STEPS, []
     for e in range(NUM_ENVS):
         ended = played.info["ended"][e]
         request, expert = played.info["request"][e][ended], np.nonzero(ended)[2]
         # After a warm-up, and early enough that all but the longest answers end within the episode.
-        known = (request >= LONG // 8) & (request < LONG * 5 // 8)
+        known = (request >= num_steps // 8) & (request < num_steps * 5 // 8)
         request, expert = request[known], expert[known]
         impact = jax.tree.map(lambda leaf, e=e, at=(request, expert): leaf[e][at], played.obs.candidates.impact)
         outcome = {name: played.info[name][e][ended][known] for name in ("latency", "output_tokens", "in_time", "ttft")}
@@ -286,7 +286,7 @@ def calibration():
         )
     assert played.info["rejected"].mean() < 0.01
     merged = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
-    assert len(merged["expert"]) > 0.9 * NUM_ENVS * LONG / 2
+    assert len(merged["expert"]) > 0.9 * NUM_ENVS * num_steps / 2
     return merged
 
 

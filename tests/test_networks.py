@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from episodes import LONG, ROUTERS, play, scenario, with_rates
+from episodes import ROUTERS, changed, edge6, play
 
 from jaxroute.errors import UserError
 from jaxroute.networks import HAN, FlatMLP, NetworkConfig, build_network
@@ -15,6 +15,7 @@ from jaxroute.networks.graph import EDGE_TYPES, EXPERT_TO_ARRIVAL, RUNNING_TO_EX
 
 SAMPLES = 48
 TOLERANCE = 1e-5
+SLOTS = ("in_flight", "running", "waiting")
 ABLATED = HAN(hidden=8, heads=2, semantic_attention=False, use_impact=False)
 """Both ablations, and small."""
 
@@ -29,9 +30,10 @@ def sample(episodes, seed=0):
 
 
 @pytest.fixture(scope="module")
-def edge3():
-    env, params = scenario("edge3-poisson")
-    obs = sample(play(env, with_rates(params, 1.0, 20.0)))
+def obs():
+    """From episodes on edge6 with few seats, so that some or all experts are full at times."""
+    _, params = edge6()
+    obs = sample(play(changed(params, (2.0, 60.0), max_num_seqs=4, max_waiting=2), routers=ROUTERS))
     available = obs.experts.available
     assert not obs.running[0].any(), "the first one is idle"
     assert available.all(-1).any()
@@ -42,9 +44,11 @@ def edge3():
 
 
 @pytest.fixture(scope="module")
-def edge6():
-    env, params = scenario("edge-poisson")
-    return sample(play(env, with_rates(params, 10.0, 30.0), routers=ROUTERS, num_steps=LONG))
+def smaller(obs):
+    """The same with half of the experts and half of the slots."""
+    cut = {name: jax.tree.map(lambda leaf: leaf[:, :3], getattr(obs, name)) for name in ("experts", "candidates")}
+    slots = {name: jax.tree.map(lambda leaf: leaf[:, :3, :8], getattr(obs, name)) for name in SLOTS}
+    return obs._replace(**cut, **slots)
 
 
 def first(network, obs):
@@ -99,24 +103,24 @@ def assert_finite(tree):
 # ---- Two formulations --------------------------------------------------------------------------------------
 
 
-def test_dense_and_segment_agree(edge3):
+def test_dense_and_segment_agree(obs):
     dense, segment = HAN(), HAN(dense=False)
-    params = anywhere(dense, edge3)
-    assert shapes(segment, edge3) == shapes(dense, edge3)
-    logits, values, gradient = with_gradient(dense, params, edge3)
+    params = anywhere(dense, obs)
+    assert shapes(segment, obs) == shapes(dense, obs)
+    logits, values, gradient = with_gradient(dense, params, obs)
     assert np.std(values) > 0.1
     assert np.std(logits[logits > -1e8]) > 0.1
-    assert_close(with_gradient(segment, params, edge3), (logits, values, gradient))
+    assert_close(with_gradient(segment, params, obs), (logits, values, gradient))
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient)), "a parameter that does nothing"
 
 
-def test_ablated_formulations_agree(edge3):
-    params = anywhere(ABLATED, edge3)
-    assert_close(forward(ABLATED.clone(dense=False), params, edge3), forward(ABLATED, params, edge3))
+def test_ablated_formulations_agree(obs):
+    params = anywhere(ABLATED, obs)
+    assert_close(forward(ABLATED.clone(dense=False), params, obs), forward(ABLATED, params, obs))
 
 
-def test_graphs_hold_the_observation(edge3):
-    obs = jax.tree.map(lambda leaf: leaf[SAMPLES // 2], edge3)
+def test_graphs_hold_the_observation(obs):
+    obs = jax.tree.map(lambda leaf: leaf[SAMPLES // 2], obs)
     features = features_of(obs)
     graphs = as_graphs(features)
     assert tuple(graphs) == EDGE_TYPES
@@ -138,9 +142,8 @@ def test_graphs_hold_the_observation(edge3):
 # ---- Features ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("site", ["edge3", "edge6"])
-def test_features_are_a_few_units_at_most(site, request):
-    features = jax.jit(jax.vmap(features_of))(request.getfixturevalue(site))
+def test_features_are_a_few_units_at_most(obs):
+    features = jax.jit(jax.vmap(features_of))(obs)
     for name in ("arrival", "experts", "candidates", "in_flight"):
         values = getattr(features, name)
         assert np.isfinite(values).all(), name
@@ -150,77 +153,74 @@ def test_features_are_a_few_units_at_most(site, request):
 # ---- Sizes, order, padding ---------------------------------------------------------------------------------
 
 
-def test_parameters_move_to_a_larger_site(edge3, edge6):
+def test_parameters_move_to_a_larger_site(obs, smaller):
     network = HAN()
-    params = anywhere(network, edge3)
-    logits, values = forward(network, params, edge6)
+    assert shapes(network, smaller) == shapes(network, obs)
+    logits, values, _ = with_gradient(network, anywhere(network, smaller), obs)
     assert logits.shape == (SAMPLES, 6)
     assert values.shape == (SAMPLES,)
     assert_finite((logits, values))
-    assert shapes(network, edge6) == shapes(network, edge3)
 
 
-def test_experts_in_another_order(edge3):
+def test_experts_in_another_order(obs):
     network = HAN()
-    params = anywhere(network, edge3)
-    order = np.array([2, 0, 1])
-    moved = jax.tree.map(lambda leaf: leaf[:, order], edge3._replace(arrival=()))._replace(arrival=edge3.arrival)
-    logits, values, _ = with_gradient(network, params, edge3)
+    params = anywhere(network, obs)
+    order = np.array([2, 0, 1, 5, 4, 3])
+    moved = jax.tree.map(lambda leaf: leaf[:, order], obs._replace(arrival=()))._replace(arrival=obs.arrival)
+    logits, values, _ = with_gradient(network, params, obs)
     moved_logits, moved_values, _ = with_gradient(network, params, moved)
     assert_close((moved_logits, moved_values), (logits[:, order], values))
     assert not np.allclose(moved_logits, logits)
 
 
-def test_requests_in_another_order(edge3):
+def test_requests_in_another_order(obs):
     """Attention does not count slots: neither their order nor where the empty ones are."""
     network = HAN()
-    params = anywhere(network, edge3)
-    moved = edge3._replace(
+    params = anywhere(network, obs)
+    moved = obs._replace(
         **jax.tree.map(
             lambda leaf: leaf[:, :, ::-1],
-            {name: getattr(edge3, name) for name in ("in_flight", "running", "waiting")},
+            {name: getattr(edge3, name) for name in SLOTS},
         )
     )
-    assert_close(with_gradient(network, params, moved), with_gradient(network, params, edge3))
+    assert_close(with_gradient(network, params, moved), with_gradient(network, params, obs))
 
 
 @pytest.mark.parametrize("network", [HAN(), HAN(dense=False)], ids=["dense", "segment"])
 @pytest.mark.parametrize("garbage", [1e6, -0.5])
-def test_empty_slots_are_never_seen(edge3, network, garbage):
-    params = anywhere(network, edge3)
-    used = edge3.running | edge3.waiting
-    dirty = edge3._replace(
-        in_flight=jax.tree.map(lambda leaf: np.where(used, leaf, np.float32(garbage)), edge3.in_flight)
-    )
-    assert_close(with_gradient(network, params, dirty), with_gradient(network, params, edge3))
+def test_empty_slots_are_never_seen(obs, network, garbage):
+    params = anywhere(network, obs)
+    used = obs.running | obs.waiting
+    dirty = obs._replace(in_flight=jax.tree.map(lambda leaf: np.where(used, leaf, np.float32(garbage)), obs.in_flight))
+    assert_close(with_gradient(network, params, dirty), with_gradient(network, params, obs))
 
 
-def test_an_idle_site_has_a_gradient(edge3):
+def test_an_idle_site_has_a_gradient(obs):
     """Nobody to attend to, at any expert."""
-    idle = jax.tree.map(lambda leaf: np.repeat(leaf[:1], SAMPLES, axis=0), edge3)
+    idle = jax.tree.map(lambda leaf: np.repeat(leaf[:1], SAMPLES, axis=0), obs)
     for network in (HAN(), HAN(dense=False)):
-        assert_finite(with_gradient(network, anywhere(network, edge3), idle))
+        assert_finite(with_gradient(network, anywhere(network, obs), idle))
 
 
-def test_requests_in_flight_matter(edge3):
+def test_requests_in_flight_matter(obs):
     network = HAN()
-    params = anywhere(network, edge3)
-    _, values, _ = with_gradient(network, params, edge3)
+    params = anywhere(network, obs)
+    _, values, _ = with_gradient(network, params, obs)
     for field in ("running", "waiting"):
-        others = edge3._replace(**{field: np.zeros_like(getattr(edge3, field))})
-        changed = getattr(edge3, field).any((1, 2))
+        others = obs._replace(**{field: np.zeros_like(getattr(edge3, field))})
+        used = getattr(edge3, field).any((1, 2))
         _, without, _ = with_gradient(network, params, others)
-        assert (np.abs(without - values)[changed] > 1e-4).mean() > 0.9
-        np.testing.assert_allclose(without[~changed], values[~changed], atol=1e-5)
+        assert (np.abs(without - values)[used] > 1e-4).mean() > 0.9
+        np.testing.assert_allclose(without[~used], values[~used], atol=1e-5)
 
 
 # ---- Decisions ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("network", [HAN(), HAN(dense=False), FlatMLP()], ids=["dense", "segment", "mlp"])
-def test_full_experts_are_ruled_out(edge3, network):
-    logits, _, _ = with_gradient(network, anywhere(network, edge3), edge3)
-    available = edge3.experts.available
+def test_full_experts_are_ruled_out(obs, network):
+    logits, _, _ = with_gradient(network, anywhere(network, obs), obs)
+    available = obs.experts.available
     allowed = available | ~available.any(-1, keepdims=True)
     probabilities = np.asarray(jax.nn.softmax(logits))
     assert (probabilities[~allowed] == 0).all()
@@ -228,45 +228,45 @@ def test_full_experts_are_ruled_out(edge3, network):
     np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-5)
 
 
-def test_it_starts_as_the_estimator(edge3, edge6):
+def test_it_starts_as_the_estimator(obs, smaller):
     """Before any training the policy is `impact_greedy`, but for near ties."""
     network = HAN()
     # These keys compile in half the time.
-    params = jax.jit(network.init)(jax.random.key(3, impl="rbg"), first(network, edge3))
-    for obs in (edge3, edge6):
-        logits, values = with_gradient(network, params, obs)[:2] if obs is edge3 else forward(network, params, obs)
-        impact = obs.candidates.impact
-        gain = np.where(obs.experts.available, impact.qos - impact.qos_loss, -10.0)
-        some = obs.experts.available.any(-1)
-        assert (logits.argmax(-1) == gain.argmax(-1))[some].mean() > 0.9
-        ranked = np.sort(gain, -1)
-        clear = some & (ranked[:, -1] - ranked[:, -2] > 0.02)
-        assert (logits.argmax(-1) == gain.argmax(-1))[clear].all()
-        assert clear.mean() > 0.4
-        # A value near zero, in units of the best possible return.
-        assert np.abs(values).max() < 0.2
+    params = jax.jit(network.init)(jax.random.key(3, impl="rbg"), first(network, smaller))
+    logits, values, _ = with_gradient(network, params, obs)
+    impact = obs.candidates.impact
+    gain = np.where(obs.experts.available, impact.qos - impact.qos_loss, -10.0)
+    some = obs.experts.available.any(-1)
+    agree = logits.argmax(-1) == gain.argmax(-1)
+    assert agree[some].mean() > 0.9
+    ranked = np.sort(gain, -1)
+    clear = some & (ranked[:, -1] - ranked[:, -2] > 0.02)
+    assert agree[clear].all()
+    assert clear.mean() > 0.4
+    # A value near zero, in units of the best possible return.
+    assert np.abs(values).max() < 0.2
 
 
-def test_the_flat_ablation_runs(edge3):
+def test_the_flat_ablation_runs(obs):
     network = FlatMLP()
-    logits, values, gradient = with_gradient(network, anywhere(network, edge3), edge3)
-    assert logits.shape == (SAMPLES, 3)
+    logits, values, gradient = with_gradient(network, anywhere(network, obs), obs)
+    assert logits.shape == (SAMPLES, 6)
     assert values.shape == (SAMPLES,)
     assert_finite((logits, values, gradient))
 
 
 @pytest.mark.parametrize("network", [ABLATED, FlatMLP()], ids=["HAN", "mlp"])
-def test_ablations_do_not_see_the_estimator(edge3, network):
+def test_ablations_do_not_see_the_estimator(obs, network):
     """Expected QoS, probabilities and impact might as well be anything."""
-    params = anywhere(network, edge3)
-    blind = edge3._replace(
-        candidates=edge3.candidates._replace(
-            impact=jax.tree.map(lambda leaf: np.full_like(leaf, 0.7), edge3.candidates.impact)
+    params = anywhere(network, obs)
+    blind = obs._replace(
+        candidates=obs.candidates._replace(
+            impact=jax.tree.map(lambda leaf: np.full_like(leaf, 0.7), obs.candidates.impact)
         ),
-        experts=edge3.experts._replace(expected_qos=np.full_like(edge3.experts.expected_qos, 0.7)),
-        in_flight=edge3.in_flight._replace(in_time=np.full_like(edge3.in_flight.in_time, 0.7)),
+        experts=obs.experts._replace(expected_qos=np.full_like(obs.experts.expected_qos, 0.7)),
+        in_flight=obs.in_flight._replace(in_time=np.full_like(obs.in_flight.in_time, 0.7)),
     )
-    assert_close(forward(network, params, blind), forward(network, params, edge3))
+    assert_close(forward(network, params, blind), forward(network, params, obs))
 
 
 # ---- Configuration -----------------------------------------------------------------------------------------

@@ -27,7 +27,11 @@ from jaxroute.training import latest_checkpoint, load_policy, train
 from jaxroute.training.train import with_default_sizes
 
 # The sizes of test_cli.py, so that programs that it has compiled are found in the cache.
-TINY = ("site=edge3", "ppo.num_envs=8", "ppo.num_steps=8", "ppo.total_steps=128", "train.log_interval=1")
+TINY = (
+    "site=edge3", "ppo.num_envs=8", "ppo.num_steps=8", "ppo.num_minibatches=4", "ppo.total_steps=128",
+    "train.log_interval=1",
+)  # fmt: skip
+TRAIN = importlib.import_module("jaxroute.training.train")  # the module; the package exports the function
 SLOTS = 6  # of each expert of edge3
 SETTINGS = {"seeds": 2, "requests": 40, "warmup": 10}
 RATE = 10.0
@@ -48,13 +52,26 @@ def without_speed(lines):
 # --- training ----------------------------------------------------------------------------------------------
 
 
+class Once:
+    """Builds a learner the first time and returns the same one after that: what it compiled is shared."""
+
+    def __init__(self, make):
+        self.make, self.learner = make, None
+
+    def __call__(self, *args, **kwargs):
+        self.learner = self.learner or self.make(*args, **kwargs)
+        return self.learner
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Three short runs: the parameters that training returned, and the folder."""
+    """Three short runs of one compiled learner: the parameters that training returned, and the folder."""
     runs = {}
-    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
-        folder = tmp_path_factory.mktemp("training") / name
-        runs[name] = (train(load_config([*TINY, f"seed={seed}"]), folder, quiet()), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TRAIN, "make_ppo", Once(TRAIN.make_ppo))
+        for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+            folder = tmp_path_factory.mktemp("training") / name
+            runs[name] = (train(load_config([*TINY, f"seed={seed}"]), folder, quiet()), folder)
     return runs
 
 
@@ -82,8 +99,8 @@ def test_parameters_are_finite_and_move(trained, scenario):
     assert np.mean(moved) > 0.9
 
 
-class Recorded:
-    """A learner that does nothing but count, with metrics to choose."""
+class Counting:
+    """Makes a learner that does nothing but count, with metrics to choose."""
 
     def __init__(self, **metrics):
         self.metrics = {"num_completed": 3.0, "rejected": 1.0, "qos_sum": 2.0, "num_late": 1.0, **metrics}
@@ -105,9 +122,9 @@ def watch(monkeypatch, tmp_path):
     """Run the host loop around a learner that only counts; return the lines of metrics and the learner."""
 
     def run(*overrides, **metrics):
-        learner = Recorded(**metrics)
-        monkeypatch.setattr(importlib.import_module("jaxroute.training.train"), "make_ppo", learner)
-        train(load_config(["site=edge3", "ppo.num_envs=8", "ppo.num_steps=8", *overrides]), tmp_path / "run", quiet())
+        learner = Counting(**metrics)
+        monkeypatch.setattr(TRAIN, "make_ppo", learner)
+        train(load_config([*TINY, *overrides]), tmp_path / "run", quiet())
         return metrics_of(tmp_path / "run"), learner
 
     return run
