@@ -75,14 +75,10 @@ CLOCKWORK = PENCIL | {
 HAND_EXPERTS, HAND_REQUESTS = 3, 6
 
 
-def _hand(
-    experts: list[dict], requests: list[tuple], assignment: list[int] | None = None, **expected: list
-) -> Case:
+def _hand(experts: list[dict], requests: list[tuple], assignment: list[int] | None = None, **expected: list) -> Case:
     """`requests` holds (arrival_time, prompt_tokens, output_tokens); tokens may be a list, one per expert."""
     size, filler = len(requests), HAND_REQUESTS - len(requests)
-    arrival_time, prompt_tokens, output_tokens = zip(
-        *requests, *[(requests[-1][0], 1, 1)] * filler, strict=True
-    )
+    arrival_time, prompt_tokens, output_tokens = zip(*requests, *[(requests[-1][0], 1, 1)] * filler, strict=True)
     experts = experts + [CLOCKWORK | {"max_waiting": HAND_REQUESTS}] * (HAND_EXPERTS - len(experts))
     return Case(
         site_arrays(*experts),

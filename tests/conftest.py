@@ -19,9 +19,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # The same examples on every run, so that a failure is always a change of the code. To look further:
 # pytest --hypothesis-profile=explore
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40, print_blob=False)
-settings.register_profile(
-    "explore", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
 
 

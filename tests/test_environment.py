@@ -73,7 +73,7 @@ def stepped(single, busy):
     episodes = []
     for e in (0, 5):
         key = episode_keys(0)[e]
-        keys = np.concatenate([step_keys(key, chunk)[:, 0] for chunk in range(2)])
+        keys = jnp.concatenate([step_keys(key, chunk)[:, 0] for chunk in range(2)])
         state, steps = lane(busy.state, e, 0), []
         for t in range(HORIZON + 10):
             after = single(keys[t], state, busy.action[e, t % NUM_STEPS])

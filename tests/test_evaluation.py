@@ -262,11 +262,7 @@ def test_json(result, written):
     assert content["policies"]["broken"]["ttft_p95"] == {"mean": None, "ci95": None}
     assert content["policies"]["broken"]["expert_share"] == [None] * 3
     assert set(content["paired_difference"]) == set(content["policies"]) - {"learned"}
-    assert (
-        content["paired_difference"]["random"]["mean"]
-        > 0
-        > content["paired_difference"]["clairvoyant"]["mean"]
-    )
+    assert content["paired_difference"]["random"]["mean"] > 0 > content["paired_difference"]["clairvoyant"]["mean"]
     assert content["settings"]["eval"] == {"seeds": 4, "tolerance": None}
 
 

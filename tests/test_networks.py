@@ -121,8 +121,8 @@ def test_ablated_formulations_agree(obs):
 
 def test_graphs_hold_the_observation(obs):
     obs = jax.tree.map(lambda leaf: leaf[SAMPLES // 2], obs)
-    features = features_of(obs)
-    graphs = as_graphs(features)
+    features = jax.jit(features_of)(obs)
+    graphs = jax.jit(as_graphs)(features)
     assert tuple(graphs) == EDGE_TYPES
     num_experts, num_slots = obs.running.shape
     for graph in graphs.values():
@@ -180,7 +180,7 @@ def test_requests_in_another_order(obs):
     moved = obs._replace(
         **jax.tree.map(
             lambda leaf: leaf[:, :, ::-1],
-            {name: getattr(edge3, name) for name in SLOTS},
+            {name: getattr(obs, name) for name in SLOTS},
         )
     )
     assert_close(with_gradient(network, params, moved), with_gradient(network, params, obs))
@@ -207,8 +207,8 @@ def test_requests_in_flight_matter(obs):
     params = anywhere(network, obs)
     _, values, _ = with_gradient(network, params, obs)
     for field in ("running", "waiting"):
-        others = obs._replace(**{field: np.zeros_like(getattr(edge3, field))})
-        used = getattr(edge3, field).any((1, 2))
+        others = obs._replace(**{field: np.zeros_like(getattr(obs, field))})
+        used = getattr(obs, field).any((1, 2))
         _, without, _ = with_gradient(network, params, others)
         assert (np.abs(without - values)[used] > 1e-4).mean() > 0.9
         np.testing.assert_allclose(without[~used], values[~used], atol=1e-5)

@@ -65,9 +65,7 @@ def test_limits_and_conservation(seed, num_experts):
 
 def test_random_cases_reach_the_rare_branches():
     log: list[Iteration] = []
-    results = [
-        simulate(*random_case(seed, PADDED[0], 3, PADDED).inputs, observe=log.append) for seed in range(12)
-    ]
+    results = [simulate(*random_case(seed, PADDED[0], 3, PADDED).inputs, observe=log.append) for seed in range(12)]
     assert sum(result.preemptions.sum() for result in results) > 50
     assert max(result.preemptions.max() for result in results) > 1
     assert sum(result.status.sum() for result in results) > 50

@@ -75,9 +75,7 @@ def test_measured_vllm_run(data_dir):
 def test_worked_examples(case):
     outcomes = replay(case)
     for name, expected in case.expected.items():
-        np.testing.assert_allclose(
-            getattr(outcomes, name)[: len(expected)], expected, rtol=0, atol=1e-5, err_msg=name
-        )
+        np.testing.assert_allclose(getattr(outcomes, name)[: len(expected)], expected, rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_one_request_alone():
