@@ -17,8 +17,8 @@ from rich.console import Console
 from jaxroute.config import Config, config_folder, config_yaml, load_config
 from jaxroute.errors import UserError
 from jaxroute.evaluation import EvaluationResult, evaluate, results_table, summary_text, write_all
+from jaxroute.policies import rules_named
 from jaxroute.training import train
-from jaxroute.training.checkpoint import write_config
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +32,7 @@ def eval_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(config: Config, console: Console, command: str) -> None:
+    rules_named(config.policies)  # A mistake here should not wait for the training to end.
     run = _new_run(config, f"train-{config.workload.name}-seed{config.seed}")
     train(config, run, console)
     console.print(f"Run directory: {run}")
@@ -43,10 +44,11 @@ def _train(config: Config, console: Console, command: str) -> None:
 
 
 def _eval(config: Config, console: Console, command: str) -> None:
-    result = evaluate(config, console, command=command)
     run = _new_run(config, f"eval-{config.workload.name}-{config.bank.kind}")
+    result = evaluate(config, console, command=command)
     run.mkdir(parents=True, exist_ok=True)
-    write_config(run, config)
+    # Not config.yaml: in a training run's directory, that is what its checkpoints belong to.
+    (run / "eval_config.yaml").write_text(config_yaml(config))
     _show(result, run, console)
 
 
@@ -60,7 +62,10 @@ def _show(result: EvaluationResult, run: Path, console: Console) -> None:
 
 def _new_run(config: Config, name: str) -> Path:
     if config.output_dir is not None:
-        return Path(config.output_dir)
+        run = Path(config.output_dir)
+        if run.exists() and not run.is_dir():
+            raise UserError(f"output_dir={run} is a file; name a folder")
+        return run
     return Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
 
 

@@ -44,8 +44,8 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         for name in ("violation_penalty", "rejection_penalty"):
-            if getattr(self, name) < 0:
-                raise UserError(f"reward: {name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"reward: {name}={getattr(self, name)} must not be negative, and finite")
 
 
 @dataclass
@@ -62,7 +62,7 @@ class TrainConfig:
     """Judge the trained router against the rules at the end."""
 
     def __post_init__(self) -> None:
-        if len(self.rates) != 2 or not 0 < self.rates[0] <= self.rates[1]:
+        if len(self.rates) != 2 or not 0 < self.rates[0] <= self.rates[1] < float("inf"):
             raise UserError(f"train: rates={list(self.rates)} must be two numbers, 0 < least <= greatest")
         for name in ("redraw_every", "log_interval"):
             if getattr(self, name) < 1:
@@ -89,7 +89,7 @@ class EvalConfig:
                 f"eval: seeds={self.seeds} and requests={self.requests} must be at least 1, "
                 f"warmup={self.warmup} at least 0"
             )
-        if any(not load > 0 for load in self.loads):
+        if any(not 0 < load < float("inf") for load in self.loads):
             raise UserError(f"eval: loads={list(self.loads)} must all be above 0")
 
 
@@ -131,8 +131,8 @@ class Config:
     """Rules to judge; all by default."""
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} must not be negative")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must lie between 0 and 4294967295")
 
     @property
     def data_path(self) -> Path | None:
@@ -160,10 +160,15 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
     """
     register_schema()
     try:
+        for override in overrides:
+            if override.startswith("+"):
+                raise UserError(
+                    f"unknown option {override.lstrip('+')}; every option exists already, so leave out the +"
+                )
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
             composed = compose("config", overrides=list(overrides))
         return typed(composed)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(_explain(error)) from None
 
 

@@ -36,6 +36,8 @@ def rules_named(names: Sequence[str] | None) -> list[Policy]:
     """
     if names is None:
         return list(RULES.values())
+    if not names:
+        raise UserError(f"policies is empty; leave it out for all rules, or name some: {', '.join(RULES)}")
     for name in names:
         if name not in RULES:
             near = difflib.get_close_matches(name, RULES, n=1)

@@ -51,8 +51,8 @@ class PPOConfig:
                 f"ppo: num_envs={self.num_envs} must be a positive multiple of num_minibatches={self.num_minibatches}"
             )
         for name in ("learning_rate", "clip", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"ppo: {name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"ppo: {name}={getattr(self, name)} must be above 0, and finite")
         for name in ("discount", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1 or (name == "discount" and self.discount == 1):
                 raise UserError(f"ppo: {name}={getattr(self, name)} must lie in [0, 1], discount below 1")

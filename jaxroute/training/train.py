@@ -83,12 +83,12 @@ def train(config: Config, run: Path, console: Console) -> Any:
             metrics = _readable(jax.device_get(on_device))
             speed = steps_per_call / (time.perf_counter() - started)
             steps = call * steps_per_call
-            tracker.log({"steps": steps, "train/steps_per_second": speed} | metrics)
             if not all(math.isfinite(value) for value in metrics.values()):
                 bad = next(name for name, value in metrics.items() if not math.isfinite(value))
                 raise UserError(
                     f"training diverged at step {steps:,}: {bad} is {metrics[bad]}; lower ppo.learning_rate"
                 )
+            tracker.log({"steps": steps, "train/steps_per_second": speed} | metrics)
             progress.update(
                 task, advance=1, description="training", speed=f"{speed:,.0f}", qos=f"{metrics['train/avg_qos']:.3f}"
             )

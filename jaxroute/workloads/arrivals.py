@@ -107,7 +107,7 @@ class WorkloadConfig:
         if not self.requirements:
             raise UserError(f"{where}: requirements is empty; give at least one class of service")
         for requirement in self.requirements:
-            if requirement.latency <= 0 or requirement.share < 0:
+            if not 0 < requirement.latency < float("inf") or not 0 <= requirement.share < float("inf"):
                 raise UserError(
                     f"{where}: requirement {requirement.name} needs latency > 0 and share >= 0, "
                     f"not {requirement.latency} and {requirement.share}"
