@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from jaxroute.errors import UserError
 from jaxroute.networks import NetworkConfig
@@ -203,6 +203,8 @@ def _explain(error: Exception) -> str:
         cause = cause.__cause__
     if isinstance(cause, UserError):
         return str(cause)
+    if isinstance(cause, MarkedYAMLError) and cause.problem_mark is not None:
+        return f"{cause.problem_mark.name}, line {cause.problem_mark.line + 1}: {cause.problem}"
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
     message = lines[0]
     if key := re.search(r"full_key: (\S+)", str(cause)):

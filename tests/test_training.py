@@ -84,9 +84,9 @@ def test_the_same_seed_gives_the_same_run(trained):
 def test_another_seed_gives_another_run(trained):
     (params, folder), (other, other_folder) = trained["first"], trained["other"]
     assert jax.tree.structure(params) == jax.tree.structure(other)
-    different = [bool((a != b).any()) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=False)]
+    different = [bool((a != b).any()) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True)]
     assert np.mean(different) > 0.9
-    for line, other_line in zip(metrics_of(folder), metrics_of(other_folder), strict=False):
+    for line, other_line in zip(metrics_of(folder), metrics_of(other_folder), strict=True):
         assert line["steps"] == other_line["steps"]
         assert line["train/reward"] != other_line["train/reward"]
 
@@ -95,7 +95,7 @@ def test_parameters_are_finite_and_move(trained, scenario):
     params, folder = trained["first"]
     chex.assert_tree_all_finite(params)
     earlier = load_policy(folder / "checkpoints" / "64", *scenario).params
-    moved = [bool((a != b).any()) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(earlier), strict=False)]
+    moved = [bool((a != b).any()) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(earlier), strict=True)]
     assert np.mean(moved) > 0.9
 
 
@@ -243,7 +243,7 @@ def test_one_program_serves_all_policies(judged, scenario):
 def test_same_seed_same_records(judged, scenario):
     again = judge(scenario)[RATE]
     for name, records in judged[0].items():
-        for field, column, column_again in zip(EpisodeRecords._fields, records, again[name], strict=False):
+        for field, column, column_again in zip(EpisodeRecords._fields, records, again[name], strict=True):
             np.testing.assert_array_equal(column, column_again, err_msg=f"{name} {field}")
     other = judge(scenario, seed=2)[RATE]["random"]
     assert (other.duration != judged[0]["random"].duration).all()
@@ -252,7 +252,7 @@ def test_same_seed_same_records(judged, scenario):
 def test_records_are_on_the_host(judged):
     seeds, requests = SETTINGS["seeds"], SETTINGS["requests"] + SETTINGS["warmup"]
     for records in judged[0].values():
-        for field, column in zip(EpisodeRecords._fields, records, strict=False):
+        for field, column in zip(EpisodeRecords._fields, records, strict=True):
             assert type(column) is np.ndarray, field
             per_request = field not in ("busy_seconds", "kv_token_seconds", "duration")
             assert column.shape[:2] == (seeds, requests) if per_request else column.shape[0] == seeds, field
