@@ -91,7 +91,7 @@ def lane(tree, env, step=None):
 def assert_same(actual, expected, tolerance=1e-5):
     """Integers and masks are equal, floats close."""
     for (path, a), (_, b) in zip(
-        jax.tree_util.tree_leaves_with_path(actual), jax.tree_util.tree_leaves_with_path(expected), strict=False
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree_util.tree_leaves_with_path(expected), strict=True
     ):
         a, b = np.asarray(a), np.asarray(b)
         where = jax.tree_util.keystr(path)
@@ -131,7 +131,7 @@ def test_same_seed_same_run(params, busy):
 
 
 def test_shapes_never_change(busy):
-    for now, later in zip(jax.tree.leaves(busy.state), jax.tree.leaves(busy.next_state), strict=False):
+    for now, later in zip(jax.tree.leaves(busy.state), jax.tree.leaves(busy.next_state), strict=True):
         assert now.shape == later.shape
         assert now.dtype == later.dtype
 
@@ -459,7 +459,7 @@ def test_a_new_episode_starts_idle(stepped):
 
 def test_final_observation_is_the_one_before_the_reset(stepped):
     final = stepped.info["final_observation"]
-    for here, there in zip(jax.tree.leaves(stepped.obs), jax.tree.leaves(final), strict=False):
+    for here, there in zip(jax.tree.leaves(stepped.obs), jax.tree.leaves(final), strict=True):
         np.testing.assert_array_equal(here[~stepped.truncated], there[~stepped.truncated])
     gone = (stepped.info["num_completed"] + stepped.info["rejected"])[:, :HORIZON].sum(1)
     left = in_flight(final)[stepped.truncated]

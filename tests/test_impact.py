@@ -306,7 +306,7 @@ def test_latencies_are_ranked(calibration):
 
 def test_latencies_are_ranked_at_each_expert(calibration):
     """Much of the rank correlation above only says that some LLMs are slower than others; this does not."""
-    for expert, count in zip(*np.unique(calibration["expert"], return_counts=True), strict=False):
+    for expert, count in zip(*np.unique(calibration["expert"], return_counts=True), strict=True):
         if count > 50:
             here = calibration["expert"] == expert
             assert rank_correlation(calibration["predicted_latency"][here], calibration["latency"][here]) > 0.5

@@ -90,7 +90,7 @@ def with_gradient(network, params, obs):
 
 
 def assert_close(actual, expected, tolerance=TOLERANCE):
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=False):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         scale = max(1.0, np.abs(np.where(np.abs(b) > 1e8, 0, b)).max())
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
 

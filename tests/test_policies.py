@@ -288,7 +288,8 @@ def test_the_learned_router_takes_the_highest_logit():
 def test_rules_are_found_by_name():
     assert [rule.name for rule in rules_named(["qos_greedy", "random"])] == ["qos_greedy", "random"]
     assert [rule.name for rule in rules_named(None)] == list(RULES)
-    assert rules_named([]) == []
+    with pytest.raises(UserError):
+        rules_named([])
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def column(case):
 
 def test_advantages_with_terminations_and_truncations():
     # All cases side by side, as environments are.
-    *inputs, expected = (jnp.array(rows).T for rows in zip(*map(column, ADVANTAGES), strict=False))
+    *inputs, expected = (jnp.array(rows).T for rows in zip(*map(column, ADVANTAGES), strict=True))
     advantages, targets = generalised_advantages(*inputs, discount=0.5, gae_lambda=0.5)
     for e, case in enumerate(ADVANTAGES):
         np.testing.assert_allclose(advantages[:, e], expected[:, e], err_msg=case)
