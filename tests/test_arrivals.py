@@ -10,7 +10,6 @@ import pytest
 from jaxroute.errors import UserError
 from jaxroute.workloads.arrivals import (
     PROCESSES,
-    ArrivalState,
     RequirementConfig,
     WorkloadConfig,
     build_workload,
@@ -18,6 +17,7 @@ from jaxroute.workloads.arrivals import (
 )
 
 NUM_GAPS = 50_000
+NUM_ENVS, NUM_STEPS = 400, 1000
 RECORDED = [0.0, 0.5, 0.5, 3.5, 4.0]
 """Arrival times in s; two of them at once."""
 
@@ -45,9 +45,49 @@ def run(process, params, keys, state):
 
 def gaps_of(built, seed, count=NUM_GAPS, position=0):
     """The gaps of a run, and the state after it."""
-    keys = jax.random.split(jax.random.key(seed), count)
-    state, gaps = run(built.process, built.params, keys, ArrivalState(jnp.int32(position)))
+    start = first_arrival_state(jax.random.key(seed), built.params)._replace(position=jnp.int32(position))
+    state, gaps = run(built.process, built.params, jax.random.split(jax.random.key(seed), count), start)
     return np.asarray(gaps), state
+
+
+@jax.jit
+def first_states(keys, params):
+    return jax.vmap(first_arrival_state, (0, None))(keys, params)
+
+
+@partial(jax.jit, static_argnames="process")
+def run_all(process, params, keys, states):
+    """Gap and state after it, (environment, gap)."""
+
+    def episode(keys, state):
+        def step(state, key):
+            gap, state = process(key, state, params)
+            return state, (gap, state)
+
+        return jax.lax.scan(step, state, keys)[1]
+
+    return jax.vmap(episode)(keys, states)
+
+
+def starts_of(built):
+    """The keys of many episodes, (environment, gap), and their first states."""
+    states = first_states(jax.random.split(jax.random.key(0), NUM_ENVS), built.params)
+    return jax.random.split(jax.random.key(1), (NUM_ENVS, NUM_STEPS)), states
+
+
+def episodes_of(built, **changes):
+    """Gaps and states of many episodes; `changes` replace parts of their first states."""
+    keys, states = starts_of(built)
+    changes = {name: jnp.full_like(getattr(states, name), value) for name, value in changes.items()}
+    return jax.tree.map(np.asarray, run_all(built.process, built.params, keys, states._replace(**changes)))
+
+
+def with_pattern(built, **changes):
+    """The same with one pattern for all environments."""
+    pattern = built.params.pattern._replace(
+        **{name: jnp.full(2, value, jnp.float32) for name, value in changes.items()}
+    )
+    return built._replace(params=built.params._replace(pattern=pattern))
 
 
 # ---- Gaps --------------------------------------------------------------------------------------------------
@@ -71,6 +111,121 @@ def test_poisson_gaps_are_memoryless():
     gaps, _ = gaps_of(build_workload(workload(), None), seed=1)
     for time in (0.5, 1.0, 2.0):
         assert (gaps > time).mean() == pytest.approx(np.exp(-time), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"arrivals": "mmpp", "burst_seconds": 2.0},
+        {"arrivals": "mmpp", "burst_seconds": 0.05},  # so short that many gaps outlast the switches a gap may hold
+        {"arrivals": "mmpp", "burst_ratio": 1.0},
+        {"arrivals": "diurnal"},
+        {"arrivals": "diurnal", "amplitude": 0.8, "period": 25.0},
+        {"arrivals": "mixed"},
+    ],
+    ids=str,
+)
+def test_varying_rates_have_mean_one_from_the_first_gap(options):
+    gaps, _ = episodes_of(build_workload(workload(**options), None))
+    assert np.isfinite(gaps).all()
+    assert (gaps >= 0).all()
+    for some in (gaps, gaps[:, :50]):
+        means = some.mean(1, dtype=np.float64)
+        assert abs(means.mean() - 1) < 4 * means.std() / NUM_ENVS**0.5
+
+
+@pytest.mark.parametrize(("ratio", "share"), [(4.0, 0.2), (2.0, 0.5)])
+def test_bursts_disperse_counts_as_in_theory(ratio, share):
+    config = workload(arrivals="mmpp", burst_ratio=ratio, burst_share=share, burst_seconds=2.0)
+    gaps, _ = episodes_of(build_workload(config, None))
+    window, edges = 40.0, np.arange(100.0, 601.0, 40.0)
+    assert (gaps.sum(1) > edges[-1]).all()
+    counts = np.stack([np.histogram(times, edges)[0] for times in np.cumsum(gaps, axis=1)])
+    difference = (ratio - 1) / (1 + share * (ratio - 1))
+    length = 2.0 * 8.0
+    s = 1 / length + share / ((1 - share) * length)
+    expected = 1 + 2 * share * (1 - share) * difference**2 / s * (1 - (1 - np.exp(-s * window)) / (s * window))
+    assert counts.mean() == pytest.approx(window, rel=0.03)
+    assert counts.var() / counts.mean() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(("arrivals", "start"), [("mmpp", {}), ("mixed", {"kind": 2})], ids=["mmpp", "mixed"])
+def test_the_rate_in_a_burst_is_a_multiple(arrivals, start):
+    built = with_pattern(build_workload(workload(arrivals=arrivals), None), burst_ratio=3.0)
+    for in_burst, mean in ((False, 1.4), (True, 1.4 / 3)):
+        gaps, states = episodes_of(built, in_burst=in_burst, until_switch=np.inf, **start)
+        assert (states.in_burst == in_burst).all()
+        assert gaps.mean() == pytest.approx(mean, rel=0.02)
+        assert gaps.std() == pytest.approx(mean, rel=0.02)
+
+
+@pytest.mark.parametrize(("arrivals", "start"), [("diurnal", {}), ("mixed", {"kind": 3})], ids=["diurnal", "mixed"])
+def test_requests_come_where_the_sine_is_high(arrivals, start):
+    built = with_pattern(build_workload(workload(arrivals=arrivals), None), amplitude=0.6, period=200.0)
+    _, states = episodes_of(built, **start)
+    bins = 12
+    counts = np.histogram(states.phase % (2 * np.pi), bins, range=(0, 2 * np.pi))[0]
+    centre = (np.arange(bins) + 0.5) * 2 * np.pi / bins
+    # The sinc: a sine's mean over a bin, by its value at the centre.
+    expected = 1 + 0.6 * np.sinc(1 / bins) * np.sin(centre)
+    np.testing.assert_allclose(counts / counts.mean(), expected, atol=0.05)
+
+
+@pytest.mark.parametrize(("amplitude", "period"), [(0.6, 600.0), (0.8, 25.0)])
+def test_a_swing_is_a_poisson_process(amplitude, period):
+    built = build_workload(workload(arrivals="diurnal", amplitude=amplitude, period=period), None)
+    gaps, states = episodes_of(built)
+    speed = 2 * np.pi / (period * 8.0)
+    gaps, before, after = gaps[:, 1:].astype(float), states.phase[:, :-1].astype(float), states.phase[:, 1:]
+    np.testing.assert_allclose(np.cos(before + gaps * speed), np.cos(after), atol=1e-5)
+    # The rate over a gap adds up to an exponential, wherever the gap begins.
+    work = gaps + amplitude / speed * (np.cos(before) - np.cos(before + gaps * speed))
+    for part in (work[np.sin(before) < 0], work[np.sin(before) > 0]):
+        for time in (0.1, 0.5, 1.0, 2.0, 4.0):
+            assert (part > time).mean() == pytest.approx(np.exp(-time), abs=0.005)
+
+
+def test_mixed_environments_draw_kinds_and_patterns_and_keep_them():
+    _, states = episodes_of(build_workload(workload(arrivals="mixed"), None))
+    for leaf in (states.kind, *states.pattern):
+        assert (leaf == leaf[:, :1]).all()
+    assert np.bincount(states.kind[:, 0], minlength=4).min() > NUM_ENVS / 6
+    ranges = [(1, 4), (2, 6), (5 * 8, 60 * 8), (0.2, 0.8), (60 * 8, 1200 * 8)]
+    drawn = [
+        np.log(values[:, 0] / low) / np.log(high / low)
+        for values, (low, high) in zip(states.pattern, ranges, strict=True)
+    ]
+    for values in drawn:
+        np.testing.assert_allclose(np.quantile(values, [0, 0.5, 1]), [0, 0.5, 1], atol=0.1)
+        assert -1e-5 < values.min() < values.max() < 1 + 1e-5
+    # Each apart from the others.
+    assert np.abs(np.corrcoef(drawn) - np.eye(len(drawn))).max() < 0.2
+
+
+@pytest.mark.parametrize(("kind", "cv", "spread"), [(0, 4.0, 1.0), (1, 1.0, 1.0), (1, 2.0, 2.0), (1, 4.0, 4.0)])
+def test_clustered_gaps_have_the_right_spread(kind, cv, spread):
+    gaps, _ = episodes_of(with_pattern(build_workload(workload(arrivals="mixed"), None), cv=cv), kind=kind)
+    assert gaps.mean() == pytest.approx(1, abs=5 * spread / gaps.size**0.5)
+    assert gaps.std() == pytest.approx(spread, rel=0.03)
+    assert abs(np.corrcoef(gaps[:, 1:].ravel(), gaps[:, :-1].ravel())[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("arrivals", ["mmpp", "diurnal", "mixed"])
+def test_an_environment_alone_is_as_among_others(arrivals):
+    built = build_workload(workload(arrivals=arrivals), None)
+    gaps, _ = episodes_of(built)
+    np.testing.assert_array_equal(gaps, episodes_of(built)[0])
+    assert len(np.unique(gaps[:, 0])) == NUM_ENVS
+    keys, states = starts_of(built)
+    _, alone = run(built.process, built.params, keys[3], jax.tree.map(lambda leaf: leaf[3], states))
+    np.testing.assert_allclose(alone[:100], gaps[3, :100], rtol=1e-3)
+
+
+def test_seconds_are_those_of_the_nominal_rate():
+    config = workload(arrivals="mmpp", rate_scale=0.5, burst_seconds=3.0, period=100.0)
+    pattern = build_workload(config, None).params.pattern
+    np.testing.assert_array_equal(pattern.burst_length, [12.0, 12.0])
+    np.testing.assert_array_equal(pattern.period, [400.0, 400.0])
 
 
 def test_a_trace_is_replayed_in_order_and_starts_over(tmp_path):
@@ -134,6 +289,14 @@ def test_shares_become_probabilities():
         ({"rate": float("inf")}, "rate=inf"),
         ({"rate_scale": 0.0}, "rate_scale"),
         ({"arrivals": "gamma", "cv": 0.0}, "cv=0.0"),
+        ({"burst_ratio": 0.5}, "burst_ratio=0.5"),
+        ({"burst_ratio": float("inf")}, "burst_ratio=inf"),
+        ({"burst_share": 0.0}, "burst_share=0.0"),
+        ({"burst_share": 1.0}, "burst_share=1.0"),
+        ({"burst_seconds": 0.0}, "burst_seconds=0.0"),
+        ({"amplitude": -0.1}, "amplitude=-0.1"),
+        ({"amplitude": 1.0}, "amplitude=1.0"),
+        ({"period": float("nan")}, "period=nan"),
         ({"arrivals": "trace"}, "trace"),
         ({"requirements": []}, "requirements"),
         ({"requirements": [RequirementConfig("tight", 0.0, 1.0)]}, "tight"),

@@ -1,12 +1,13 @@
 """Arrival processes: when the next request comes.
 
 Every process is a pure function `(key, state, params) -> (gap, state)` whose gaps have mean 1. The environment
-divides them by its request rate, so that one rate drives them all and can be redrawn at any time.
+divides them by its request rate, so that one rate drives them all and can be redrawn at any time. Lengths of time
+are in mean gaps here, in seconds at the nominal rate in the configuration: at another rate they scale along.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +15,41 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.errors import UserError
 from jaxroute.workloads.trace import read_azure_trace
+
+# Bursts that begin or end within one gap, at most. More take gaps as long as bursts: at the defaults, not one in 10^7.
+_MAX_SWITCHES = 2
+# Newton steps towards the next gap of a swing; down to float32's precision where amplitude <= 0.8 and a period takes at
+# least 200 gaps.
+_NEWTON_STEPS = 3
+# What `mixed` chooses from, each as often; 0 is poisson.
+_CLUSTERED, _MMPP, _DIURNAL, _NUM_KINDS = 1, 2, 3, 4
+# Between which values it draws, log-uniformly.
+_MIXED_RANGES = {
+    "cv": (1.0, 4.0),
+    "burst_ratio": (2.0, 6.0),
+    "burst_seconds": (5.0, 60.0),
+    "amplitude": (0.2, 0.8),
+    "period": (60.0, 1200.0),
+}
+
+
+class Pattern(NamedTuple):
+    """How one environment's arrivals vary; each process reads its own."""
+
+    cv: Float[Array, "*range"]
+    """mixed: coefficient of variation of clustered gaps."""
+    burst_ratio: Float[Array, "*range"]
+    """Rate in a burst / rate outside."""
+    burst_length: Float[Array, "*range"]
+    """Mean length of a burst, in mean gaps."""
+    amplitude: Float[Array, "*range"]
+    """The rate swings between 1 - amplitude and 1 + amplitude times its mean."""
+    period: Float[Array, "*range"]
+    """Length of a swing, in mean gaps."""
 
 
 class ArrivalParams(NamedTuple):
@@ -27,6 +59,10 @@ class ArrivalParams(NamedTuple):
     """gamma: shape of the gap's distribution, 1 / cv^2."""
     gaps: Float[Array, "gap"]
     """trace: recorded gaps, in units of their mean."""
+    burst_share: Float[Array, ""]
+    """mmpp: share of time in bursts."""
+    pattern: Pattern
+    """Least and greatest of each, (2,): an environment draws its own at its start; equal unless mixed."""
 
 
 class ArrivalState(NamedTuple):
@@ -34,6 +70,15 @@ class ArrivalState(NamedTuple):
 
     position: Int[Array, ""]
     """trace: the next recorded gap."""
+    kind: Int[Array, ""]
+    """mixed: which process this environment follows."""
+    pattern: Pattern
+    in_burst: Bool[Array, ""]
+    """mmpp: whether a burst is on."""
+    until_switch: Float[Array, ""]
+    """mmpp: time until a burst begins or ends, in mean gaps."""
+    phase: Float[Array, ""]
+    """diurnal: place in the swing, rad."""
 
 
 ArrivalProcess = Callable[[PRNGKeyArray, ArrivalState, ArrivalParams], tuple[Float[Array, ""], ArrivalState]]
@@ -54,15 +99,127 @@ def trace(key: PRNGKeyArray, state: ArrivalState, params: ArrivalParams) -> tupl
     """Recorded gaps in their order, starting over at the end."""
     del key
     gap = params.gaps[state.position]
-    return gap, ArrivalState(position=(state.position + 1) % params.gaps.shape[0])
+    return gap, state._replace(position=(state.position + 1) % params.gaps.shape[0])
 
 
-PROCESSES: dict[str, ArrivalProcess] = {"poisson": poisson, "gamma": gamma, "trace": trace}
+def mmpp(key: PRNGKeyArray, state: ArrivalState, params: ArrivalParams) -> tuple[Float[Array, ""], ArrivalState]:
+    """Markov-modulated Poisson arrivals: a higher rate in bursts, which begin and end at random."""
+    gap, *stays = jax.random.exponential(key, (1 + _MAX_SWITCHES,))
+    return _through_bursts(gap, stays, state.pattern.burst_ratio, state, params)
+
+
+def diurnal(key: PRNGKeyArray, state: ArrivalState, params: ArrivalParams) -> tuple[Float[Array, ""], ArrivalState]:
+    """Poisson arrivals whose rate swings like a sine."""
+    del params
+    return _through_swing(jax.random.exponential(key), state.pattern.amplitude, state)
+
+
+def mixed(key: PRNGKeyArray, state: ArrivalState, params: ArrivalParams) -> tuple[Float[Array, ""], ArrivalState]:
+    """Each environment its own: poisson, clustered gaps, mmpp or diurnal; one formula with the others switched off."""
+    key_branch, key_sizes = jax.random.split(key)
+    gap, *stays = jax.random.exponential(key_sizes, (1 + _MAX_SWITCHES,))
+    kind, pattern = state.kind, state.pattern
+    gap = gap * _cluster_scale(key_branch, jnp.where(kind == _CLUSTERED, pattern.cv, 1.0))
+    gap, state = _through_bursts(gap, stays, jnp.where(kind == _MMPP, pattern.burst_ratio, 1.0), state, params)
+    return _through_swing(gap, jnp.where(kind == _DIURNAL, pattern.amplitude, 0.0), state)
+
+
+PROCESSES: dict[str, ArrivalProcess] = {
+    "poisson": poisson,
+    "gamma": gamma,
+    "mmpp": mmpp,
+    "diurnal": diurnal,
+    "mixed": mixed,
+    "trace": trace,
+}
 
 
 def first_arrival_state(key: PRNGKeyArray, params: ArrivalParams) -> ArrivalState:
-    """Start of an episode; a trace starts at a random place."""
-    return ArrivalState(position=jax.random.randint(key, (), 0, params.gaps.shape[0]))
+    """Start of an episode: a random place in a trace or a pattern, and a pattern of its own.
+
+    An episode starts with a request, and requests come more often where the rate is high: so do starts, or the first
+    gaps would be longer than 1 on average.
+    """
+    # Apart from the draw of `position`, which takes `key` itself.
+    key_kind, key_pattern, key_burst, key_switch, key_phase = jax.random.split(jax.random.fold_in(key, 2), 5)
+    drawn = jax.random.uniform(key_pattern, (len(Pattern._fields),))
+    pattern = Pattern(*(low * (high / low) ** u for (low, high), u in zip(params.pattern, drawn, strict=True)))
+    share, ratio = params.burst_share, pattern.burst_ratio
+    in_burst = jax.random.bernoulli(key_burst, share * ratio / (1 + share * (ratio - 1)))
+    # A place and its mirror image have rates that add up to 2: the choice between them weighs both by their rate.
+    place, choice = jax.random.uniform(key_phase, (2,)) * jnp.asarray([2 * jnp.pi, 2.0])
+    phase = jnp.where(choice < 1 + pattern.amplitude * jnp.sin(place), place, -place)
+    return ArrivalState(
+        position=jax.random.randint(key, (), 0, params.gaps.shape[0]),
+        kind=jax.random.randint(key_kind, (), 0, _NUM_KINDS),
+        pattern=pattern,
+        in_burst=in_burst,
+        until_switch=jax.random.exponential(key_switch) * _mean_length(in_burst, pattern, params),
+        phase=phase,
+    )
+
+
+def _mean_length(in_burst: Bool[Array, ""], pattern: Pattern, params: ArrivalParams) -> Float[Array, ""]:
+    """Mean length of a burst or of the quiet between two, in mean gaps."""
+    share = params.burst_share
+    return pattern.burst_length * jnp.where(in_burst, 1.0, (1 - share) / share)
+
+
+def _cluster_scale(key: PRNGKeyArray, cv: Float[Array, ""]) -> Float[Array, ""]:
+    """Mean of one exponential gap; drawn anew for each, it makes them hyperexponential with mean 1 and this cv >= 1.
+
+    Many short gaps and few long ones, with balanced means: as bursty as gamma gaps of the same cv, without a rejection
+    sampler, whose loop waits for its slowest lane.
+    """
+    short = (1 + jnp.sqrt((cv**2 - 1) / (cv**2 + 1))) / 2
+    return 0.5 / jnp.where(jax.random.uniform(key) < short, short, 1 - short)
+
+
+def _through_bursts(
+    work: Float[Array, ""],
+    stays: Sequence[Float[Array, ""]],
+    ratio: Float[Array, ""],
+    state: ArrivalState,
+    params: ArrivalParams,
+) -> tuple[Float[Array, ""], ArrivalState]:
+    """Time in which the rate, higher in bursts, adds up to `work`; `stays` are exponential draws of mean 1."""
+    share = params.burst_share
+    quiet_rate = 1 / (1 + share * (ratio - 1))
+    in_burst, left, time = state.in_burst, state.until_switch, jnp.float32(0.0)
+    for stay in stays:
+        rate = quiet_rate * jnp.where(in_burst, ratio, 1.0)
+        switches = work > rate * left
+        time = jnp.where(switches, time + left, time)
+        work = jnp.where(switches, work - rate * left, work)
+        in_burst = in_burst ^ switches
+        left = jnp.where(switches, stay * _mean_length(in_burst, state.pattern, params), left)
+    rate = quiet_rate * jnp.where(in_burst, ratio, 1.0)
+    # Beyond the last switch that a gap may hold, the rest passes at the mean rate while the bursts stand still, so that
+    # the mean gap is 1 whatever the bound.
+    beyond = work > rate * left
+    rest = jnp.where(beyond, work, work / rate)
+    left = jnp.where(beyond, left, jnp.maximum(left - rest, 0.0))
+    return time + rest, state._replace(in_burst=in_burst, until_switch=left)
+
+
+def _through_swing(
+    work: Float[Array, ""], amplitude: Float[Array, ""], state: ArrivalState
+) -> tuple[Float[Array, ""], ArrivalState]:
+    """Time in which the rate 1 + amplitude * sin(phase) adds up to `work`.
+
+    As an angle x from the phase p, it solves x + amplitude * (cos(p) - cos(p + x)) = y, Kepler's equation.
+    """
+    phase = state.phase
+    speed = 2 * jnp.pi / state.pattern.period
+    y = work * speed
+    low = jnp.maximum(y / (1 + amplitude), y - 2 * amplitude)
+    high = jnp.minimum(y / (1 - amplitude), y + 2 * amplitude)
+    x = jnp.clip(y / (1 + amplitude * jnp.sin(phase)), low, high)
+    for _ in range(_NEWTON_STEPS):
+        # The difference of cosines as a product: the two are nearly equal, as a gap is a small part of a period.
+        excess = x + 2 * amplitude * jnp.sin(x / 2) * jnp.sin(phase + x / 2) - y
+        x = jnp.clip(x - excess / (1 + amplitude * jnp.sin(phase + x)), low, high)
+    return x / speed, state._replace(phase=(phase + x) % (2 * jnp.pi))
 
 
 @dataclass
@@ -81,7 +238,7 @@ class WorkloadConfig:
 
     name: str
     arrivals: str
-    """poisson, gamma or trace."""
+    """poisson, gamma, mmpp, diurnal, mixed or trace."""
     requirements: list[RequirementConfig]
     rate: float | None = None
     """Requests per second; a trace may leave it out and keep its recorded rate."""
@@ -89,6 +246,16 @@ class WorkloadConfig:
     """Multiplies `rate`, or a trace's recorded rate."""
     cv: float = 1.0
     """gamma: coefficient of variation of the gaps."""
+    burst_ratio: float = 4.0
+    """mmpp: rate in a burst / rate outside."""
+    burst_share: float = 0.2
+    """mmpp, mixed: share of time in bursts."""
+    burst_seconds: float = 20.0
+    """mmpp: mean length of a burst at the nominal rate, s."""
+    amplitude: float = 0.6
+    """diurnal: the rate swings between 1 - amplitude and 1 + amplitude times its mean."""
+    period: float = 600.0
+    """diurnal: length of a swing at the nominal rate, s."""
     trace: str | None = None
     """trace: file in the Azure format, relative to the data folder."""
 
@@ -98,10 +265,16 @@ class WorkloadConfig:
             raise UserError(f"{where}: arrivals={self.arrivals} is unknown; choose one of {', '.join(PROCESSES)}")
         if self.rate is None and self.arrivals != "trace":
             raise UserError(f"{where}: rate is missing; give requests per second, e.g. workload.rate=8")
-        for key in ("rate", "rate_scale", "cv"):
+        numbers = ("rate", "rate_scale", "cv", "burst_ratio", "burst_share", "burst_seconds", "amplitude", "period")
+        for key in numbers:
             value = getattr(self, key)
             if value is not None and not (0 < value < float("inf")):
                 raise UserError(f"{where}: {key}={value} must be above 0")
+        if self.burst_ratio < 1:
+            raise UserError(f"{where}: burst_ratio={self.burst_ratio} must be at least 1")
+        for key in ("burst_share", "amplitude"):
+            if getattr(self, key) >= 1:
+                raise UserError(f"{where}: {key}={getattr(self, key)} must be below 1")
         if self.arrivals == "trace" and not self.trace:
             raise UserError(f"{where}: trace is missing; name a file in the Azure format")
         if not self.requirements:
@@ -153,11 +326,34 @@ def build_workload(config: WorkloadConfig, data_dir: Path | None) -> Workload:
         rate = rate if rate is not None else 1 / gaps.mean()
         gaps = gaps / gaps.mean()
     assert rate is not None
+    rate *= config.rate_scale
     shares = np.asarray([requirement.share for requirement in config.requirements])
     return Workload(
         process=PROCESSES[config.arrivals],
-        params=ArrivalParams(shape=jnp.float32(1 / config.cv**2), gaps=jnp.asarray(gaps, jnp.float32)),
-        rate=rate * config.rate_scale,
+        params=ArrivalParams(
+            shape=jnp.float32(1 / config.cv**2),
+            gaps=jnp.asarray(gaps, jnp.float32),
+            burst_share=jnp.float32(config.burst_share),
+            pattern=_pattern_ranges(config, rate),
+        ),
+        rate=rate,
         requirement=jnp.asarray([requirement.latency for requirement in config.requirements], jnp.float32),
         share=jnp.asarray(shares / shares.sum(), jnp.float32),
+    )
+
+
+def _pattern_ranges(config: WorkloadConfig, rate: float) -> Pattern:
+    """Least and greatest of what an environment draws at its start; seconds become mean gaps."""
+
+    def between(name: str, scale: float = 1.0) -> Float[Array, "2"]:
+        value = getattr(config, name)
+        low, high = _MIXED_RANGES[name] if config.arrivals == "mixed" else (value, value)
+        return jnp.asarray([low * scale, high * scale], jnp.float32)
+
+    return Pattern(
+        cv=between("cv"),
+        burst_ratio=between("burst_ratio"),
+        burst_length=between("burst_seconds", rate),
+        amplitude=between("amplitude"),
+        period=between("period", rate),
     )
