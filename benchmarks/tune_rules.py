@@ -16,11 +16,14 @@ from jaxroute.cli import use_compilation_cache
 from jaxroute.config import load_config
 from jaxroute.evaluation import evaluate_policies, summarise
 from jaxroute.policies import RULES
+from jaxroute.policies.rules import LEAST, MOST
 from jaxroute.scenarios import build_env
 
 GRID = {
     "quality_threshold": [0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5],
     "weighted_sum": [0.0, 0.05, 0.1, 0.2, 0.4, 0.8],
+    "win_rate": [0.2, 0.3, 0.35, 0.4, 0.45, 0.5],
+    "slo_headroom": [LEAST, MOST],
 }
 
 

@@ -9,9 +9,10 @@ from episodes import NUM_ENVS, ROUTERS, changed, edge6, play
 from jaxroute.env.types import Arrival, Candidates, Experts, Impact, InFlight, Observation
 from jaxroute.errors import UserError
 from jaxroute.policies import LEARNED, RULES, learned_policy, rules_named
+from jaxroute.policies.rules import EXPLORATION, LEAST, MOST
 
 NUM_EXPERTS, NUM_SLOTS = 3, 4
-DRAWS = {"random", "lowest_latency"}
+DRAWS = {"random", "weighted_random", "power_of_two", "lowest_latency"}
 """Rules that decide with their key."""
 
 # Three experts that are alike in everything, and idle.
@@ -32,6 +33,7 @@ ALIKE = {
     "normalised_latency": 0.021,
     "in_time": 0.9,
     "qos": 0.45,
+    "up": True,
     "available": True,
 }
 
@@ -45,7 +47,7 @@ def observation(**changes):
         shape = () if part is Arrival else (NUM_EXPERTS,)
         columns = {
             name: jnp.broadcast_to(
-                jnp.asarray(values.get(name, 0.0), bool if name == "available" else jnp.float32), shape
+                jnp.asarray(values.get(name, 0.0), bool if name in {"up", "available"} else jnp.float32), shape
             )
             for name in part._fields
             if name not in others
@@ -64,7 +66,7 @@ def observation(**changes):
 
 
 # Not those tuned on some workload, which may change.
-PARAMS = {"quality_threshold": 0.1, "weighted_sum": 0.2}
+PARAMS = {"slo_headroom": LEAST, "quality_threshold": 0.1, "win_rate": 0.4, "weighted_sum": 0.2}
 
 
 @jax.jit
@@ -85,6 +87,59 @@ def decide(name, obs, seed=0):
 PINNED = {
     # Waiting and running, and as many slots of either count the same: 3, 2 and 1 in all.
     "shortest_queue": [({"num_waiting": [2, 0, 0], "num_running": [1, 2, 1]}, 2)],
+    # 4 * 1 + 0, 3, 5: nobody waits at the second, although it holds more requests than the first.
+    "vllm_dp": [({"num_waiting": [1, 0, 1], "num_running": [0, 3, 1]}, 1)],
+    # 0.3, 0.25 and 0.2, where the tokens in use rise.
+    "least_kv": [({"kv_used": [300, 500, 1000], "kv_capacity": [1000, 2000, 5000]}, 2)],
+    # 900 / 3, 400 / 1, 500 / 2; the idle second counts as if it held one.
+    "free_kv_per_request": [
+        (
+            {
+                "kv_used": [100, 600, 500],
+                "kv_capacity": 1000,
+                "num_running": [2, 0, 1],
+                "num_waiting": [1, 0, 1],
+            },
+            1,
+        )
+    ],
+    "shortest_work": [
+        # 400 * 0.02 / 4, 300 * 0.02 / 2, and 300 * 0.02 / 4 but 1,000 * 0.001 of prefill before: 2, 3, 2.5 s.
+        (
+            {
+                "pending_output": [400, 300, 300],
+                "pending_prefill": [0, 0, 1000],
+                "compute_per_token": 1e-3,
+                "num_running": [4, 2, 4],
+            },
+            0,
+        ),
+        # 16 requests, but 8 seats: 1,200 * 0.02 / 8 = 3 s; those on their way find a seat: 200 * 0.02 / 2 = 2 s.
+        ({"pending_output": [1200, 200, 250], "num_running": [8, 0, 2], "num_waiting": [8, 2, 0]}, 1),
+    ],
+    "llm_d": [
+        # Queue 0, 1/3, 1 and KV 0.9, 0.6, 0.1.
+        ({"num_waiting": [3, 2, 0], "kv_used": [1000, 4000, 9000]}, 2),
+        ({"num_waiting": [3, 2, 0], "kv_used": [1000, 1000, 9000]}, 1),
+        # All queues equal: the KV memory decides.
+        ({"num_waiting": 2, "kv_used": [5000, 4000, 6000]}, 1),
+        # The long queue of a full expert stretches no scale: 1 + 0.5 against 0 + 0.9.
+        ({"num_waiting": [4, 0, 1], "kv_used": [0, 5000, 1000], "available": [False, True, True]}, 1),
+    ],
+    "dynamo_kv": [
+        # Blocks beside the arriving prompt's: 20 + 10, 5 + 20, 0 + 26.
+        ({"pending_prefill": [320, 80, 0], "kv_used": [160, 320, 416]}, 1),
+        # A block that is in use in part is in use: 10.5 + 7 against 10.25 + 8, with 7 * 16 = 112.
+        ({"pending_prefill": [168, 164, 168], "kv_used": [112, 113, 113]}, 0),
+    ],
+    # With L = 0.04; closest to it is the second.
+    "slo_headroom": [
+        ({"normalised_latency": [0.02, 0.038, 0.05]}, 1),
+        # Nobody meets it: the smallest violation, unless one is idle.
+        ({"normalised_latency": [0.07, 0.05, 0.09], "num_running": 1}, 1),
+        ({"normalised_latency": [0.07, 0.05, 0.09], "num_running": [1, 1, 0]}, 2),
+        ({"normalised_latency": [0.07, 0.05, 0.09], "num_running": [0, 1, 0]}, 0),
+    ],
     # 0.1 + 100 * 0.02, 0.5 + 100 * 0.01, 0.05 + 300 * 0.01: neither the first token nor the pace nor the length alone.
     "shortest_expected_delay": [
         (
@@ -102,6 +157,20 @@ PINNED = {
         ({"predicted_quality": [0.75, 0.82, 0.9], "weight_load": [0.01, 0.02, 0.04]}, 1),
         ({"predicted_quality": [0.75, 0.78, 0.9], "weight_load": [0.01, 0.02, 0.04]}, 2),
     ],
+    # Strong is the last, with q = 0.8; weak the second, the fastest. It wins with 0.8 * 0.6 > 0.4, then 0.8 * 0.4.
+    "win_rate": [
+        ({"predicted_quality": [0.5, 0.4, 0.8], "weight_load": [0.03, 0.01, 0.02]}, 2),
+        ({"predicted_quality": [0.5, 0.6, 0.8], "weight_load": [0.03, 0.01, 0.02]}, 1),
+        # A full one is neither: of the others 0.5 * 0.6 wins too seldom.
+        (
+            {
+                "predicted_quality": [0.5, 0.4, 0.8],
+                "weight_load": [0.03, 0.01, 0.02],
+                "available": [True, True, False],
+            },
+            1,
+        ),
+    ],
     "lowest_latency": [
         ({"recent_latency": [0.05, 0.03, 0.034]}, 1),
         # Where nothing completed lately, nothing is slow.
@@ -112,6 +181,20 @@ PINNED = {
         ({"predicted_quality": [0.9, 0.6, 0.55], "normalised_latency": [0.05, 0.03, 0.01]}, 2),
         # Nobody meets the requirement of 0.04: all compete, 0.9 - 0.25, 0.6 - 0.225, 0.55 - 0.3.
         ({"predicted_quality": [0.9, 0.6, 0.55], "normalised_latency": [0.05, 0.045, 0.06]}, 0),
+    ],
+    "interference_aware": [
+        # 4 * 0.1, 1 * 0.3, 2 * 0.2: a larger batch may slow down by less in all.
+        ({"num_running": [4, 1, 1], "num_waiting": [0, 0, 1], "tpot": [0.022, 0.026, 0.024]}, 1),
+        # The second would be too late; if all were, it would not matter.
+        (
+            {
+                "num_running": [4, 1, 2],
+                "tpot": [0.022, 0.026, 0.023],
+                "normalised_latency": [0.03, 0.05, 0.03],
+            },
+            2,
+        ),
+        ({"num_running": [4, 1, 2], "tpot": [0.022, 0.024, 0.023], "normalised_latency": 0.05}, 1),
     ],
     "qos_greedy": [({"qos": [0.4, 0.3, 0.6], "qos_loss": [0, 0, 0.5], "predicted_quality": [0.4, 0.9, 0.6]}, 2)],
     "impact_greedy": [({"qos": [0.4, 0.3, 0.6], "qos_loss": [0, 0, 0.5]}, 0)],
@@ -125,14 +208,53 @@ def test_decisions(name, changes, expected):
 
 
 def test_every_rule_is_pinned():
-    assert set(RULES) == {*PINNED, "random", "round_robin"}
+    assert set(RULES) == {*PINNED, "random", "weighted_random", "power_of_two", "round_robin"}
     assert all(rule.name == name for name, rule in RULES.items())
 
 
+def shares(name, obs):
+    """How often each expert is chosen."""
+    obs = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (MANY, *leaf.shape)), obs)
+    chosen = many_decisions(obs, jax.random.split(jax.random.key(0), MANY))[name]
+    return np.bincount(chosen, minlength=NUM_EXPERTS) / MANY
+
+
 def test_random_is_uniform():
-    obs = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (MANY, *leaf.shape)), observation())
-    chosen = many_decisions(obs, jax.random.split(jax.random.key(0), MANY))["random"]
-    np.testing.assert_allclose(np.bincount(chosen, minlength=3) / MANY, 1 / 3, atol=0.05)
+    np.testing.assert_allclose(shares("random", observation()), 1 / 3, atol=0.05)
+
+
+def test_weighted_random_follows_capacity():
+    # 8 / 0.02, 16 / 0.02 and 8 / 0.04 sequences per second: 2 to 4 to 1.
+    changes = {"max_num_seqs": [8, 16, 8], "weight_load": [0.02, 0.02, 0.04]}
+    np.testing.assert_allclose(shares("weighted_random", observation(**changes)), [2 / 7, 4 / 7, 1 / 7], atol=0.05)
+    changes["available"] = [True, False, True]
+    np.testing.assert_allclose(shares("weighted_random", observation(**changes)), [2 / 3, 0, 1 / 3], atol=0.05)
+
+
+def test_power_of_two_takes_the_better_of_two():
+    # 500, 450 and 470 tokens: the second wins every draw that it is in, the first none.
+    changes = {"pending_prefill": [100, 400, 0], "pending_output": [400, 50, 470]}
+    np.testing.assert_allclose(shares("power_of_two", observation(**changes)), [0, 2 / 3, 1 / 3], atol=0.05)
+    # Only those with room are drawn.
+    assert shares("power_of_two", observation(**changes, available=[True, False, True])).tolist() == [0, 0, 1]
+    # Of two alike, the lower index.
+    np.testing.assert_allclose(shares("power_of_two", observation()), [2 / 3, 1 / 3, 0], atol=0.05)
+
+
+def test_slo_headroom_explores():
+    obs = observation(normalised_latency=[0.02, 0.038, 0.05])
+    explored = shares("slo_headroom", obs)
+    assert explored[0] == 0
+    assert 0 < explored[2] < 3 * EXPLORATION
+    # If all meet L, or none does, there is nothing to explore.
+    assert shares("slo_headroom", observation(normalised_latency=[0.02, 0.038, 0.03])).tolist() == [0, 1, 0]
+    assert shares("slo_headroom", observation(normalised_latency=[0.05, 0.06, 0.07])).tolist() == [1, 0, 0]
+
+
+def test_slo_headroom_can_take_the_furthest():
+    rule, key = RULES["slo_headroom"], jax.random.key(0)
+    obs = observation(normalised_latency=[0.03, 0.038, 0.02])
+    assert [int(rule.act(side, obs, key, rule.memory)[0]) for side in (LEAST, MOST)] == [1, 2]
 
 
 def test_lowest_latency_draws_among_the_close():
@@ -154,11 +276,17 @@ def test_round_robin_takes_turns():
     assert int(action) == 0
 
 
-def test_weighted_sum_ignores_who_is_full_when_it_asks_who_meets_the_limit():
+@pytest.mark.parametrize("name", ["weighted_sum", "slo_headroom", "interference_aware"])
+def test_who_is_full_is_ignored_when_a_rule_asks_who_meets_the_limit(name):
     # The only one in time is full: the others compete as if none were.
-    changes = {"predicted_quality": [0.9, 0.8, 0.5], "normalised_latency": [0.1, 0.05, 0.01]}
-    assert decide("weighted_sum", observation(**changes)) == 2
-    assert decide("weighted_sum", observation(**changes, available=[True, True, False])) == 1
+    changes = {
+        "predicted_quality": [0.9, 0.8, 0.5],
+        "normalised_latency": [0.1, 0.05, 0.01],
+        "num_running": [3, 1, 5],
+        "tpot": 0.03,
+    }
+    assert decide(name, observation(**changes)) == 2
+    assert decide(name, observation(**changes, available=[True, True, False])) == 1
 
 
 # ---- What holds for every rule -----------------------------------------------------------------------------
@@ -179,7 +307,9 @@ def arbitrary():
     )
     available = (np.arange(count)[:, None] >> np.arange(NUM_EXPERTS)) % 2 == 1
     arrival = numbers.arrival._replace(latency_requirement=numbers.arrival.latency_requirement + 1e-3)
-    obs = numbers._replace(arrival=arrival, experts=numbers.experts._replace(available=jnp.asarray(available)))
+    positive = ("max_num_seqs", "kv_capacity", "weight_load", "iteration_time")
+    experts = numbers.experts._replace(**{name: getattr(numbers.experts, name) + 1e-3 for name in positive})
+    obs = numbers._replace(arrival=arrival, experts=experts._replace(available=jnp.asarray(available)))
     keys = jax.random.split(jax.random.key(0), count)
     return available, jax.tree.map(np.asarray, many_decisions(obs, keys))
 

@@ -1,24 +1,59 @@
 """Routing rules in production use and from the literature, each on the one protocol.
 
-W waiting, R running requests; q predicted quality; n predicted output tokens; L the latency requirement. Predictions
-of latency come from the action impact estimator (`jaxroute.env.impact`), the same for every rule.
+W waiting, R running requests; K fraction of KV memory in use; q predicted quality; n predicted output tokens; L the
+latency requirement. Predictions of latency come from the action impact estimator (`jaxroute.env.impact`), the same for
+every rule.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.env.types import Observation
 from jaxroute.policies.protocol import Memory, Params, Policy, best_available
 
 Decision = tuple[Int[Array, ""], Memory]
 
+# The sources' defaults.
+KV_BLOCK = 16  # tokens
+EXPLORATION = 0.01  # of requests
+
+# What slo_headroom prefers: the least or the most headroom.
+LEAST, MOST = -1.0, 1.0
+
+
+def _num_in_flight(obs: Observation) -> Float[Array, "expert"]:
+    """W + R."""
+    return obs.experts.num_waiting + obs.experts.num_running
+
+
+def _relative_latency(obs: Observation) -> Float[Array, "expert"]:
+    """Predicted normalised latency / L; up to 1, the request is predicted to meet L."""
+    return obs.candidates.impact.normalised_latency / obs.arrival.latency_requirement
+
+
+def _best_among(obs: Observation, preferred: Bool[Array, "expert"], score: Float[Array, "expert"]) -> Int[Array, ""]:
+    """Return the best available expert among the preferred, or among all if none of them is available."""
+    preferred = preferred & obs.experts.available
+    return best_available(obs, jnp.where(preferred | ~preferred.any(), score, -jnp.inf))
+
 
 def random(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Choose uniformly (SGLang, LiteLLM simple-shuffle)."""
     return best_available(obs, jax.random.uniform(key, obs.experts.available.shape)), memory
+
+
+def weighted_random(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Choose in proportion to capacity (LiteLLM simple-shuffle with weights).
+
+    Capacity is the tokens per second of a full batch as long as streaming the weights bounds it: `max_num_seqs` /
+    `weight_load`.
+    """
+    capacity = obs.experts.max_num_seqs / obs.experts.weight_load
+    # Of exponential clocks with these rates, each is the first with a probability in proportion to its rate.
+    return best_available(obs, -jax.random.exponential(key, capacity.shape) / capacity), memory
 
 
 def round_robin(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
@@ -31,13 +66,85 @@ def round_robin(params: Params, obs: Observation, key: PRNGKeyArray, memory: Mem
 
 def shortest_queue(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Argmin W + R (Vidur lor, LiteLLM least-busy, BLIS least-loaded)."""
-    return best_available(obs, -(obs.experts.num_waiting + obs.experts.num_running)), memory
+    return best_available(obs, -_num_in_flight(obs)), memory
+
+
+def vllm_dp(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Argmin 4 W + R (vLLM data-parallel balancer)."""
+    return best_available(obs, -(4 * obs.experts.num_waiting + obs.experts.num_running)), memory
+
+
+def least_kv(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Argmin K, the fraction of KV memory in use (llm-d kv-cache-utilization scorer)."""
+    return best_available(obs, -obs.experts.kv_used / obs.experts.kv_capacity), memory
+
+
+def free_kv_per_request(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Argmax free KV tokens / max(W + R, 1) (Llumnix)."""
+    free = obs.experts.kv_capacity - obs.experts.kv_used
+    return best_available(obs, free / jnp.maximum(_num_in_flight(obs), 1.0)), memory
+
+
+def shortest_work(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Argmin seconds of work at hand (splitwise token_jsq, with the expert's speed).
+
+    Pending prefill takes `compute_per_token` each; pending output leaves in iterations of a token per running request.
+    """
+    experts = obs.experts
+    # The batch that `iteration_time` is of: all who find a seat.
+    batch = jnp.clip(_num_in_flight(obs), 1.0, experts.max_num_seqs)
+    prefill = experts.pending_prefill * experts.compute_per_token
+    return best_available(obs, -(prefill + experts.pending_output * experts.iteration_time / batch)), memory
+
+
+def power_of_two(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Draw two available experts and take the one with fewer pending tokens (SGLang)."""
+    draw = jnp.where(obs.experts.available, jax.random.uniform(key, obs.experts.available.shape), -1.0)
+    two = draw >= jnp.sort(draw)[-2:].min()
+    return _best_among(obs, two, -(obs.experts.pending_prefill + obs.experts.pending_output)), memory
+
+
+def llm_d(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Argmax queue score / 2 + KV score / 2 (llm-d endpoint picker).
+
+    The queue score is (max - W) / (max - min) over the available experts, 1 if all have the same W; the KV score is
+    1 - K.
+    """
+    waiting, available = obs.experts.num_waiting, obs.experts.available
+    longest = jnp.where(available, waiting, -jnp.inf).max()
+    spread = longest - jnp.where(available, waiting, jnp.inf).min()
+    queue = jnp.where(spread > 0, (longest - waiting) / spread, 1.0)
+    return best_available(obs, 0.5 * queue + 0.5 * (1 - obs.experts.kv_used / obs.experts.kv_capacity)), memory
+
+
+def dynamo_kv(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Argmin prefill blocks + decode blocks, of 16 tokens (NVIDIA Dynamo; no prefix cache here).
+
+    Prefill blocks, whole or not: what is pending there and the arriving prompt. Decode blocks: the KV memory in use.
+    """
+    prefill = (obs.experts.pending_prefill + obs.arrival.prompt_tokens) / KV_BLOCK
+    return best_available(obs, -(prefill + jnp.ceil(obs.experts.kv_used / KV_BLOCK))), memory
 
 
 def shortest_expected_delay(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Argmin TTFT + n TPOT, as predicted (Block)."""
     impact = obs.candidates.impact
     return best_available(obs, -(impact.ttft + obs.candidates.predicted_output_tokens * impact.tpot)), memory
+
+
+def slo_headroom(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Among the experts predicted to meet L, take the one closest to it, or furthest (llm-d predicted latency).
+
+    `params` is `LEAST` for the closest, which keeps room on the others, or `MOST` for the furthest. If none is
+    predicted to meet L, and for one request in a hundred even if some are, those that miss it compete: an idle one
+    first, then the one that misses it least.
+    """
+    relative = _relative_latency(obs)
+    meets = relative <= 1.0
+    # 1 / relative is below 1 for those that miss L, so that no other comes before an idle one.
+    missing = (_num_in_flight(obs) == 0) + 1 / relative
+    explore = jax.random.uniform(key) < EXPLORATION
+    return _best_among(obs, meets ^ explore, jnp.where(meets, -params * relative, missing)), memory
 
 
 def quality_only(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
@@ -54,7 +161,19 @@ def quality_threshold(params: Params, obs: Observation, key: PRNGKeyArray, memor
     """
     quality = obs.candidates.predicted_quality
     good_enough = quality >= quality.max() - params
-    return best_available(obs, jnp.where(good_enough, 1.0, -1.0) - obs.experts.weight_load), memory
+    return _best_among(obs, good_enough, -obs.experts.weight_load), memory
+
+
+def win_rate(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Take the strong LLM if P(it wins) > alpha, else the weak one (RouteLLM).
+
+    Of many, strong is the available one with the highest q, weak the fastest: least time to stream its weights. An
+    answer is right or wrong, so strong wins with q_strong (1 - q_weak), and a tie goes to weak. `params` is alpha.
+    """
+    quality = obs.candidates.predicted_quality
+    strong, weak = best_available(obs, quality), best_available(obs, -obs.experts.weight_load)
+    wins = quality[strong] * (1 - quality[weak])
+    return jnp.where(wins > params, strong, weak), memory
 
 
 def lowest_latency(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
@@ -72,10 +191,18 @@ def weighted_sum(params: Params, obs: Observation, key: PRNGKeyArray, memory: Me
 
     If none is predicted to meet L, all are candidates. `params` is w.
     """
-    relative = obs.candidates.impact.normalised_latency / obs.arrival.latency_requirement
-    score = obs.candidates.predicted_quality - params * relative
-    meets = (relative <= 1.0) & obs.experts.available
-    return best_available(obs, jnp.where(meets | ~meets.any(), score, score - 1e3)), memory
+    relative = _relative_latency(obs)
+    return _best_among(obs, relative <= 1.0, obs.candidates.predicted_quality - params * relative), memory
+
+
+def interference_aware(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Argmin predicted slow-down of the requests in flight, among the experts predicted to meet L (all, if none).
+
+    The slow-down is by how much an iteration gets longer, relative to what it takes now, summed over the requests
+    there. In the spirit of interference-aware cooperative routing in 5G.
+    """
+    slowdown = _num_in_flight(obs) * (obs.candidates.impact.tpot / obs.experts.iteration_time - 1)
+    return _best_among(obs, _relative_latency(obs) <= 1.0, -slowdown), memory
 
 
 def qos_greedy(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
@@ -91,18 +218,31 @@ def impact_greedy(params: Params, obs: Observation, key: PRNGKeyArray, memory: M
 # Tuned on the training workload by `python -m benchmarks.tune_rules`; see docs/policies.md.
 QUALITY_GAP = 0.2
 LATENCY_WEIGHT = 0.2
+WIN_PROBABILITY = 0.45
+HEADROOM = LEAST
 
 RULES: dict[str, Policy] = {
     policy.name: policy
     for policy in (
         Policy("random", random),
+        Policy("weighted_random", weighted_random),
         Policy("round_robin", round_robin, memory=jnp.int32(0)),
         Policy("shortest_queue", shortest_queue),
+        Policy("vllm_dp", vllm_dp),
+        Policy("least_kv", least_kv),
+        Policy("free_kv_per_request", free_kv_per_request),
+        Policy("shortest_work", shortest_work),
+        Policy("power_of_two", power_of_two),
+        Policy("llm_d", llm_d),
+        Policy("dynamo_kv", dynamo_kv),
         Policy("shortest_expected_delay", shortest_expected_delay),
+        Policy("slo_headroom", slo_headroom, params=HEADROOM),
         Policy("quality_only", quality_only),
         Policy("quality_threshold", quality_threshold, params=QUALITY_GAP),
+        Policy("win_rate", win_rate, params=WIN_PROBABILITY),
         Policy("lowest_latency", lowest_latency),
         Policy("weighted_sum", weighted_sum, params=LATENCY_WEIGHT),
+        Policy("interference_aware", interference_aware),
         Policy("qos_greedy", qos_greedy),
         Policy("impact_greedy", impact_greedy),
     )
