@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxroute.config import Config, load_config
-from jaxroute.env import EdgeRouting, EnvParams, RewardParams
+from jaxroute.env import EdgeRouting, EnvParams, OutageParams, RewardParams
 from jaxroute.errors import UserError
 from jaxroute.serving import build_site
 from jaxroute.workloads import build_bank, build_workload
@@ -17,7 +17,7 @@ from jaxroute.workloads import build_bank, build_workload
 SCENARIOS: dict[str, dict[str, str]] = {
     f"{prefix}-{workload}": {"site": site, "workload": "azure_conv" if workload == "azure" else workload}
     for prefix, site in (("edge", "edge6"), ("edge3", "edge3"), ("edge16", "edge16"))
-    for workload in ("poisson", "gamma", "azure")
+    for workload in ("poisson", "gamma", "mmpp", "diurnal", "mixed", "azure")
 }
 """Named scenarios; "edge" is the site edge6."""
 
@@ -28,6 +28,7 @@ def make(
     rate: float | tuple[float, float] | None = None,
     horizon: int = 0,
     redraw_every: int = 0,
+    random_sites: float = 0.0,
     overrides: tuple[str, ...] = (),
     **groups: str,
 ) -> tuple[EdgeRouting, EnvParams]:
@@ -39,6 +40,8 @@ def make(
             workload's by default.
         horizon: truncate episodes after so many steps; 0 for an endless task.
         redraw_every: draw a new rate every so many steps; 0 keeps the first.
+        random_sites: share of environments that draw a site of their own at `reset`, from the scenario's experts and
+            LLMs.
         overrides: further options as on the command line, e.g. ("bank.split=test", "reward.shaping=false").
         **groups: other choices than the scenario's for site, workload or bank, e.g. site="edge3".
 
@@ -51,7 +54,7 @@ def make(
         raise UserError(f"scenario {name} is unknown; {hint}")
     chosen = SCENARIOS[name] | groups
     config = load_config([f"{group}={choice}" for group, choice in chosen.items()] + list(overrides))
-    return build_env(config, rate=rate, horizon=horizon, redraw_every=redraw_every)
+    return build_env(config, rate=rate, horizon=horizon, redraw_every=redraw_every, random_sites=random_sites)
 
 
 def build_env(
@@ -60,6 +63,7 @@ def build_env(
     rate: float | tuple[float, float] | None = None,
     horizon: int = 0,
     redraw_every: int = 0,
+    random_sites: float = 0.0,
 ) -> tuple[EdgeRouting, EnvParams]:
     """Build the environment of a configuration; arguments as for `make`.
 
@@ -80,7 +84,7 @@ def build_env(
     low, high = rate if isinstance(rate, tuple) else (rate, rate)
     if not 0 < low <= high:
         raise UserError(f"rate={rate} must be above 0 requests per second")
-    weights = config.reward
+    weights, dynamics = config.reward, config.dynamics
     env = EdgeRouting(
         num_experts=site.num_experts,
         num_slots=int(np.max(np.asarray(site.max_num_seqs) + np.asarray(site.max_waiting))),
@@ -88,6 +92,9 @@ def build_env(
         redraw_every=redraw_every,
         horizon=horizon,
         expected_quality=weights.expected_quality,
+        outages=dynamics.outages,
+        random_sites=random_sites,
+        stale=dynamics.refresh_ms > 0,
     )
     params = EnvParams(
         site=site,
@@ -100,8 +107,11 @@ def build_env(
             violation_penalty=jnp.float32(weights.violation_penalty),
             rejection_penalty=jnp.float32(weights.rejection_penalty),
             shaping=jnp.float32(weights.shaping),
-            discount=jnp.float32(config.ppo.discount),
         ),
+        outages=OutageParams(
+            mean_uptime=jnp.float32(dynamics.mean_uptime), mean_downtime=jnp.float32(dynamics.mean_downtime)
+        ),
+        refresh_interval=jnp.float32(dynamics.refresh_ms / 1000),
     )
     return env, params
 

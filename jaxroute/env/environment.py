@@ -14,24 +14,34 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxroute.env.impact import Batch, Outlook, assess, estimate_impact
+from jaxroute.env.impact import Outlook, assess, estimate_impact
 from jaxroute.env.types import (
     Arrival,
+    Batch,
     Candidates,
     EnvParams,
     EnvState,
     Experts,
+    Fleet,
     InFlight,
     Observation,
     Request,
+    Retries,
     SlotTable,
+    Snapshot,
 )
-from jaxroute.serving import SlotStatus, advance, can_accept, enqueue, idle_site, running_and_waiting
+from jaxroute.serving import Site, SlotStatus, advance, can_accept, enqueue, idle_site, running_and_waiting
 from jaxroute.workloads.arrivals import ArrivalProcess, first_arrival_state
 
 # The recent arrival rate is an exponential mean over this many gaps, the recent latency over this time.
 _ARRIVAL_WINDOW = 32.0
 _LATENCY_WINDOW = 60.0
+
+# Between which values a random site's experts draw, apart from their LLM.
+_TIME_FACTORS = (0.5, 2.0)
+_MEMORY_FACTORS = (0.5, 2.0)
+_NETWORK_DELAYS = (0.001, 0.020)  # s
+_FEWEST_EXPERTS = 2
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,12 @@ class EdgeRouting:
     """Truncate and start over after so many steps; 0 never does, and compiles no reset into `step`."""
     expected_quality: bool = True
     """Reward the predicted quality instead of the drawn outcome; the metrics always count the outcome."""
+    outages: str = "none"
+    """What an expert that fails does to the requests there: they are "lost", or "retried"; "none" fails."""
+    random_sites: float = 0.0
+    """Share of environments that draw a site of their own at `reset`."""
+    stale: bool = False
+    """The router sees the experts as of the latest of looks that are `params.refresh_interval` apart."""
 
     @property
     def num_actions(self) -> int:
@@ -58,12 +74,19 @@ class EdgeRouting:
         """Start with an idle site and its first request."""
         key_rate, key_start, key_request = jax.random.split(key, 3)
         state_shape = (self.num_slots, self.num_experts)
-        rate = _draw_rate(key_rate, params)
+        # Of these numbers, `split` takes those below 3.
+        fleet = _draw_fleet(jax.random.fold_in(key, 3), params, self.random_sites) if self.random_sites else None
+        rate = _draw_rate(key_rate, params, fleet)
         zeros = jnp.zeros(self.num_experts, jnp.float32)
+        retries = None
+        if self.outages == "retried":
+            nothing = jnp.zeros(state_shape, jnp.int32)
+            retries = Retries(marked=nothing > 0, number=nothing, row=nothing, age=nothing.astype(jnp.float32))
         state = EnvState(
             site=idle_site(self.num_experts, self.num_slots),
             table=SlotTable(*(jnp.zeros(state_shape, jnp.float32) for _ in SlotTable._fields)),
-            request=_draw_request(key_request, params),
+            up=jnp.ones(self.num_experts, bool) if fleet is None else fleet.present,
+            request=_draw_request(key_request, jnp.int32(0), params, fleet),
             arrivals=first_arrival_state(key_start, params.arrivals),
             rate=rate,
             step=jnp.int32(0),
@@ -71,9 +94,13 @@ class EdgeRouting:
             latency_sum=zeros,
             latency_count=zeros,
             potential=jnp.float32(0.0),
+            fleet=fleet,
+            retries=retries,
+            seen=None,
         )
-        obs, _ = _observe(state, params)
-        return obs, state
+        seen = _look(state, params)
+        obs, _ = _observe(state, seen, params)
+        return obs, state._replace(seen=seen) if self.stale else state
 
     def step(
         self, key: PRNGKeyArray, state: EnvState, action: Int[Array, ""], params: EnvParams
@@ -81,15 +108,16 @@ class EdgeRouting:
         """Route the request to expert `action`, and let time pass until the next one arrives.
 
         The draws depend on `key` alone, not on the action, so two policies under the same keys meet the same
-        requests at the same times.
+        requests at the same times, and the same outages. Where requests are retried, steps are not arrivals: give the
+        same key as long as `state.step` is the same.
 
         Returns:
             Observation and state at the next arrival, the reward, terminated (False), truncated, and `info`:
             per slot (slot, expert) what ended in this step (`ended`, `request`, `qos`, `quality`, `in_time`, `ttft`,
-            `latency`, `output_tokens`, `latency_requirement`, `preemptions`; times as the router sees them), whether
-            this step's request was `rejected`, per expert `busy_seconds` and `kv_token_seconds`, the `gap` in s, and
-            the totals `qos_sum`, `num_completed`, `num_late`. With a horizon, `final_observation` is the observation
-            before the automatic reset.
+            `latency`, `output_tokens`, `latency_requirement`, `preemptions`; times as the router sees them) and what
+            was `lost`, whether this step's request was `rejected`, per expert `busy_seconds` and `kv_token_seconds`,
+            the `gap` in s, and the totals `qos_sum`, `num_completed`, `num_late`, `num_lost`. With a horizon,
+            `final_observation` is the observation before the automatic reset.
         """
         obs, state, reward, info = self._step(key, state, action, params)
         terminated = jnp.bool_(False)
@@ -104,11 +132,11 @@ class EdgeRouting:
     def _step(
         self, key: PRNGKeyArray, state: EnvState, action: Int[Array, ""], params: EnvParams
     ) -> tuple[Observation, EnvState, Float[Array, ""], dict[str, Any]]:
-        site, request = params.site, state.request
+        site, request, retries, fleet = _site(state, params), state.request, state.retries, state.fleet
         prompt = jnp.broadcast_to(request.prompt_tokens, request.output_tokens.shape)
         chosen = jnp.arange(self.num_experts) == action
-        accepted = chosen & can_accept(site, state.site, prompt, request.output_tokens)
-        site_state, placement = enqueue(site, state.site, accepted, state.step, prompt, request.output_tokens)
+        accepted = chosen & state.up & can_accept(site, state.site, prompt, request.output_tokens)
+        site_state, placement = enqueue(site, state.site, accepted, request.number, prompt, request.output_tokens)
         table = SlotTable(
             quality=placement.put(state.table.quality, request.quality),
             predicted_quality=placement.put(state.table.predicted_quality, request.predicted_quality),
@@ -120,31 +148,81 @@ class EdgeRouting:
         key_gap, key_request, key_rate = jax.random.split(key, 3)
         rate = state.rate
         if self.redraw_every:
-            rate = jnp.where((state.step + 1) % self.redraw_every == 0, _draw_rate(key_rate, params), rate)
+            rate = jnp.where((state.step + 1) % self.redraw_every == 0, _draw_rate(key_rate, params, fleet), rate)
         gap, arrivals = self.arrival_process(key_gap, state.arrivals, params.arrivals)
         gap = gap / rate
+        mean_gap = state.mean_gap + (gap - state.mean_gap) / _ARRIVAL_WINDOW
+        age_before: Array | float = 0.0
+        if retries is not None:
+            retries = retries._replace(
+                number=placement.put(retries.number, request.number),
+                row=placement.put(retries.row, request.row),
+                age=placement.put(retries.age, request.age),
+            )
+            age_before = retries.age
+            # Requests given back are routed one after the other, at the moment of the failure and before the one that
+            # arrives then: no time passes after them.
+            passes = request.age == 0
+            gap = jnp.where(passes, gap, 0.0)
+            arrivals, rate, mean_gap = jax.tree.map(
+                lambda new, old: jnp.where(passes, new, old),
+                (arrivals, rate, mean_gap),
+                (state.arrivals, state.rate, state.mean_gap),
+            )
         site_state = advance(site, site_state, gap)
 
         slots = site_state.slots
         ended = slots.status == SlotStatus.ENDED
-        latency = slots.latency + site.network_delay
+        lost = jnp.zeros_like(ended)
+        up, remaining = state.up, site_state
+        if self.outages != "none":
+            failed, up = _outages(jax.random.fold_in(key, 3), up, gap, params, fleet)
+            lost = failed & (slots.status == SlotStatus.ACTIVE)
+            idle = idle_site(self.num_experts, self.num_slots)
+            remaining = jax.tree.map(lambda fresh, now: jnp.where(failed, fresh, now), idle, site_state)
+        step = state.step + 1
+        next_request = _draw_request(key_request, step, params, fleet)
+        if retries is not None:
+            age = retries.age + site.network_delay - slots.ready
+            retries = retries._replace(marked=retries.marked | lost, age=jnp.where(lost, age, retries.age))
+            lost = jnp.zeros_like(lost)
+            again = retries.marked.any()
+            retries, given_back = _take_first(retries, table, params, fleet)
+            step = jnp.where(again, state.step, step)
+            next_request = jax.tree.map(lambda old, new: jnp.where(again, old, new), given_back, next_request)
+
+        latency = slots.latency + site.network_delay + age_before
         normalised = latency / jnp.maximum(slots.output_tokens, 1)
         in_time = ended & (normalised <= table.latency_requirement)
         qos = jnp.where(in_time, table.quality, 0.0)
         fade = jnp.exp(-gap / _LATENCY_WINDOW)
         new = EnvState(
-            site=site_state,
+            site=remaining,
             table=table,
-            request=_draw_request(key_request, params),
+            up=up,
+            request=next_request,
             arrivals=arrivals,
             rate=rate,
-            step=state.step + 1,
-            mean_gap=state.mean_gap + (gap - state.mean_gap) / _ARRIVAL_WINDOW,
+            step=step,
+            mean_gap=mean_gap,
             latency_sum=state.latency_sum * fade + jnp.where(ended, normalised, 0.0).sum(0),
             latency_count=state.latency_count * fade + ended.sum(0),
             potential=state.potential,
+            fleet=fleet,
+            retries=retries,
+            seen=state.seen,
         )
-        obs, outlook = _observe(new, params)
+        now = _look(new, params)
+        if state.seen is None:
+            obs, outlook = _observe(new, now, params)
+        else:
+            outlook, _ = assess(site, now.batch, _by_expert(params.bank.log_length_error, fleet))
+            age = state.seen.age + gap
+            seen = jax.tree.map(
+                lambda new, old: jnp.where(age >= params.refresh_interval, new, old), now, state.seen._replace(age=age)
+            )
+            new = new._replace(seen=seen)
+            obs, _ = _observe(new, seen, params)
         new = new._replace(potential=outlook.expected_qos.sum())
 
         info = {
@@ -153,11 +231,12 @@ class EdgeRouting:
             "qos": qos,
             "quality": table.quality,
             "in_time": in_time,
-            "ttft": slots.ttft + site.network_delay,
+            "ttft": slots.ttft + site.network_delay + age_before,
             "latency": latency,
             "output_tokens": slots.output_tokens,
             "latency_requirement": table.latency_requirement,
             "preemptions": slots.preemptions,
+            "lost": lost,
             "rejected": rejected,
             "busy_seconds": site_state.busy_seconds,
             "kv_token_seconds": site_state.kv_token_seconds,
@@ -165,6 +244,7 @@ class EdgeRouting:
             "qos_sum": qos.sum(),
             "num_completed": ended.sum(),
             "num_late": (ended & ~in_time).sum(),
+            "num_lost": lost.sum(),
         }
         earned = jnp.where(in_time, table.predicted_quality, 0.0).sum() if self.expected_quality else info["qos_sum"]
         return obs, new, _reward(params, state.potential, new.potential, earned, info), info
@@ -177,55 +257,154 @@ def _reward(
     earned: Float[Array, ""],
     info: dict[str, Array],
 ) -> Float[Array, ""]:
-    """Return the tailored reward: QoS that ended, penalties, and potential-based shaping.
+    """Return the tailored reward: QoS that ended, penalties, and shaping by the potential's change.
 
-    The shaping term gamma Phi(s') - Phi(s) leaves the optimal policy unchanged (Ng, Harada and Russell, 1999).
+    Phi(s') - Phi(s) adds up to nothing in the long run, so the best policy by average QoS stays the best. It moves the
+    credit from where a request ends to where it is routed, and to where its prospects change. With a discount before
+    Phi(s'), as for discounted returns (Ng, Harada and Russell, 1999), an answer would still be worth the less the
+    longer it takes, which QoS is not.
     """
     weights = params.reward
-    shaping = weights.discount * next_potential - potential
+    shaping = next_potential - potential
     return (
         earned
-        - weights.violation_penalty * info["num_late"]
+        - weights.violation_penalty * (info["num_late"] + info["num_lost"])
         - weights.rejection_penalty * info["rejected"]
         + weights.shaping * shaping
     )
 
 
-def _draw_rate(key: PRNGKeyArray, params: EnvParams) -> Float[Array, ""]:
+def _draw_rate(key: PRNGKeyArray, params: EnvParams, fleet: Fleet | None) -> Float[Array, ""]:
     low, high = params.rate
-    return jax.random.uniform(key, (), minval=low, maxval=high)
+    rate = jax.random.uniform(key, (), minval=low, maxval=high)
+    if fleet is None:
+        return rate
+    # In proportion to what the drawn site can do, so that the load stays in the range that was asked for.
+    return rate * (_capacity(fleet.site) * fleet.present).sum() / _capacity(params.site).sum()
 
 
-def _draw_request(key: PRNGKeyArray, params: EnvParams) -> Request:
+def _capacity(site: Site) -> Float[Array, "expert"]:
+    """Tokens per second of a full batch, as long as streaming the weights bounds it."""
+    return site.max_num_seqs / site.weight_load
+
+
+def _draw_fleet(key: PRNGKeyArray, params: EnvParams, share: float) -> Fleet:
+    """Draw a site with probability `share`: how many experts, and each one's LLM, speed, memory and distance."""
+    key_own, key_count, key_column, key_time, key_memory, key_delay = jax.random.split(key, 6)
+    num_experts = params.site.num_experts
+    column = jax.random.randint(key_column, (num_experts,), 0, num_experts)
+    site = jax.tree.map(lambda values: values[column], params.site)
+    slower = _log_uniform(key_time, _TIME_FACTORS, num_experts)
+    kv_capacity = (site.kv_capacity * _log_uniform(key_memory, _MEMORY_FACTORS, num_experts)).astype(jnp.int32)
+    site = site.replace(
+        weight_load=site.weight_load * slower,
+        compute_per_token=site.compute_per_token * slower,
+        decode_per_seq=site.decode_per_seq * slower,
+        attention_per_token=site.attention_per_token * slower,
+        kv_capacity=jnp.maximum(kv_capacity, params.bank.prompt_tokens.max() + 1),
+        network_delay=jax.random.uniform(
+            key_delay, (num_experts,), minval=_NETWORK_DELAYS[0], maxval=_NETWORK_DELAYS[1]
+        ),
+    )
+    # Experts are drawn alike, so that it does not matter which are there.
+    count = jax.random.randint(key_count, (), min(_FEWEST_EXPERTS, num_experts), num_experts + 1)
+    expert = jnp.arange(num_experts)
+    drawn = Fleet(site, column, present=expert < count)
+    given = Fleet(params.site, column=expert, present=expert >= 0)
+    own = jax.random.uniform(key_own) < share
+    return jax.tree.map(lambda drawn, given: jnp.where(own, drawn, given), drawn, given)
+
+
+def _log_uniform(key: PRNGKeyArray, between: tuple[float, float], size: int) -> Float[Array, "expert"]:
+    low, high = between
+    return low * (high / low) ** jax.random.uniform(key, (size,))
+
+
+def _site(state: EnvState, params: EnvParams) -> Site:
+    return params.site if state.fleet is None else state.fleet.site
+
+
+def _by_expert(values: Float[Array, "expert"], fleet: Fleet | None) -> Float[Array, "expert"]:
+    """Turn what is known of each LLM of the bank into what is known of each expert."""
+    return values if fleet is None else values[fleet.column]
+
+
+def _outages(
+    key: PRNGKeyArray, up: Bool[Array, "expert"], gap: Float[Array, ""], params: EnvParams, fleet: Fleet | None
+) -> tuple[Bool[Array, "expert"], Bool[Array, "expert"]]:
+    """Return which experts have failed within `gap`, and which are up after it."""
+    draw = jax.random.uniform(key, up.shape)
+    failed = up & (draw < -jnp.expm1(-gap / params.outages.mean_uptime))
+    recovered = ~up & (draw < -jnp.expm1(-gap / params.outages.mean_downtime))
+    if fleet is not None:
+        recovered &= fleet.present
+    return failed, (up & ~failed) | recovered
+
+
+def _draw_request(key: PRNGKeyArray, number: Int[Array, ""], params: EnvParams, fleet: Fleet | None) -> Request:
     key_row, key_class = jax.random.split(key)
-    bank = params.bank
-    row = jax.random.randint(key_row, (), 0, bank.prompt_tokens.shape[0])
+    row = jax.random.randint(key_row, (), 0, params.bank.prompt_tokens.shape[0])
     level = (jax.random.uniform(key_class) >= jnp.cumsum(params.share)[:-1]).sum()
+    return _request(number, row, params.requirement[level], jnp.float32(0.0), params, fleet)
+
+
+def _take_first(retries: Retries, table: SlotTable, params: EnvParams, fleet: Fleet | None) -> tuple[Retries, Request]:
+    """Take the first marked request, by expert and then by slot; anything if none is."""
+    expert, slot = jnp.divmod(jnp.argmax(retries.marked.T), retries.marked.shape[0])
+    number, row, age, requirement = (
+        column[slot, expert] for column in (retries.number, retries.row, retries.age, table.latency_requirement)
+    )
+    marked = retries.marked.at[slot, expert].set(False)
+    return retries._replace(marked=marked), _request(number, row, requirement, age, params, fleet)
+
+
+def _request(
+    number: Int[Array, ""],
+    row: Int[Array, ""],
+    latency_requirement: Float[Array, ""],
+    age: Float[Array, ""],
+    params: EnvParams,
+    fleet: Fleet | None,
+) -> Request:
+    bank = params.bank
     return Request(
+        number=number,
+        row=row,
+        age=age,
         prompt_tokens=bank.prompt_tokens[row],
-        output_tokens=bank.output_tokens[row],
-        quality=bank.quality[row],
-        predicted_quality=bank.predicted_quality[row],
-        predicted_output_tokens=bank.predicted_output_tokens[row],
-        latency_requirement=params.requirement[level],
+        output_tokens=_by_expert(bank.output_tokens[row], fleet),
+        quality=_by_expert(bank.quality[row], fleet),
+        predicted_quality=_by_expert(bank.predicted_quality[row], fleet),
+        predicted_output_tokens=_by_expert(bank.predicted_output_tokens[row], fleet),
+        latency_requirement=latency_requirement,
     )
 
 
-def _observe(state: EnvState, params: EnvParams) -> tuple[Observation, Outlook]:
-    site, slots, table, request = params.site, state.site.slots, state.table, state.request
+def _look(state: EnvState, params: EnvParams) -> Snapshot:
+    """Return what there is to see of the experts now."""
+    site, slots, table = _site(state, params), state.site.slots, state.table
     running, waiting = running_and_waiting(state.site)
+    age = site.network_delay - slots.ready
     batch = Batch(
         running=running,
         waiting=waiting,
         prompt_tokens=slots.prompt_tokens.astype(jnp.float32),
         computed=slots.computed.astype(jnp.float32),
         generated=slots.generated.astype(jnp.float32),
-        age=site.network_delay - slots.ready,
+        age=age if state.retries is None else age + state.retries.age,
         latency_requirement=table.latency_requirement,
         predicted_quality=table.predicted_quality,
         predicted_output_tokens=table.predicted_output_tokens,
     )
-    log_error = params.bank.log_length_error
+    recent_latency = state.latency_sum / jnp.maximum(state.latency_count, 1e-6)
+    return Snapshot(batch, recent_latency, state.up, age=jnp.float32(0.0))
+
+
+def _observe(state: EnvState, seen: Snapshot, params: EnvParams) -> tuple[Observation, Outlook]:
+    """Return what the router sees: the arriving request as it is, the experts as in `seen`."""
+    site, request, batch = _site(state, params), state.request, seen.batch
+    running, waiting = batch.running, batch.waiting
+    log_error = _by_expert(params.bank.log_length_error, state.fleet)
     outlook, load = assess(site, batch, log_error)
     prompt_tokens = request.prompt_tokens.astype(jnp.float32)
     impact = estimate_impact(
@@ -238,6 +417,7 @@ def _observe(state: EnvState, params: EnvParams) -> tuple[Observation, Outlook]:
         request.latency_requirement,
         request.predicted_quality,
         request.predicted_output_tokens,
+        request.age,
     )
     num_waiting = waiting.sum(0)
     experts = Experts(
@@ -253,10 +433,11 @@ def _observe(state: EnvState, params: EnvParams) -> tuple[Observation, Outlook]:
         weight_load=site.weight_load,
         compute_per_token=site.compute_per_token,
         network_delay=site.network_delay,
-        recent_latency=state.latency_sum / jnp.maximum(state.latency_count, 1e-6),
+        recent_latency=seen.recent_latency,
         expected_qos=outlook.expected_qos,
+        up=seen.up,
         # The true length is unknown to the router, so that a request too long for the memory is found out late.
-        available=(num_waiting < site.max_waiting) & (request.prompt_tokens < site.kv_capacity),
+        available=seen.up & (num_waiting < site.max_waiting) & (request.prompt_tokens < site.kv_capacity),
     )
     active = running | waiting
 
@@ -264,7 +445,7 @@ def _observe(state: EnvState, params: EnvParams) -> tuple[Observation, Outlook]:
         return jnp.where(active, value, 0.0).T
 
     obs = Observation(
-        arrival=Arrival(prompt_tokens, request.latency_requirement, 1 / state.mean_gap),
+        arrival=Arrival(prompt_tokens, request.latency_requirement, 1 / state.mean_gap, request.age),
         experts=experts,
         candidates=Candidates(request.predicted_quality, request.predicted_output_tokens, impact),
         in_flight=InFlight(

@@ -12,27 +12,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.scipy.special import ndtr
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from jaxroute.env.types import Impact
+from jaxroute.env.types import Batch, Impact
 from jaxroute.serving import Site
 
 # Relative error (standard deviation) of the frozen batch's iteration time over the life of a request.
 RATE_ERROR = 0.25
-
-
-class Batch(NamedTuple):
-    """What the router knows of the requests at each expert; slots lead, as in the engine."""
-
-    running: Bool[Array, "slot expert"]
-    waiting: Bool[Array, "slot expert"]
-    prompt_tokens: Float[Array, "slot expert"]
-    computed: Float[Array, "slot expert"]
-    generated: Float[Array, "slot expert"]
-    age: Float[Array, "slot expert"]
-    latency_requirement: Float[Array, "slot expert"]
-    predicted_quality: Float[Array, "slot expert"]
-    predicted_output_tokens: Float[Array, "slot expert"]
 
 
 class Outlook(NamedTuple):
@@ -162,8 +148,12 @@ def estimate_impact(
     latency_requirement: Float[Array, ""],
     predicted_quality: Float[Array, "expert"],
     predicted_output_tokens: Float[Array, "expert"],
+    age: Float[Array, ""] | float = 0.0,
 ) -> Impact:
-    """Predict what routing the arriving request to each expert would do, to it and to those there."""
+    """Predict what routing the arriving request to each expert would do, to it and to those there.
+
+    `age` is the time since its first arrival, s.
+    """
     num_before = jnp.minimum(load.num_active, site.max_num_seqs)
     num_seqs = jnp.minimum(load.num_active + 1, site.max_num_seqs)
     mean_length = predicted_output_tokens * jnp.exp(log_error**2 / 2)
@@ -176,7 +166,7 @@ def estimate_impact(
     wait = jnp.maximum(load.num_waiting + 1 - load.seats, 0.0) * load.departure_time
     # On average half an iteration is left to run when it comes; then one that completes its prefill.
     residual = jnp.where(load.num_active > 0, outlook.iteration_time / 2, 0.0)
-    ttft = site.network_delay + residual + wait + after + slower
+    ttft = age + site.network_delay + residual + wait + after + slower
     fixed = ttft + site.network_delay - slower
     normalised_latency, in_time = _probability_in_time(
         fixed, jnp.zeros_like(fixed), mean_length, slower, latency_requirement, log_error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxroute.serving import Site, SiteState
@@ -19,6 +20,8 @@ class Arrival(NamedTuple):
     """s per output token."""
     arrival_rate: Float[Array, ""]
     """Requests per second lately (an exponential window of 32 arrivals)."""
+    age: Float[Array, ""]
+    """Time since its first arrival, s: 0, unless an expert that failed has given it back."""
 
 
 class Experts(NamedTuple):
@@ -44,8 +47,16 @@ class Experts(NamedTuple):
     """Mean normalised latency of what completed there in the last minute or so, s/token; 0 if nothing did."""
     expected_qos: Float[Array, "expert"]
     """Expected QoS of all requests there (the impact estimator's)."""
+    up: Bool[Array, "expert"]
+    """Whether it serves: the site has it, and it has not failed."""
     available: Bool[Array, "expert"]
-    """Whether it would take the arriving request: its queue has room and its memory could hold the prompt."""
+    """Whether it would take the arriving request: it is up, its queue has room and its memory could hold the prompt."""
+
+    @property
+    def eligible(self) -> Bool[Array, "expert"]:
+        """Experts to choose from: those available; if none is, those that are up; if none is, all."""
+        fallback = self.up | ~self.up.any(-1, keepdims=True)
+        return jnp.where(self.available.any(-1, keepdims=True), self.available, fallback)
 
 
 class Impact(NamedTuple):
@@ -93,6 +104,30 @@ class InFlight(NamedTuple):
     """Probability that it meets its requirement."""
 
 
+class Batch(NamedTuple):
+    """What the router knows of the requests at each expert; slots lead, as in the engine."""
+
+    running: Bool[Array, "slot expert"]
+    waiting: Bool[Array, "slot expert"]
+    prompt_tokens: Float[Array, "slot expert"]
+    computed: Float[Array, "slot expert"]
+    generated: Float[Array, "slot expert"]
+    age: Float[Array, "slot expert"]
+    latency_requirement: Float[Array, "slot expert"]
+    predicted_quality: Float[Array, "slot expert"]
+    predicted_output_tokens: Float[Array, "slot expert"]
+
+
+class Snapshot(NamedTuple):
+    """What the router knows of the experts, as of some moment."""
+
+    batch: Batch
+    recent_latency: Float[Array, "expert"]
+    up: Bool[Array, "expert"]
+    age: Float[Array, ""]
+    """Time since then, s."""
+
+
 class Observation(NamedTuple):
     """The dynamic state abstraction: a heterogeneous graph of fixed, padded shape in physical units.
 
@@ -114,13 +149,20 @@ class RewardParams(NamedTuple):
     """Weights of the tailored reward's parts."""
 
     violation_penalty: Float[Array, ""]
-    """Per request that completes late."""
+    """Per request that completes late or is lost."""
     rejection_penalty: Float[Array, ""]
     """Per rejected request."""
     shaping: Float[Array, ""]
     """1 adds the potential-based shaping term, 0 leaves it out."""
-    discount: Float[Array, ""]
-    """gamma of the shaping term; the learner's own, or the optimal policy changes."""
+
+
+class OutageParams(NamedTuple):
+    """How often experts fail and for how long; both times are exponential."""
+
+    mean_uptime: Float[Array, ""]
+    """s."""
+    mean_downtime: Float[Array, ""]
+    """s."""
 
 
 class EnvParams(NamedTuple):
@@ -134,11 +176,30 @@ class EnvParams(NamedTuple):
     requirement: Float[Array, "class"]
     share: Float[Array, "class"]
     reward: RewardParams
+    outages: OutageParams
+    refresh_interval: Float[Array, ""]
+    """Least time between two looks at the experts, s."""
+
+
+class Fleet(NamedTuple):
+    """The site of one environment, if each draws its own."""
+
+    site: Site
+    column: Int[Array, "expert"]
+    """The bank's column, the LLM, that each expert serves."""
+    present: Bool[Array, "expert"]
+    """Whether the site has it at all."""
 
 
 class Request(NamedTuple):
     """The arriving request with all its truths."""
 
+    number: Int[Array, ""]
+    """How many have arrived before it."""
+    row: Int[Array, ""]
+    """Its prompt's row in the bank."""
+    age: Float[Array, ""]
+    """Time since its first arrival, s: 0, unless an expert that failed has given it back."""
     prompt_tokens: Int[Array, ""]
     output_tokens: Int[Array, "expert"]
     quality: Float[Array, "expert"]
@@ -156,17 +217,29 @@ class SlotTable(NamedTuple):
     latency_requirement: Float[Array, "slot expert"]
 
 
+class Retries(NamedTuple):
+    """What it takes to route the request in each slot again after its expert has failed."""
+
+    marked: Bool[Array, "slot expert"]
+    """Slots whose request waits to be routed again; the expert is down, so that the entries stay."""
+    number: Int[Array, "slot expert"]
+    row: Int[Array, "slot expert"]
+    age: Float[Array, "slot expert"]
+    """Time from its first arrival until it was sent here, or was given back, s."""
+
+
 class EnvState(NamedTuple):
     """State of one environment, at the moment a request has arrived and waits for its expert."""
 
     site: SiteState
     table: SlotTable
+    up: Bool[Array, "expert"]
     request: Request
     arrivals: ArrivalState
     rate: Float[Array, ""]
     """Current request rate, 1/s."""
     step: Int[Array, ""]
-    """Requests routed so far."""
+    """Number of the latest arrival: requests routed so far, those routed again not counted."""
     mean_gap: Float[Array, ""]
     """Exponential mean of the gaps between arrivals, s."""
     latency_sum: Float[Array, "expert"]
@@ -174,3 +247,9 @@ class EnvState(NamedTuple):
     """Discounted sum and count of the normalised latencies of completed requests."""
     potential: Float[Array, ""]
     """Expected QoS of all requests in flight: Phi of the shaping term."""
+    fleet: Fleet | None
+    """None where all environments have the parameters' site."""
+    retries: Retries | None
+    """None unless requests are retried."""
+    seen: Snapshot | None
+    """What the router sees of the experts; None where that is the present."""

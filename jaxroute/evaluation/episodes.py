@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jaxroute.env import EdgeRouting, EnvParams
-from jaxroute.evaluation.metrics import COMPLETED, IN_FLIGHT, REJECTED, EpisodeRecords
+from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
+from jaxroute.evaluation.metrics import COMPLETED, IN_FLIGHT, LOST, REJECTED, EpisodeRecords
 from jaxroute.policies import Policy
+from jaxroute.policies.planning import Situation
 
 
 def evaluate_policies(
@@ -34,7 +35,8 @@ def evaluate_policies(
     would drop out of the average. What is still in flight then is not counted either.
 
     All rates and seeds of a policy run side by side, and one compiled program serves all policies: which one acts is
-    an argument. `on_done` is called with each policy's name.
+    an argument, and so are its parameters: policies with one `act`, such as a network's checkpoints, share its branch.
+    `on_done` is called with each policy's name.
 
     Returns:
         For each rate, each policy's records. Accelerator and wall time count from the arrival of request `warmup`.
@@ -44,14 +46,20 @@ def evaluate_policies(
     keys = jnp.tile(episode_keys, len(rates))
     low_high = jnp.repeat(jnp.asarray(rates, jnp.float32), seeds)
     low_high = jnp.stack([low_high, low_high], axis=1)
-    acts = tuple(policy.act for policy in policies)
-    policy_params = tuple(policy.params for policy in policies)
-    memories = tuple(policy.memory for policy in policies)
+    branches = {policy.act: policy for policy in policies}
+    acts = tuple(branches)
+    plans = tuple(policy.plans for policy in branches.values())
 
     results: dict[float, dict[str, EpisodeRecords]] = {rate: {} for rate in rates}
-    for index, policy in enumerate(policies):
+    for policy in policies:
+        in_turn = (branches | {policy.act: policy}).values()
+        policy_params = tuple(branch.params for branch in in_turn)
+        memories = tuple(branch.memory for branch in in_turn)
+        index = acts.index(policy.act)
         records = jax.device_get(
-            _episodes(env, acts, warmup + requests, warmup, params, low_high, keys, index, policy_params, memories)
+            _episodes(
+                env, acts, plans, warmup + requests, warmup, params, low_high, keys, index, policy_params, memories
+            )
         )
         for position, rate in enumerate(rates):
             of_rate = slice(position * seeds, (position + 1) * seeds)
@@ -60,10 +68,11 @@ def evaluate_policies(
     return results
 
 
-@partial(jax.jit, static_argnames=("env", "acts", "num_requests", "warmup"))
+@partial(jax.jit, static_argnames=("env", "acts", "plans", "num_requests", "warmup"))
 def _episodes(
     env: EdgeRouting,
     acts: tuple[Callable, ...],
+    plans: tuple[int, ...],
     num_requests: int,
     warmup: int,
     params: EnvParams,
@@ -73,66 +82,117 @@ def _episodes(
     policy_params: tuple[Any, ...],
     memories: tuple[Any, ...],
 ) -> EpisodeRecords:
-    def act(obs: Any, key: PRNGKeyArray, memories: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
+    def act(at: _Episode, params: EnvParams, keys: PRNGKeyArray, key: PRNGKeyArray) -> tuple[Array, tuple[Any, ...]]:
         def branch(which: int) -> Callable:
             def run(memories: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
-                action, memory = acts[which](policy_params[which], obs, key, memories[which])
+                seen: Any = at.obs
+                if plans[which]:
+                    ahead = jnp.minimum(at.state.step + jnp.arange(plans[which]), num_steps - 1)
+                    upcoming = jax.vmap(lambda key: jax.random.split(key)[1])(keys[ahead])
+                    seen = Situation(at.obs, at.state, params, upcoming)
+                action, memory = acts[which](policy_params[which], seen, key, memories[which])
                 memory = jax.tree.map(lambda new, old: new.astype(jnp.result_type(old)), memory, memories[which])
                 return action.astype(jnp.int32), (*memories[:which], memory, *memories[which + 1 :])
 
             return run
 
-        return jax.lax.switch(index, [branch(which) for which in range(len(acts))], memories)
+        return jax.lax.switch(index, [branch(which) for which in range(len(acts))], at.memories)
 
-    def episode(key: PRNGKeyArray, rate: Float[Array, "2"]) -> EpisodeRecords:
-        episode_params = params._replace(rate=rate)
+    num_steps = num_requests + warmup
+
+    def begin(key: PRNGKeyArray, rate: Float[Array, "2"]) -> tuple[PRNGKeyArray, _Episode]:
         key_reset, key_steps = jax.random.split(key)
-        obs, state = env.reset(key_reset, episode_params)
-        # A row per request, and one more for what belongs to none: ended, ttft, latency, preemptions.
-        table = jnp.zeros((num_requests + 1, 4), jnp.float32)
-
-        def step(carry: tuple, key: PRNGKeyArray) -> tuple[tuple, dict[str, Array]]:
-            obs, state, memories, table = carry
-            key_action, key_env = jax.random.split(key)
-            action, memories = act(obs, key_action, memories)
-            request = state.request
-            obs, state, _, _, _, info = env.step(key_env, state, action, episode_params)
-            row = jnp.where(info["ended"], jnp.minimum(info["request"], num_requests), num_requests)
-            outcome = (jnp.ones_like(info["ttft"]), info["ttft"], info["latency"], info["preemptions"])
-            table = table.at[row.reshape(-1)].set(jnp.stack(outcome, axis=-1).reshape(-1, 4))
-            noted = {
-                "expert": action,
-                "rejected": info["rejected"],
-                "quality": request.quality[action],
-                "output_tokens": request.output_tokens[action],
-                "latency_requirement": request.latency_requirement,
-                "busy_seconds": info["busy_seconds"],
-                "kv_token_seconds": info["kv_token_seconds"],
-                "gap": info["gap"],
-            }
-            return (obs, state, memories, table), noted
-
+        obs, state = env.reset(key_reset, params._replace(rate=rate))
+        table = jnp.zeros((num_requests + 1, len(_Row._fields)), jnp.float32).at[:, 0].set(IN_FLIGHT)
+        zeros = jnp.zeros(env.num_experts, jnp.float32)
         fresh = jax.tree.map(jnp.asarray, memories)
-        (_, _, _, table), noted = jax.lax.scan(
-            step, (obs, state, fresh, table), jax.random.split(key_steps, num_requests + warmup)
-        )
-        noted = jax.tree.map(lambda column: column[:num_requests], noted)
-        ended, ttft, latency, preemptions = table[:num_requests].T
-        completed = ended > 0
-        status = jnp.where(completed, COMPLETED, jnp.where(noted["rejected"], REJECTED, IN_FLIGHT))
-        records: dict[str, Any] = {
-            "status": status.astype(jnp.int8),
-            "expert": noted["expert"],
-            "quality": noted["quality"],
-            "latency_requirement": noted["latency_requirement"],
-            "output_tokens": noted["output_tokens"],
-            "ttft": jnp.where(completed, ttft, jnp.nan),
-            "latency": jnp.where(completed, latency, jnp.nan),
-            "preemptions": preemptions.astype(jnp.int32),
-            "busy_seconds": noted["busy_seconds"][warmup:].sum(0),
-            "kv_token_seconds": noted["kv_token_seconds"][warmup:].sum(0),
-            "duration": noted["gap"][warmup:].sum(),
-        }
-        return EpisodeRecords(**records)
+        episode = _Episode(obs, state, fresh, table, zeros, zeros, duration=jnp.float32(0.0))
+        return jax.random.split(key_steps, num_steps), episode
 
-    return jax.vmap(episode)(keys, low_high)
+    def step(keys: PRNGKeyArray, rate: Float[Array, "2"], at: _Episode) -> _Episode:
+        # Retries take steps of their own, with the keys of the arrival that they delay: arrivals keep their keys.
+        number, request = at.state.step, at.state.request
+        key_action, key_env = jax.random.split(keys[number])
+        if env.outages == "retried":
+            key_action = jax.random.fold_in(key_action, request.number)
+        of_rate = params._replace(rate=rate)
+        action, memories = act(at, of_rate, keys, key_action)
+        obs, state, _, _, _, info = env.step(key_env, at.state, action, of_rate)
+
+        going_on = number < num_steps
+        routed = _Row(
+            status=jnp.where(info["rejected"], REJECTED, IN_FLIGHT),
+            ttft=jnp.nan,
+            latency=jnp.nan,
+            preemptions=0,
+            expert=action,
+            quality=request.quality[action],
+            output_tokens=request.output_tokens[action],
+            latency_requirement=request.latency_requirement,
+        )
+        row = jnp.where(going_on, jnp.minimum(request.number, num_requests), num_requests)
+        table = at.table.at[row].set(jnp.stack([jnp.float32(value) for value in routed]))
+        ended, lost = info["ended"], info["lost"]
+        rows = jnp.where(going_on & (ended | lost), jnp.minimum(info["request"], num_requests), num_requests)
+        outcome = (
+            jnp.where(ended, COMPLETED, LOST),
+            jnp.where(ended, info["ttft"], jnp.nan),
+            jnp.where(ended, info["latency"], jnp.nan),
+            info["preemptions"],
+        )
+        table = table.at[rows, : len(outcome)].set(jnp.stack(outcome, axis=-1))
+
+        counts = (number >= warmup) & (number < num_requests)
+        return _Episode(
+            obs=obs,
+            state=state,
+            memories=memories,
+            table=table,
+            busy_seconds=at.busy_seconds + counts * info["busy_seconds"],
+            kv_token_seconds=at.kv_token_seconds + counts * info["kv_token_seconds"],
+            duration=at.duration + counts * info["gap"],
+        )
+
+    step_keys, episodes = jax.vmap(begin)(keys, low_high)
+    episodes = jax.lax.while_loop(
+        lambda episodes: (episodes.state.step < num_steps).any(),
+        lambda episodes: jax.vmap(step)(step_keys, low_high, episodes),
+        episodes,
+    )
+    rows = _Row(*jnp.moveaxis(episodes.table[:, :num_requests], -1, 0))
+    records: dict[str, Any] = rows._asdict() | {
+        "status": rows.status.astype(jnp.int8),
+        "expert": rows.expert.astype(jnp.int32),
+        "output_tokens": rows.output_tokens.astype(jnp.int32),
+        "preemptions": rows.preemptions.astype(jnp.int32),
+        "busy_seconds": episodes.busy_seconds,
+        "kv_token_seconds": episodes.kv_token_seconds,
+        "duration": episodes.duration,
+    }
+    return EpisodeRecords(**records)
+
+
+class _Row(NamedTuple):
+    """What is noted of a request, in `EpisodeRecords`' terms; first what its end decides."""
+
+    status: Any
+    ttft: Any
+    latency: Any
+    preemptions: Any
+    expert: Any
+    quality: Any
+    output_tokens: Any
+    latency_requirement: Any
+
+
+class _Episode(NamedTuple):
+    """One episode on its way."""
+
+    obs: Observation
+    state: EnvState
+    memories: tuple[Any, ...]
+    table: Float[Array, "row column"]
+    """A `_Row` per request, and one more for what belongs to none."""
+    busy_seconds: Float[Array, "expert"]
+    kv_token_seconds: Float[Array, "expert"]
+    duration: Float[Array, ""]

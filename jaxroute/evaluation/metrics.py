@@ -2,8 +2,8 @@
 
 The formulas are those of the problem statement (see the documentation): a
 request is worth the quality of its answer if the answer came in time, and
-nothing if it came late or was rejected. Nobody can gain by dropping requests,
-because rejected ones stay in every denominator.
+nothing if it came late, was rejected or was lost. Nobody can gain by dropping
+requests, because rejected ones stay in every denominator.
 
 All arrays here are NumPy on the host, and all arithmetic is float64.
 """
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, Int8
 
 from jaxroute.errors import UserError
 
-COMPLETED, REJECTED, IN_FLIGHT = 0, 1, 2
+COMPLETED, REJECTED, IN_FLIGHT, LOST = 0, 1, 2, 3
 
 _PERCENTILES = (50, 95, 99)
 
@@ -31,8 +31,8 @@ class EpisodeRecords(NamedTuple):
     Arrival is at the router and "back" is back there: the network counts both ways.
     """
 
-    status: Int8[np.ndarray, "seed request"]  # 0 completed, 1 rejected, 2 in flight at the end (not counted)
-    expert: Int[np.ndarray, "seed request"]  # expert it was routed to
+    status: Int8[np.ndarray, "seed request"]  # 0 completed, 1 rejected, 2 in flight at the end (not counted), 3 lost
+    expert: Int[np.ndarray, "seed request"]  # expert it was routed to, the last time
     quality: Float[np.ndarray, "seed request"]  # quality of the answer there, in [0, 1]
     latency_requirement: Float[np.ndarray, "seed request"]  # s per output token
     output_tokens: Int[np.ndarray, "seed request"]  # length of the answer there
@@ -65,7 +65,7 @@ METRICS: dict[str, Metric] = {
         "Average QoS",
         "0 to 1",
         "Sum of the quality of the answers that were in time, divided by all ended requests "
-        "(completed and rejected). Late and rejected requests are worth 0.",
+        "(completed, rejected and lost). All but the completed ones in time are worth 0.",
     ),
     "in_time_rate": Metric(
         "In time",
@@ -81,6 +81,9 @@ METRICS: dict[str, Metric] = {
         "Rejected (rejection rate)",
         "share of ended",
         "Requests turned away because the expert's queue was full or they can't fit / ended requests.",
+    ),
+    "lost_rate": Metric(
+        "Lost (lost rate)", "share of ended", "Requests lost because their expert failed / ended requests."
     ),
     "mean_quality": Metric(
         "Mean quality", "0 to 1", "Mean quality of the answers of completed requests, late ones included."
@@ -180,7 +183,7 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
     latency = records.latency[:, warmup:].astype(np.float64)
 
     completed = status == COMPLETED
-    ended = completed | (status == REJECTED)
+    ended = status != IN_FLIGHT
     normalised_latency = latency / np.maximum(tokens, 1)  # only completed ones count, and they have a token
     in_time = completed & (normalised_latency <= requirement)
     number_ended = ended.sum(axis=1)
@@ -196,6 +199,7 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
         "in_time_rate": per_ended(in_time),
         "violation_rate": per_ended(completed & ~in_time),
         "rejection_rate": per_ended(status == REJECTED),
+        "lost_rate": per_ended(status == LOST),
         "mean_quality": _divide(sum_of_quality, completed.sum(axis=1)),
         "qos_per_busy_second": _divide(sum_of_qos, records.busy_seconds.sum(axis=1, dtype=np.float64)),
         "qos_per_million_kv_token_seconds": _divide(sum_of_qos, million_kv_token_seconds),

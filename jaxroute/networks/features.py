@@ -26,7 +26,8 @@ class Features(NamedTuple):
     in_flight: Float[Array, "expert slot request_feature"]
     running: Bool[Array, "expert slot"]
     waiting: Bool[Array, "expert slot"]
-    available: Bool[Array, "expert"]
+    up: Bool[Array, "expert"]
+    eligible: Bool[Array, "expert"]
     expected_gain: Float[Array, "expert"]
     """Own expected QoS minus expected QoS lost by others: what the residual head starts from."""
 
@@ -115,6 +116,7 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
         in_flight=request_features,
         running=obs.running,
         waiting=obs.waiting,
-        available=experts.available,
+        up=experts.up,
+        eligible=experts.eligible,
         expected_gain=gain,
     )

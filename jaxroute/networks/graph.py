@@ -19,14 +19,13 @@ def as_graphs(features: Features) -> dict[str, jraph.GraphsTuple]:
     """Lay out one graph by edge type.
 
     `nodes` holds both sides, {"senders": ..., "receivers": ...}; `edges` holds {"mask": ...} (a padded edge is
-    False) and, between arrival and experts, {"features": ...}.
+    False, and so is one of an expert that is not up) and, between arrival and experts, {"features": ...}.
     """
     num_experts, num_slots = features.running.shape
     expert = jnp.arange(num_experts)
     requests = features.in_flight.reshape(num_experts * num_slots, -1)
     arrival = features.arrival[None]
     nobody = jnp.zeros(num_experts, jnp.int32)
-    everyone = jnp.ones(num_experts, bool)
 
     def graph(
         sender_nodes: Array, receiver_nodes: Array, edges: dict[str, Array], senders: Array, receivers: Array
@@ -43,7 +42,7 @@ def as_graphs(features: Features) -> dict[str, jraph.GraphsTuple]:
 
     slot_owner = jnp.repeat(expert, num_slots)
     slot = jnp.arange(num_experts * num_slots)
-    known = {"mask": everyone, "features": features.candidates}
+    known = {"mask": features.up, "features": features.candidates}
     return {
         RUNNING_TO_EXPERT: graph(requests, features.experts, {"mask": features.running.reshape(-1)}, slot, slot_owner),
         WAITING_TO_EXPERT: graph(requests, features.experts, {"mask": features.waiting.reshape(-1)}, slot, slot_owner),

@@ -23,8 +23,8 @@ from jaxroute.env.types import Observation
 from jaxroute.networks.features import Features, features_of
 from jaxroute.networks.graph import EXPERT_TO_ARRIVAL, RUNNING_TO_EXPERT, WAITING_TO_EXPERT, as_graphs
 
-# Attention weight of the estimator in the first policy: exp(3) = 20, nearly greedy in it.
-_INITIAL_LOG_TRUST = 3.0
+# Attention weight of the estimator in the first policy: exp(4.5) = 90, nearly greedy in it.
+_INITIAL_LOG_TRUST = 4.5
 _MASKED = -1e9
 
 
@@ -83,16 +83,18 @@ class NeighbourAttention(nn.Module):
 
 
 class SemanticAttention(nn.Module):
-    """Attention over edge types: beta = softmax over types of mean_i q . tanh(W z_i + b)."""
+    """Attention over edge types: beta = softmax over types of mean_i q . tanh(W z_i + b), i an expert that is up."""
 
     hidden: int
 
     @nn.compact
-    def __call__(self, by_type: list[Float[Array, "expert hidden"]]) -> Float[Array, "expert hidden"]:
+    def __call__(
+        self, by_type: list[Float[Array, "expert hidden"]], up: Bool[Array, "expert"]
+    ) -> Float[Array, "expert hidden"]:
         """Weigh the types and add them up."""
         project = nn.Dense(self.hidden)
         # q . is linear, so the mean over experts comes first.
-        means = jnp.stack([jnp.tanh(project(embedding)).mean(axis=0) for embedding in by_type])
+        means = jnp.stack([_mean(jnp.tanh(project(embedding)), up) for embedding in by_type])
         weights = jax.nn.softmax(nn.Dense(1, use_bias=False)(means)[:, 0])
         return jnp.asarray(sum(weights[i] * embedding for i, embedding in enumerate(by_type)))
 
@@ -115,7 +117,7 @@ class HAN(nn.Module):
 
     @nn.compact
     def __call__(self, features: Features) -> tuple[Float[Array, "expert"], Float[Array, ""]]:
-        """Return the logits of the experts, unavailable ones masked, and the value."""
+        """Return the logits of the experts, ineligible ones masked, and the value."""
         experts = nn.Dense(self.hidden, name="expert")(features.experts)
         by_type = [
             experts,
@@ -131,7 +133,7 @@ class HAN(nn.Module):
         )
         by_type = [jnp.tanh(embedding) for embedding in [*by_type, *of_requests]]
         if self.semantic_attention:
-            embedding = SemanticAttention(self.hidden, name="semantic")(by_type)
+            embedding = SemanticAttention(self.hidden, name="semantic")(by_type, features.up)
         else:
             embedding = jnp.stack(by_type).mean(0)
         return _heads(self, features, embedding, by_type[1], graphs.get(EXPERT_TO_ARRIVAL))
@@ -144,16 +146,18 @@ def _heads(
     candidates: Float[Array, "expert hidden"],
     graph: jraph.GraphsTuple | None,
 ) -> tuple[Float[Array, "expert"], Float[Array, ""]]:
-    """Score each expert with a shared head; pool the experts by attention for the context and the value."""
-    hidden = module.hidden
-    attention = nn.Dense(module.heads, name="pool")(embedding)
+    """Score each expert with a shared head; pool those that are up by attention for the context and the value."""
+    hidden, up = module.hidden, features.up
+    attention = jnp.where(up[:, None], nn.Dense(module.heads, name="pool")(embedding), _MASKED)
     values = embedding.reshape(-1, module.heads, hidden // module.heads)
     if graph is None:
-        attended = (jax.nn.softmax(attention, axis=0)[..., None] * values).sum(0)
+        weights = jax.nn.softmax(attention, axis=0) * up[:, None]
+        attended = (weights[..., None] * values).sum(0)
     else:
         weights = jraph.segment_softmax(attention[graph.senders], graph.receivers, num_segments=1)
+        weights = weights * graph.edges["mask"][:, None]
         attended = jraph.segment_sum(weights[..., None] * values[graph.senders], graph.receivers, num_segments=1)
-    pooled = jnp.concatenate([attended.reshape(-1), embedding.mean(0)])
+    pooled = jnp.concatenate([attended.reshape(-1), _mean(embedding, up)])
     context = nn.Dense(hidden, name="context")(pooled)
     score = jnp.tanh(
         nn.Dense(hidden, name="score_embedding")(embedding)
@@ -166,7 +170,7 @@ def _heads(
         trust = module.param("log_trust", nn.initializers.constant(_INITIAL_LOG_TRUST), ())
         logits = logits + jnp.exp(trust) * features.expected_gain
     value = jnp.tanh(nn.Dense(hidden, name="value_hidden")(context))
-    return mask_unavailable(logits, features.available), _last_layer("value")(value)[..., 0]
+    return mask_ineligible(logits, features.eligible), _last_layer("value")(value)[..., 0]
 
 
 def _last_layer(name: str) -> Callable[[Array], Array]:
@@ -174,6 +178,11 @@ def _last_layer(name: str) -> Callable[[Array], Array]:
     return nn.Dense(1, kernel_init=nn.initializers.orthogonal(0.01), name=name)
 
 
-def mask_unavailable(logits: Float[Array, "expert"], available: Bool[Array, "expert"]) -> Float[Array, "expert"]:
-    """Rule out experts that would reject the request, unless all would."""
-    return jnp.where(available | ~available.any(), logits, _MASKED)
+def _mean(embedding: Float[Array, "expert hidden"], up: Bool[Array, "expert"]) -> Float[Array, "hidden"]:
+    """Mean over the experts that are up; zero if none is."""
+    return (embedding * up[:, None]).sum(0) / jnp.maximum(up.sum(), 1)
+
+
+def mask_ineligible(logits: Float[Array, "expert"], eligible: Bool[Array, "expert"]) -> Float[Array, "expert"]:
+    """Rule out experts that would reject the request, as far as there are others."""
+    return jnp.where(eligible, logits, _MASKED)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxroute.env.types import Observation
 from jaxroute.networks.features import Features, features_of
-from jaxroute.networks.han import mask_unavailable
+from jaxroute.networks.han import mask_ineligible
 
 
 class FlatMLP(nn.Module):
@@ -22,7 +22,7 @@ class FlatMLP(nn.Module):
 
     @nn.compact
     def __call__(self, features: Features) -> tuple[Float[Array, "expert"], Float[Array, ""]]:
-        """Return the logits of the experts, unavailable ones masked, and the value."""
+        """Return the logits of the experts, ineligible ones masked, and the value."""
         flat = jnp.concatenate(
             [features.arrival, features.experts.reshape(-1), features.candidates.reshape(-1)], axis=-1
         )
@@ -32,4 +32,4 @@ class FlatMLP(nn.Module):
         small = nn.initializers.orthogonal(0.01)
         logits = nn.Dense(features.experts.shape[0], kernel_init=small, name="logits")(hidden)
         value = nn.Dense(1, kernel_init=small, name="value")(hidden)[..., 0]
-        return mask_unavailable(logits, features.available), value
+        return mask_ineligible(logits, features.eligible), value

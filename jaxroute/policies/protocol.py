@@ -18,18 +18,18 @@ class Policy(NamedTuple):
     """A router: a pure function of what it knows and what it sees."""
 
     name: str
-    act: Callable[[Params, Observation, PRNGKeyArray, Memory], tuple[Int[Array, ""], Memory]]
-    """`(params, observation, key, memory) -> (action, memory)`."""
+    act: Callable[[Params, Any, PRNGKeyArray, Memory], tuple[Int[Array, ""], Memory]]
+    """`(params, observation, key, memory) -> (action, memory)`; a planner is given a `planning.Situation` instead."""
     params: Params = ()
     memory: Memory = ()
     """Memory at the start of an episode."""
+    plans: int = 0
+    """How many steps a planner looks ahead."""
 
 
 def best_available(obs: Observation, score: Float[Array, "expert"]) -> Int[Array, ""]:
     """Return the expert with the highest score among those that would take the request; ties go to the lowest index.
 
-    Every rule is spared the experts whose queue is full, as a gateway that retries elsewhere would be.
+    Every rule is spared the experts that are down or whose queue is full, as a gateway that retries elsewhere would be.
     """
-    available = obs.experts.available
-    allowed = available | ~available.any()
-    return jnp.argmax(jnp.where(allowed, score, -jnp.inf))
+    return jnp.argmax(jnp.where(obs.experts.eligible, score, -jnp.inf))

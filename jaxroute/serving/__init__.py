@@ -13,6 +13,7 @@ from jaxroute.serving.engine import (
     idle_site,
     num_waiting,
     running_and_waiting,
+    with_output_tokens,
 )
 from jaxroute.serving.replay import Outcomes, Requests, replay
 from jaxroute.serving.site import ExpertConfig, Site, SiteConfig, build_site
@@ -34,4 +35,5 @@ __all__ = [
     "num_waiting",
     "replay",
     "running_and_waiting",
+    "with_output_tokens",
 ]

@@ -206,6 +206,17 @@ def enqueue(
     return state, placement
 
 
+def with_output_tokens(site: Site, state: SiteState, output_tokens: Int[Array, "slot *lanes"]) -> SiteState:
+    """Return the state as if these were the true lengths, each beyond what has been generated; for planners."""
+    slots = state.slots
+    decoding = (slots.status == SlotStatus.ACTIVE) & (slots.scheduled > 0)
+    to_completion = jnp.where(decoding, output_tokens - slots.generated, _MANY).min(0)
+    to_full = 1 + (site.kv_capacity - state.kv_held) // jnp.maximum(state.num_running, 1)
+    # 1 stays 1: it may mean that the next iteration is not like this one, and costs nothing but another look.
+    repeats = jnp.where(state.max_iterations > 1, jnp.clip(to_full, 1, to_completion), state.max_iterations)
+    return state._replace(slots=slots._replace(output_tokens=output_tokens), max_iterations=repeats)
+
+
 def advance(site: Site, state: SiteState, gap: Float[Array, ""]) -> SiteState:
     """Let `gap` seconds pass at every expert.
 

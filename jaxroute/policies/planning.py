@@ -1,0 +1,139 @@
+"""Planning routers: they try every expert on clones of the environment, and take the one that fares best.
+
+`lookahead` sees only what a router can know: what it can't (the lengths and the qualities of what is in flight, what
+will come) is drawn from the predictions. `clairvoyant` sees the truth, and marks from above what routing can reach.
+Both cost hundreds to thousands of environment steps a decision; the learned router is to come near them for one
+network pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import ndtr, ndtri
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
+from jaxroute.env.types import RewardParams
+from jaxroute.policies.protocol import Memory, Params, Policy, best_available
+from jaxroute.policies.rules import RULES
+from jaxroute.serving import with_output_tokens
+from jaxroute.workloads.arrivals import poisson
+
+BASE = RULES["impact_greedy"]
+"""What the clones follow after the first decision."""
+
+
+class Situation(NamedTuple):
+    """What a planner is given in the place of an observation."""
+
+    obs: Observation
+    state: EnvState
+    params: EnvParams
+    upcoming: PRNGKeyArray
+    """Keys of the coming steps, `(steps,)`: the true future, which `clairvoyant` alone looks at."""
+
+
+def lookahead(env: EdgeRouting, *, futures: int = 12, horizon: int = 40, base: Policy = BASE) -> Policy:
+    """Return the planner that takes the best mean over `futures` drawn futures of `horizon` decisions each."""
+
+    def act(params: Params, situation: Situation, key: PRNGKeyArray, memory: Memory) -> tuple[Int[Array, ""], Memory]:
+        del params
+        values = jax.vmap(lambda key: drawn_values(env, situation.params, situation.state, base, key, horizon))(
+            jax.random.split(key, futures)
+        )
+        return best_available(situation.obs, values.mean(0)), memory
+
+    return Policy("lookahead", act, plans=horizon)
+
+
+def clairvoyant(env: EdgeRouting, *, horizon: int = 40, base: Policy = BASE) -> Policy:
+    """Return the upper reference: `lookahead` with the true lengths, qualities and arrivals; not deployable."""
+    truthful = replace(env, expected_quality=False)
+
+    def act(params: Params, situation: Situation, key: PRNGKeyArray, memory: Memory) -> tuple[Int[Array, ""], Memory]:
+        del params
+        values = action_values(truthful, situation.params, situation.state, base, situation.upcoming, key)
+        return best_available(situation.obs, values), memory
+
+    return Policy("clairvoyant", act, plans=horizon)
+
+
+def drawn_values(
+    env: EdgeRouting, params: EnvParams, state: EnvState, base: Policy, key: PRNGKeyArray, horizon: int
+) -> Float[Array, "expert"]:
+    """Value of each expert in one future drawn from what a router can know; the same one for every expert."""
+    key_unknown, key_future, key_base = jax.random.split(key, 3)
+    return action_values(
+        # A router knows how many requests came lately, not what makes them come.
+        replace(env, expected_quality=True, arrival_process=poisson, redraw_every=0),
+        params,
+        redraw_unknown(state, params, key_unknown)._replace(rate=1 / state.mean_gap),
+        base,
+        jax.random.split(key_future, horizon),
+        key_base,
+    )
+
+
+def action_values(
+    env: EdgeRouting, params: EnvParams, state: EnvState, base: Policy, step_keys: PRNGKeyArray, key: PRNGKeyArray
+) -> Float[Array, "expert"]:
+    """QoS that ends within the steps, plus the estimator's expected QoS of what is then in flight, for each expert.
+
+    The request at hand goes to the expert, the next ones where `base` sends them. All experts meet the same future
+    (common random numbers), so that the differences say more than the values.
+    """
+    nothing = jnp.float32(0.0)
+    params = params._replace(reward=RewardParams(violation_penalty=nothing, rejection_penalty=nothing, shaping=nothing))
+
+    def value_of(expert: Int[Array, ""]) -> Float[Array, ""]:
+        obs, first, earned, *_ = env.step(step_keys[0], state, expert, params)
+
+        def step(carry: tuple, keys: tuple) -> tuple[tuple, Float[Array, ""]]:
+            obs, state, memory = carry
+            action, memory = base.act(base.params, obs, keys[1], memory)
+            obs, state, reward, *_ = env.step(keys[0], state, action, params)
+            return (obs, state, memory), reward
+
+        keys = (step_keys[1:], jax.random.split(key, step_keys.shape[0] - 1))
+        (_, last, _), rewards = jax.lax.scan(step, (obs, first, base.memory), keys)
+        return earned + rewards.sum() + last.potential
+
+    return jax.vmap(value_of)(jnp.arange(env.num_experts))
+
+
+def redraw_unknown(state: EnvState, params: EnvParams, key: PRNGKeyArray) -> EnvState:
+    """Draw the true lengths of what is in flight and of the arriving request anew, given what has been seen.
+
+    Lengths are log-normal around their predictions, and longer than what has been generated, as the impact estimator
+    supposes. Qualities become their predictions, which is what they are worth on average.
+    """
+    key_slots, key_request = jax.random.split(key)
+    slots, table, request = state.site.slots, state.table, state.request
+    log_error = params.bank.log_length_error
+    room = params.site.kv_capacity
+
+    def draw(key: PRNGKeyArray, predicted: Array, generated: Array, prompt_tokens: Array) -> Array:
+        z = (jnp.log(jnp.maximum(generated, 1.0)) - jnp.log(jnp.maximum(predicted, 1.0))) / log_error
+        # Upper tail, so that float32 keeps its digits where much more was generated than predicted.
+        tail = jax.random.uniform(key, predicted.shape, minval=1e-6) * ndtr(-z)
+        drawn = jnp.exp(jnp.log(jnp.maximum(predicted, 1.0)) - log_error * ndtri(jnp.maximum(tail, 1e-30)))
+        least = generated.astype(jnp.int32) + 1
+        most = jnp.maximum(jnp.minimum(room - prompt_tokens, 2 * params.bank.output_tokens.max()), least)
+        return jnp.clip(drawn.astype(jnp.int32), least, most)
+
+    output_tokens = draw(
+        key_slots, table.predicted_output_tokens, slots.generated.astype(jnp.float32), slots.prompt_tokens
+    )
+    zero = jnp.zeros_like(request.predicted_output_tokens)
+    return state._replace(
+        site=with_output_tokens(params.site, state.site, output_tokens),
+        table=table._replace(quality=table.predicted_quality),
+        request=request._replace(
+            output_tokens=draw(key_request, request.predicted_output_tokens, zero, request.prompt_tokens),
+            quality=request.predicted_quality,
+        ),
+    )
