@@ -17,6 +17,7 @@ from rich.console import Console
 from jaxroute.config import Config, config_folder, config_yaml, load_config
 from jaxroute.errors import UserError
 from jaxroute.evaluation import EvaluationResult, evaluate, results_table, summary_text, write_all
+from jaxroute.evaluation.study import run_study, study_text, terminal_table, verdict_table, write_study
 from jaxroute.policies import rules_named
 from jaxroute.training import train
 
@@ -31,7 +32,10 @@ def eval_main(argv: Sequence[str] | None = None) -> int:
     return _run("eval.py", "Judge a trained router (checkpoint=outputs/<run>), or the rules alone.", _eval, argv)
 
 
-def _train(config: Config, console: Console, command: str) -> None:
+def _train(config: Config, console: Console, argv: Sequence[str]) -> None:
+    command = _command("train.py", argv)
+    if config.study is not None:
+        raise UserError(f"study={config.study.name} is for eval.py; train.py trains one router")
     rules_named(config.policies)  # A mistake here should not wait for the training to end.
     run = _new_run(config, f"train-{config.workload.name}-seed{config.seed}")
     train(config, run, console)
@@ -43,13 +47,30 @@ def _train(config: Config, console: Console, command: str) -> None:
         console.print(f"Judge it with: python eval.py checkpoint={run}")
 
 
-def _eval(config: Config, console: Console, command: str) -> None:
+def _eval(config: Config, console: Console, argv: Sequence[str]) -> None:
+    command = _command("eval.py", argv)
+    if config.study is not None:
+        _study(config, config.study.name, console, argv, command)
+        return
     run = _new_run(config, f"eval-{config.workload.name}-{config.bank.kind}")
     result = evaluate(config, console, command=command)
     run.mkdir(parents=True, exist_ok=True)
     # Not config.yaml: in a training run's directory, that is what its checkpoints belong to.
     (run / "eval_config.yaml").write_text(config_yaml(config))
     _show(result, run, console)
+
+
+def _study(config: Config, name: str, console: Console, argv: Sequence[str], command: str) -> None:
+    # No time in the name: the same command goes on where it was stopped.
+    run = _folder(config, Path("outputs") / f"study-{name}")
+    study = run_study(config, argv, run, console, command=command)
+    (run / "study_config.yaml").write_text(config_yaml(config))
+    written = write_study(study, run)
+    if study.routers:
+        console.print(terminal_table(verdict_table(study)))
+    console.print(study_text(study))
+    console.print(f"Report: {written['study.html']}")
+    console.print(f"Tables: {written['study.md']}")
 
 
 def _show(result: EvaluationResult, run: Path, console: Console) -> None:
@@ -61,15 +82,25 @@ def _show(result: EvaluationResult, run: Path, console: Console) -> None:
 
 
 def _new_run(config: Config, name: str) -> Path:
-    if config.output_dir is not None:
-        run = Path(config.output_dir)
-        if run.exists() and not run.is_dir():
-            raise UserError(f"output_dir={run} is a file; name a folder")
-        return run
-    return Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    return _folder(config, Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
 
 
-def _run(program: str, purpose: str, main: Callable[[Config, Console, str], None], argv: Sequence[str] | None) -> int:
+def _folder(config: Config, default: Path) -> Path:
+    if config.output_dir is None:
+        return default
+    run = Path(config.output_dir)
+    if run.exists() and not run.is_dir():
+        raise UserError(f"output_dir={run} is a file; name a folder")
+    return run
+
+
+def _command(program: str, argv: Sequence[str]) -> str:
+    return shlex.join(["python", program, *argv])
+
+
+def _run(
+    program: str, purpose: str, main: Callable[[Config, Console, Sequence[str]], None], argv: Sequence[str] | None
+) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(flag in ("-h", "--help") for flag in argv):
         print(_help(program, purpose))
@@ -82,7 +113,7 @@ def _run(program: str, purpose: str, main: Callable[[Config, Console, str], None
             return 0
         config = load_config(argv)
         use_compilation_cache()
-        main(config, console, shlex.join(["python", program, *argv]))
+        main(config, console, argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

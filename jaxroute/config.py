@@ -25,16 +25,16 @@ from jaxroute.errors import UserError
 from jaxroute.networks import NetworkConfig
 from jaxroute.ppo import PPOConfig
 from jaxroute.serving import SiteConfig
-from jaxroute.workloads import BankConfig, WorkloadConfig
+from jaxroute.workloads import PROCESSES, BankConfig, WorkloadConfig
 
 
 @dataclass
 class RewardConfig:
-    """The tailored reward; each part can be switched off by a weight of 0."""
+    """The tailored reward; a weight of 0 switches a part off."""
 
-    violation_penalty: float = 0.1
-    """Per request that completes late."""
-    rejection_penalty: float = 0.1
+    violation_penalty: float = 0.0
+    """Per request that completes late or is lost."""
+    rejection_penalty: float = 0.0
     """Per rejected request."""
     shaping: bool = True
     """Potential-based shaping with the estimator's expected QoS of all requests in flight."""
@@ -49,6 +49,29 @@ class RewardConfig:
 
 
 @dataclass
+class DynamicsConfig:
+    """What goes wrong at the site: experts that fail, and metrics that come late."""
+
+    outages: str = "none"
+    """What an expert that fails does to the requests there: they are lost, or retried; none fails."""
+    mean_uptime: float = 600.0
+    """Mean time until an expert fails, s."""
+    mean_downtime: float = 60.0
+    """Mean time until it is back, s."""
+    refresh_ms: float = 0.0
+    """Least time between two looks of the router at the experts, ms; 0 shows them as they are."""
+
+    def __post_init__(self) -> None:
+        if self.outages not in ("none", "lost", "retried"):
+            raise UserError(f"dynamics: outages={self.outages} is unknown; choose none, lost or retried")
+        for name in ("mean_uptime", "mean_downtime"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"dynamics: {name}={getattr(self, name)} must be above 0 s, and finite")
+        if not 0 <= self.refresh_ms < float("inf"):
+            raise UserError(f"dynamics: refresh_ms={self.refresh_ms} must not be negative, and finite")
+
+
+@dataclass
 class TrainConfig:
     """How to train."""
 
@@ -56,6 +79,12 @@ class TrainConfig:
     """Least and greatest request rate, 1/s; each environment redraws its own in between."""
     redraw_every: int = 512
     """Steps after which an environment draws a new rate."""
+    arrivals: str | None = "mixed"
+    """Arrival process to train on: mixed lets each environment draw its own; null takes the workload's."""
+    random_sites: float = 0.5
+    """Share of environments that draw a site of their own from the site's experts and LLMs, again at each horizon."""
+    horizon: int = 0
+    """Steps after which an environment starts over; 0 never does."""
     log_interval: int = 10
     """Updates between two looks from the host."""
     evaluate: bool = True
@@ -67,6 +96,14 @@ class TrainConfig:
         for name in ("redraw_every", "log_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"train: {name}={getattr(self, name)} must be at least 1")
+        if self.arrivals is not None and self.arrivals not in PROCESSES:
+            raise UserError(
+                f"train: arrivals={self.arrivals} is unknown; choose one of {', '.join(PROCESSES)}, or null"
+            )
+        if not 0 <= self.random_sites <= 1:
+            raise UserError(f"train: random_sites={self.random_sites} is a share; it must lie between 0 and 1")
+        if self.horizon < 0:
+            raise UserError(f"train: horizon={self.horizon} must not be negative; 0 is endless")
 
 
 @dataclass
@@ -94,6 +131,58 @@ class EvalConfig:
 
 
 @dataclass
+class StudyCell:
+    """One setting of a study: the options of the command line changed by its own."""
+
+    name: str = MISSING
+    """Names its file, tables and figures."""
+    overrides: list[str] = field(default_factory=list)
+    """Options as on the command line, e.g. workload=gamma."""
+    loads: list[float] = field(default_factory=lambda: [1.0])
+    """Multiples of the workload's rate to judge at."""
+
+
+@dataclass
+class StudyConfig:
+    """A study as written in configs/study: routers and rules judged in many settings."""
+
+    name: str = MISSING
+    cells: list[StudyCell] = field(default_factory=list)
+    routers: dict[str, list[str]] = field(default_factory=dict)
+    """Label of a trained router to its runs, one per training seed. The first is compared with all others."""
+    rules: list[str] | None = None
+    """Rules to judge; all by default."""
+    planners: list[str] = field(default_factory=list)
+    """lookahead, clairvoyant: judged apart, beside rules and routers, because a decision takes them long."""
+    planner_seeds: int = 8
+    planner_requests: int = 200
+    planner_warmup: int = 100
+
+    def __post_init__(self) -> None:
+        where = f"study {self.name}"
+        if not self.cells:
+            raise UserError(f"{where}: cells is empty; list at least one")
+        names = [cell.name for cell in self.cells]
+        for cell in self.cells:
+            if not re.fullmatch(r"[\w-]+", cell.name) or names.count(cell.name) > 1:
+                raise UserError(
+                    f"{where}: cell name {cell.name!r} names a file: use letters, digits, - and _, each name once"
+                )
+            if not cell.loads or any(not 0 < load < float("inf") for load in cell.loads):
+                raise UserError(f"{where}: cell {cell.name}: loads={list(cell.loads)} must be numbers above 0")
+        for label, runs in self.routers.items():
+            if not runs:
+                raise UserError(
+                    f"{where}: routers.{label} is empty; name its runs, e.g. study.routers.{label}=[outputs/<run>]"
+                )
+        if self.planner_seeds < 1 or self.planner_requests < 1 or self.planner_warmup < 0:
+            raise UserError(
+                f"{where}: planner_seeds={self.planner_seeds} and planner_requests={self.planner_requests} must be at "
+                f"least 1, planner_warmup={self.planner_warmup} at least 0"
+            )
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases tracking."""
 
@@ -117,9 +206,12 @@ class Config:
     network: NetworkConfig = MISSING
     ppo: PPOConfig = MISSING
     reward: RewardConfig = field(default_factory=RewardConfig)
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    study: StudyConfig | None = None
+    """eval.py: judge in many settings instead of one."""
     seed: int = 0
     data_dir: str | None = None
     """Folder of real traces and banks; the environment variable JAXROUTE_DATA by default."""
@@ -160,14 +252,20 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
     """
     register_schema()
     try:
-        for override in overrides:
-            # The one open dictionary: stand-ins for a bank's models.
-            if override.startswith("+") and not override.lstrip("+").startswith("bank.models."):
+        overrides = list(overrides)
+        for position, override in enumerate(overrides):
+            # The open dictionaries: stand-ins for a bank's models, and the routers of a study.
+            if override.startswith("+") and not override.lstrip("+").startswith(("bank.models.", "study.routers.")):
                 raise UserError(
                     f"unknown option {override.lstrip('+')}; every option exists already, so leave out the +"
                 )
+            if override.lstrip("+").startswith("study."):
+                if not any(other.startswith("study=") for other in overrides):
+                    raise UserError(f"{override.lstrip('+')}: no study is chosen; add, for instance, study=main")
+                if override.startswith("study.routers."):
+                    overrides[position] = f"++{override}"
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
+            composed = compose("config", overrides=overrides)
         return typed(composed)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(_explain(error)) from None
@@ -233,5 +331,5 @@ def _option_names(schema: type, prefix: str = "") -> Iterator[str]:
     for entry in fields(schema):
         inner = next((kind for kind in (hints[entry.name], *get_args(hints[entry.name])) if is_dataclass(kind)), None)
         yield prefix + entry.name
-        if isinstance(inner, type) and hints[entry.name] is inner:
+        if isinstance(inner, type) and hints[entry.name] in (inner, inner | None):
             yield from _option_names(inner, f"{prefix}{entry.name}.")

@@ -77,10 +77,17 @@ def evaluate(config: Config, console: Console, *, command: str) -> EvaluationRes
         settings={
             "command": command,
             "checkpoint": str(trained.source) if trained else "none",
-            "jaxroute": version("jaxroute"),
-            "jax": jax.__version__,
-            "backend": jax.default_backend(),
-            "python": platform.python_version(),
+            **versions(),
             "seed": str(settings.seed),
         },
     )
+
+
+def versions() -> dict[str, str]:
+    """Return what ran the evaluation."""
+    return {
+        "jaxroute": version("jaxroute"),
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+        "python": platform.python_version(),
+    }

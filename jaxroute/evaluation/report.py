@@ -95,10 +95,10 @@ class EvaluationResult:
 
         return sorted(self.summaries[rate], key=qos, reverse=True)
 
-    def paired(self, rate: float, policy: str, other: str) -> Interval:
-        """Average QoS of `policy` minus that of `other`, seed by seed."""
+    def paired(self, rate: float, policy: str, other: str, metric: str = "avg_qos") -> Interval:
+        """Average QoS (or another metric) of `policy` minus that of `other`, seed by seed."""
         summaries = self.summaries[rate]
-        return paired_difference(summaries[policy]["avg_qos"], summaries[other]["avg_qos"])
+        return paired_difference(summaries[policy][metric], summaries[other][metric])
 
     def paired_with_reference(self, rate: float) -> dict[str, Interval]:
         """Average QoS of the reference minus that of every other policy; empty without a reference."""
@@ -190,13 +190,26 @@ def write_results_csv(result: EvaluationResult, path: str | Path) -> Path:
     Metrics per expert are called `metric[expert]`; `paired_difference` is the reference's average QoS
     minus that of the policy.
     """
+    rows = [[result.workload, *row] for row in _csv_rows(result)]
+    return _write(path, _csv([["workload", *_CSV_COLUMNS], *rows]))
 
-    def number(value: float) -> str:
-        return "" if math.isnan(value) else f"{value:.9g}"
 
+_CSV_COLUMNS = ["rate", "policy", "metric", "mean", "ci95"]
+
+
+def _csv(rows: Sequence[Sequence[str]]) -> str:
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["workload", "rate", "policy", "metric", "mean", "ci95"])
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.9g}"
+
+
+def _csv_rows(result: EvaluationResult) -> list[list[str]]:
+    """Write every number of an evaluation as a line of `_CSV_COLUMNS`."""
+    lines = []
     for rate in result.rates:
         differences = result.paired_with_reference(rate)
         for policy in result.ranking(rate):
@@ -210,9 +223,8 @@ def write_results_csv(result: EvaluationResult, path: str | Path) -> Path:
             if policy in differences:
                 rows["paired_difference"] = differences[policy]
             for metric, interval in rows.items():
-                numbers = [number(interval.mean), number(interval.ci95)]
-                writer.writerow([result.workload, number(rate), policy, metric, *numbers])
-    return _write(path, buffer.getvalue())
+                lines.append([_number(rate), policy, metric, _number(interval.mean), _number(interval.ci95)])
+    return lines
 
 
 # --- Tables --------------------------------------------------------------------------------------------
@@ -324,11 +336,16 @@ def markdown_table(result: EvaluationResult, rate: float | None = None) -> str:
     header = ["policy", *(f"{column.title} ({column.unit})".removesuffix(" ()") for column in _COLUMNS)]
     if result.reference is not None:
         header.append(f"{result.reference} - it")
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines = []
     for row in _rows(result, rate, _COLUMNS):
         name = f"`{row.policy}`"
         cells = [f"**{name}**" if row.policy == result.reference else name, *row.cells]
         lines.append([*cells, row.difference][: len(header)])
+    return _markdown(header, lines)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -381,12 +398,16 @@ def _over_all_loads(result: EvaluationResult, subject: str) -> str:
         rival = result.best_rival(rate)
         if rival is not None:
             verdicts.append(_verdict(result.paired(rate, subject, rival)))
-    counts = [
-        f"{words} at {verdicts.count(verdict)}"
+    return f"Against the best other policy at each of the {len(verdicts)} loads it is {_counted(verdicts, 'at')}."
+
+
+def _counted(verdicts: Sequence[str], preposition: str) -> str:
+    """Count verdicts in words."""
+    return ", ".join(
+        f"{words} {preposition} {verdicts.count(verdict)}"
         for verdict, words in (("better", "ahead"), ("", "level"), ("worse", "behind"))
         if verdict in verdicts
-    ]
-    return f"Against the best other policy at each of the {len(verdicts)} loads it is {', '.join(counts)}."
+    )
 
 
 # --- Plots ---------------------------------------------------------------------------------------------
@@ -805,24 +826,36 @@ def _definitions() -> list[dict[str, str]]:
     return list(definitions.values())
 
 
-def _html(result: EvaluationResult, pngs: Mapping[str, bytes]) -> str:
-    template = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+def _page(template: str, **content: Any) -> str:
+    """Fill in one of this package's templates."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(lambda name: resources.files(__package__).joinpath(name).read_text("utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    return environment.get_template(template).render(content) + "\n"
+
+
+def _image(png: bytes) -> str:
+    return base64.b64encode(png).decode()
+
+
+def _html(result: EvaluationResult, pngs: Mapping[str, bytes]) -> str:
     columns = _COLUMNS + _DETAIL_COLUMNS
     order = [result.nominal_rate, *(rate for rate in result.rates if rate != result.nominal_rate)]
-    page = environment.from_string(template).render(
+    return _page(
+        "report.html.jinja",
         result=result,
         summary=summary_text(result).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"),
         metrics=METRICS,
         columns=columns,
         loads=[{"rate": f"{rate:g}", "rows": _rows(result, rate, columns)} for rate in order],
-        images={name: base64.b64encode(png).decode() for name, png in pngs.items()},
+        images={name: _image(png) for name, png in pngs.items()},
         definitions=_definitions(),
         settings=_flat(result.settings),
     )
-    return page + "\n"
 
 
 def write_html_report(result: EvaluationResult, path: str | Path) -> Path:

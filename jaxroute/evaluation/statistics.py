@@ -67,3 +67,22 @@ def paired_difference(a: Float[np.ndarray, " seed"], b: Float[np.ndarray, " seed
     if a.shape != b.shape:
         raise ValueError(f"paired values need the same seeds: {a.shape} and {b.shape}")
     return mean_ci95(a - b)
+
+
+def interquartile_mean(values: Float[np.ndarray, " n"]) -> float:
+    """Mean without the lowest and the highest quarter (rounded down), as rliable takes it over training seeds.
+
+    Less swayed by one bad run than the mean, steadier than the median (Agarwal et al. 2021, "Deep Reinforcement
+    Learning at the Edge of the Statistical Precipice"). Of fewer than four values it is the mean.
+    """
+    ordered = np.sort(np.asarray(values, np.float64))
+    cut = len(ordered) // 4
+    return float(ordered[cut : len(ordered) - cut].mean())
+
+
+def ranks(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Rank from 1, the highest value; equal values share the mean of their ranks, nan comes last."""
+    values = np.nan_to_num(np.asarray(values, np.float64), nan=-np.inf)
+    higher = (values[None, :] > values[:, None]).sum(axis=1)
+    equal = (values[None, :] == values[:, None]).sum(axis=1)
+    return higher + (equal + 1) / 2
