@@ -18,6 +18,8 @@ from jaxroute.policies import RULES
 NUM_ENVS, NUM_STEPS = 8, 64
 SCRIPT = "script"
 ROUTERS = (SCRIPT, *RULES)
+# The drawn outcome is a choice that is compiled into the step; the penalties are there to be seen.
+OVERRIDES = ("reward.expected_quality=false", "reward.violation_penalty=0.1", "reward.rejection_penalty=0.1")
 
 
 class Episodes(NamedTuple):
@@ -35,8 +37,8 @@ class Episodes(NamedTuple):
 
 @cache
 def edge6() -> tuple[EdgeRouting, EnvParams]:
-    """The scenario of all episodes. The reward is the drawn outcome, a choice that is compiled into the step."""
-    return jaxroute.make("edge-poisson", overrides=("reward.expected_quality=false",))
+    """The scenario of all episodes."""
+    return jaxroute.make("edge-poisson", overrides=OVERRIDES)
 
 
 def changed(

@@ -177,7 +177,7 @@ def test_written_and_read_again(overrides, tmp_path):
         ("num_steps=8", "unknown option num_steps; did you mean ppo.num_steps?"),
         ("eval.nonsense=8", "unknown option eval.nonsense"),
         ("site=edge4", "unknown site edge4; choose one of edge16, edge3, edge6"),
-        ("workload=poison", "unknown workload poison; choose one of azure_conv, gamma, poisson"),
+        ("workload=poison", "unknown workload poison; choose one of azure_conv, diurnal, gamma, mixed, mmpp, poisson"),
         # Types
         ("seed=abc", "seed: Value 'abc'"),
         ("ppo.num_envs=many", "ppo.num_envs: Value 'many'"),

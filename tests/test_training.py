@@ -103,7 +103,14 @@ class Counting:
     """Makes a learner that does nothing but count, with metrics to choose."""
 
     def __init__(self, **metrics):
-        self.metrics = {"num_completed": 3.0, "rejected": 1.0, "qos_sum": 2.0, "num_late": 1.0, **metrics}
+        self.metrics = {
+            "num_completed": 3.0,
+            "rejected": 1.0,
+            "qos_sum": 2.0,
+            "num_late": 1.0,
+            "num_lost": 0.0,
+            **metrics,
+        }
 
     def __call__(self, config, env, env_params, network, updates_per_call=1):
         def update(state):

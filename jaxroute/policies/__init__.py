@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -20,12 +21,18 @@ LEARNED = "jaxroute"
 
 def learned_policy(network: nn.Module, params: Params) -> Policy:
     """Route to the expert that the network prefers."""
+    return Policy(LEARNED, _greedy(network), params=params)
+
+
+@cache
+def _greedy(network: nn.Module) -> Callable:
+    """Return one function for equal networks, so that evaluation compiles it once for all their parameters."""
 
     def act(params, obs, key, memory: Memory):  # type: ignore[no-untyped-def]
         logits, _ = network.apply(params, network.prepare(obs))
         return jnp.argmax(logits), memory
 
-    return Policy(LEARNED, act, params=params)
+    return act
 
 
 def rules_named(names: Sequence[str] | None) -> list[Policy]:

@@ -43,8 +43,16 @@ def train(config: Config, run: Path, console: Console) -> Any:
         UserError: the configuration's data is missing or malformed, or a metric is no longer finite.
     """
     config = with_default_sizes(config)
+    train_on = config.workload
+    if config.train.arrivals is not None:
+        rate = sum(config.train.rates) / 2
+        train_on = dataclasses.replace(train_on, arrivals=config.train.arrivals, rate=rate, rate_scale=1.0)
     env, env_params = build_env(
-        config, rate=(config.train.rates[0], config.train.rates[1]), redraw_every=config.train.redraw_every
+        dataclasses.replace(config, workload=train_on),
+        rate=(config.train.rates[0], config.train.rates[1]),
+        horizon=config.train.horizon,
+        redraw_every=config.train.redraw_every,
+        random_sites=config.train.random_sites,
     )
     network = build_network(config.network)
     ppo = config.ppo
@@ -100,9 +108,10 @@ def train(config: Config, run: Path, console: Console) -> Any:
 def _readable(metrics: dict[str, Any]) -> dict[str, float]:
     """Turn a rollout's totals into the rates that people read."""
     values = {name: float(value) for name, value in metrics.items()}
-    completed, rejected = values.pop("num_completed"), values.pop("rejected")
-    ended = max(completed + rejected, 1.0)
+    completed, rejected, lost = values.pop("num_completed"), values.pop("rejected"), values.pop("num_lost")
+    ended = max(completed + rejected + lost, 1.0)
     values["train/avg_qos"] = values.pop("qos_sum") / ended
     values["train/violation_rate"] = values.pop("num_late") / ended
     values["train/rejection_rate"] = rejected / ended
+    values["train/lost_rate"] = lost / ended
     return values
