@@ -17,7 +17,7 @@ from jaxroute.config import load_config
 from jaxroute.evaluation import evaluate_policies, summarise
 from jaxroute.policies import RULES
 from jaxroute.policies.rules import LEAST, MOST
-from jaxroute.scenarios import build_env
+from jaxroute.scenarios import build_env, training_workload
 
 GRID = {
     "quality_threshold": [0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5],
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=600)
     options = parser.parse_args()
     use_compilation_cache()
-    config = load_config()
+    config = training_workload(load_config())
     env, params = build_env(config)
     low, high = config.train.rates
     rates = [float(rate) for rate in np.linspace(low, high, 4)]

@@ -116,6 +116,15 @@ def build_env(
     return env, params
 
 
+def training_workload(config: Config) -> Config:
+    """Return the configuration with the arrivals that a router is trained on, `train.arrivals`."""
+    if config.train.arrivals is None:
+        return config
+    rate = sum(config.train.rates) / 2
+    workload = dataclasses.replace(config.workload, arrivals=config.train.arrivals, rate=rate, rate_scale=1.0)
+    return dataclasses.replace(config, workload=workload)
+
+
 def with_rate(params: EnvParams, rate: float) -> EnvParams:
     """Return the same scenario at another request rate, 1/s."""
     return params._replace(rate=jnp.asarray([rate, rate], jnp.float32))

@@ -120,7 +120,6 @@ SETTINGS = {
     "total_steps": 64 * 8 * 60,
     "learning_rate": 0.05,
     "discount": 0.5,
-    "discount_time": None,
     "gae_lambda": 0.9,
     "entropy_bonus": 0.0,
 }

@@ -13,23 +13,20 @@ def generalised_advantages(
     next_values: Float[Array, "time *env"],
     terminated: Bool[Array, "time *env"],
     truncated: Bool[Array, "time *env"],
-    discount: Float[Array, "time *env"] | float,
+    discount: float,
     gae_lambda: float,
 ) -> tuple[Float[Array, "time *env"], Float[Array, "time *env"]]:
     """Return advantages and value targets.
 
     `next_values` are the values of the observations that each step led to, before any reset. A termination ends the
-    return; a truncation only ends the sum of temporal differences, and bootstraps from `next_values`. The discount may
-    differ from step to step.
+    return; a truncation only ends the sum of temporal differences, and bootstraps from `next_values`.
     """
     deltas = rewards + discount * next_values * ~terminated - values
 
-    carried = jnp.broadcast_to(discount * gae_lambda, deltas.shape) * ~(terminated | truncated)
-
-    def backwards(advantage: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
-        delta, carried = step
-        advantage = delta + carried * advantage
+    def backwards(carry: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+        delta, ended = step
+        advantage = delta + discount * gae_lambda * carry * ~ended
         return advantage, advantage
 
-    _, advantages = jax.lax.scan(backwards, jnp.zeros_like(deltas[0]), (deltas, carried), reverse=True)
+    _, advantages = jax.lax.scan(backwards, jnp.zeros_like(deltas[0]), (deltas, terminated | truncated), reverse=True)
     return advantages, advantages + values

@@ -35,10 +35,7 @@ class PPOConfig:
     learning_rate: float = 1e-3
     anneal: bool = True
     """Lower the learning rate linearly to zero."""
-    discount_time: float | None = 10.0
-    """Discount by exp(-time / discount_time), in s; null discounts by step."""
-    discount: float = 0.99
-    """Discount per step, if discount_time is null."""
+    discount: float = 0.985
     gae_lambda: float = 0.95
     clip: float = 0.2
     entropy_bonus: float = 0.0
@@ -53,16 +50,13 @@ class PPOConfig:
             raise UserError(
                 f"ppo: num_envs={self.num_envs} must be a positive multiple of num_minibatches={self.num_minibatches}"
             )
-        for name in ("learning_rate", "clip", "max_grad_norm", "discount_time"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
+        for name in ("learning_rate", "clip", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"ppo: {name}={getattr(self, name)} must be above 0, and finite")
         for name in ("discount", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1 or (name == "discount" and self.discount == 1):
                 raise UserError(f"ppo: {name}={getattr(self, name)} must lie in [0, 1], discount below 1")
 
-
-# Steps per second that scale the critic where time is discounted.
-_TYPICAL_RATE = 8.0
 
 # Totals of a rollout that an environment may report in `info`.
 _COUNTS = ("qos_sum", "num_completed", "num_late", "num_lost", "rejected")
@@ -77,7 +71,6 @@ class Transition(NamedTuple):
     value: Float[Array, "..."]
     next_value: Float[Array, "..."]
     reward: Float[Array, "..."]
-    discount: Float[Array, "..."]
     terminated: Bool[Array, "..."]
     truncated: Bool[Array, "..."]
 
@@ -105,16 +98,15 @@ class Learner(NamedTuple):
 def make_ppo(config: PPOConfig, env: Any, env_params: Any, network: Any, updates_per_call: int = 1) -> Learner:
     """Build the compiled loop for an environment with the gymnax 1.x protocol.
 
-    `network.apply(params, network.prepare(obs))` gives logits and a value, in units of about as many rewards as the
-    discount leaves, so that the critic's output stays near one whatever the discount. What `prepare` returns is kept
-    for the epochs. With `discount_time`, the environment must report the time that each step took as `info["gap"]`.
+    `network.apply(params, network.prepare(obs))` gives logits and a value, in units of 1 / (1 - discount) rewards, so
+    that the critic's output stays near one whatever the discount. What `prepare` returns is kept for the epochs.
     """
     num_envs = config.num_envs
     assert num_envs is not None
     assert config.total_steps is not None
     steps_per_update = num_envs * config.num_steps
     num_updates = max(1, config.total_steps // steps_per_update)
-    value_scale = 1 / (1 - config.discount) if config.discount_time is None else _TYPICAL_RATE * config.discount_time
+    value_scale = 1 / (1 - config.discount)
     gradient_steps = num_updates * config.num_epochs * config.num_minibatches
     schedule = optax.linear_schedule(
         config.learning_rate, 0.0 if config.anneal else config.learning_rate, gradient_steps
@@ -143,11 +135,7 @@ def make_ppo(config: PPOConfig, env: Any, env_params: Any, network: Any, updates
                 jax.random.split(key_env, num_envs), env_state, action, env_params
             )
             next_obs = jax.vmap(network.prepare)(next_obs)
-            discount = jnp.float32(config.discount)
-            if config.discount_time is not None:
-                discount = jnp.exp(-info["gap"] / config.discount_time)
-            discount = jnp.broadcast_to(discount, reward.shape)
-            step = Transition(obs, action, log_prob, value, value, reward, discount, terminated, truncated)
+            step = Transition(obs, action, log_prob, value, value, reward, terminated, truncated)
             if "final_observation" in info:
                 final_obs = jax.vmap(network.prepare)(info["final_observation"])
                 step = step._replace(next_value=evaluate(state.params, final_obs)[1])
@@ -211,7 +199,7 @@ def make_ppo(config: PPOConfig, env: Any, env_params: Any, network: Any, updates
             steps.next_value,
             steps.terminated,
             steps.truncated,
-            steps.discount,
+            config.discount,
             config.gae_lambda,
         )
         key, key_epochs = jax.random.split(state.key)

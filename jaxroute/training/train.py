@@ -16,7 +16,7 @@ from jaxroute.config import Config
 from jaxroute.errors import UserError
 from jaxroute.networks import build_network
 from jaxroute.ppo import make_ppo
-from jaxroute.scenarios import build_env
+from jaxroute.scenarios import build_env, training_workload
 from jaxroute.training.checkpoint import save_params, write_config
 from jaxroute.training.tracking import Tracker
 
@@ -43,12 +43,8 @@ def train(config: Config, run: Path, console: Console) -> Any:
         UserError: the configuration's data is missing or malformed, or a metric is no longer finite.
     """
     config = with_default_sizes(config)
-    train_on = config.workload
-    if config.train.arrivals is not None:
-        rate = sum(config.train.rates) / 2
-        train_on = dataclasses.replace(train_on, arrivals=config.train.arrivals, rate=rate, rate_scale=1.0)
     env, env_params = build_env(
-        dataclasses.replace(config, workload=train_on),
+        training_workload(config),
         rate=(config.train.rates[0], config.train.rates[1]),
         horizon=config.train.horizon,
         redraw_every=config.train.redraw_every,

@@ -1,0 +1,91 @@
+"""What one routing decision costs: batch of one, as in a gateway.
+
+`python -m benchmarks.decision [--quick]` prints the median and the 99th percentile of a compiled call, from the
+observation on the host to the chosen expert on the host, for the default network, every rule and `lookahead`; it writes
+outputs/benchmarks/decision.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import jaxroute
+from benchmarks.throughput import machine
+from jaxroute.cli import use_compilation_cache
+from jaxroute.config import load_config
+from jaxroute.networks import build_network
+from jaxroute.policies import RULES, Policy, learned_policy
+from jaxroute.policies.planning import Situation, lookahead
+
+
+def time_call(call: Callable[[], Any], calls: int) -> dict[str, float]:
+    """Median and 99th percentile of the time of one call, ms."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(calls):
+        started = time.perf_counter()
+        np.asarray(call())
+        times.append(1000 * (time.perf_counter() - started))
+    return {"p50_ms": float(np.median(times)), "p99_ms": float(np.percentile(times, 99))}
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few calls")
+    options = parser.parse_args()
+    calls = 50 if options.quick else 2000
+    use_compilation_cache()
+    env, params = jaxroute.make("edge-poisson")
+    key = jax.random.key(0)
+
+    @jax.jit
+    def busy(key: jax.Array) -> Any:
+        def step(carry: Any, key: jax.Array) -> Any:
+            obs, state = carry
+            action, _ = RULES["impact_greedy"].act((), obs, key, ())
+            return env.step(key, state, action, params)[:2], None
+
+        return jax.lax.scan(step, env.reset(key, params), jax.random.split(key, 400))[0]
+
+    obs, state = busy(key)
+    network = build_network(load_config().network)
+    learned = learned_policy(network, network.init(key, network.prepare(obs)))
+    on_host = jax.device_get(obs)
+
+    def decision(policy: Policy) -> Callable[[], Any]:
+        decide = jax.jit(lambda obs, key: policy.act(policy.params, obs, key, policy.memory)[0])
+        return lambda: decide(on_host, key)
+
+    rows: dict[str, dict[str, float]] = {
+        policy.name: time_call(decision(policy), calls) for policy in [learned, *RULES.values()]
+    }
+    planner = lookahead(env)
+    upcoming = jax.random.split(key, planner.plans)
+    plan = jax.jit(lambda obs, state, key: planner.act((), Situation(obs, state, params, upcoming), key, ())[0])
+    rows["lookahead"] = time_call(lambda: plan(obs, state, key), 3 if options.quick else 20)
+
+    table = Table("policy", "median, ms", "p99, ms")
+    for name, row in rows.items():
+        table.add_row(name, f"{row['p50_ms']:.3f}", f"{row['p99_ms']:.3f}")
+    console = Console()
+    console.print(table)
+    console.print(machine())
+    path = Path("outputs/benchmarks/decision.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "calls": calls, "rows": rows}, indent=2))
+    console.print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    main()
