@@ -18,7 +18,7 @@ from jaxroute.config import Config, config_folder, config_yaml, load_config
 from jaxroute.errors import UserError
 from jaxroute.evaluation import EvaluationResult, evaluate, results_table, summary_text, write_all
 from jaxroute.evaluation.study import run_study, study_text, terminal_table, verdict_table, write_study
-from jaxroute.policies import rules_named
+from jaxroute.policies import LEARNED, rules_named
 from jaxroute.training import train
 
 
@@ -38,13 +38,17 @@ def _train(config: Config, console: Console, argv: Sequence[str]) -> None:
         raise UserError(f"study={config.study.name} is for eval.py; train.py trains one router")
     rules_named(config.policies)  # A mistake here should not wait for the training to end.
     run = _new_run(config, f"train-{config.workload.name}-seed{config.seed}")
-    train(config, run, console)
-    console.print(f"Run directory: {run}")
-    if config.train.evaluate:
-        config = replace(config, checkpoint=str(run))
-        _show(evaluate(config, console, command=command), run, console)
-    else:
-        console.print(f"Judge it with: python eval.py checkpoint={run}")
+
+    def judge() -> dict[str, float]:
+        console.print(f"Run directory: {run}")
+        if not config.train.evaluate:
+            console.print(f"Judge it with: python eval.py checkpoint={run}")
+            return {}
+        result = evaluate(replace(config, checkpoint=str(run)), console, command=command)
+        _show(result, run, console)
+        return _main_figures(result)
+
+    train(config, run, console, judge)
 
 
 def _eval(config: Config, console: Console, argv: Sequence[str]) -> None:
@@ -71,6 +75,15 @@ def _study(config: Config, name: str, console: Console, argv: Sequence[str], com
     console.print(study_text(study))
     console.print(f"Report: {written['study.html']}")
     console.print(f"Tables: {written['study.md']}")
+
+
+def _main_figures(result: EvaluationResult) -> dict[str, float]:
+    """Average QoS of the trained router, and by how much it is ahead of each rule, at the workload's rate."""
+    rate = result.nominal_rate
+    figures = {"eval/avg_qos": result.interval(rate, LEARNED, "avg_qos").mean}
+    for rule, difference in result.paired_with_reference(rate).items():
+        figures[f"eval/avg_qos_ahead_of_{rule}"] = difference.mean
+    return figures
 
 
 def _show(result: EvaluationResult, run: Path, console: Console) -> None:
@@ -123,9 +136,13 @@ def _run(
 def use_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, so that the next start takes seconds."""
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(home / "jaxroute" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    wanted = {
+        "jax_compilation_cache_dir": str(home / "jaxroute" / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 1.0,
+    }
+    for option, value in wanted.items():
+        if option.upper() not in os.environ:  # JAX reads it from there; the user knows better
+            jax.config.update(option, value)
 
 
 def _help(program: str, purpose: str) -> str:

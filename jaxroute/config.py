@@ -60,6 +60,8 @@ class DynamicsConfig:
     """Mean time until it is back, s."""
     refresh_ms: float = 0.0
     """Least time between two looks of the router at the experts, ms; 0 shows them as they are."""
+    random_sites: float = 0.0
+    """Share of episodes that draw a site of their own from the site's experts and LLMs; training has its own share."""
 
     def __post_init__(self) -> None:
         if self.outages not in ("none", "lost", "retried"):
@@ -67,6 +69,8 @@ class DynamicsConfig:
         for name in ("mean_uptime", "mean_downtime"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"dynamics: {name}={getattr(self, name)} must be above 0 s, and finite")
+        if not 0 <= self.random_sites <= 1:
+            raise UserError(f"dynamics: random_sites={self.random_sites} is a share; it must lie between 0 and 1")
         if not 0 <= self.refresh_ms < float("inf"):
             raise UserError(f"dynamics: refresh_ms={self.refresh_ms} must not be negative, and finite")
 
@@ -157,6 +161,10 @@ class StudyConfig:
     planner_seeds: int = 8
     planner_requests: int = 200
     planner_warmup: int = 100
+    planner_futures: int = 12
+    """Futures that lookahead draws for a decision."""
+    planner_horizon: int = 40
+    """Decisions that planners look ahead."""
 
     def __post_init__(self) -> None:
         where = f"study {self.name}"
@@ -175,11 +183,10 @@ class StudyConfig:
                 raise UserError(
                     f"{where}: routers.{label} is empty; name its runs, e.g. study.routers.{label}=[outputs/<run>]"
                 )
-        if self.planner_seeds < 1 or self.planner_requests < 1 or self.planner_warmup < 0:
-            raise UserError(
-                f"{where}: planner_seeds={self.planner_seeds} and planner_requests={self.planner_requests} must be at "
-                f"least 1, planner_warmup={self.planner_warmup} at least 0"
-            )
+        least = {"seeds": 1, "requests": 1, "warmup": 0, "futures": 1, "horizon": 2}
+        for name, bound in least.items():
+            if getattr(self, f"planner_{name}") < bound:
+                raise UserError(f"{where}: planner_{name}={getattr(self, f'planner_{name}')} must be at least {bound}")
 
 
 @dataclass

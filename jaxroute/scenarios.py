@@ -28,7 +28,7 @@ def make(
     rate: float | tuple[float, float] | None = None,
     horizon: int = 0,
     redraw_every: int = 0,
-    random_sites: float = 0.0,
+    random_sites: float | None = None,
     overrides: tuple[str, ...] = (),
     **groups: str,
 ) -> tuple[EdgeRouting, EnvParams]:
@@ -63,9 +63,9 @@ def build_env(
     rate: float | tuple[float, float] | None = None,
     horizon: int = 0,
     redraw_every: int = 0,
-    random_sites: float = 0.0,
+    random_sites: float | None = None,
 ) -> tuple[EdgeRouting, EnvParams]:
-    """Build the environment of a configuration; arguments as for `make`.
+    """Build the environment of a configuration; arguments as for `make`, `random_sites` by default as configured.
 
     Raises:
         UserError: data that is missing or malformed, a bank that does not fit the site.
@@ -93,7 +93,7 @@ def build_env(
         horizon=horizon,
         expected_quality=weights.expected_quality,
         outages=dynamics.outages,
-        random_sites=random_sites,
+        random_sites=dynamics.random_sites if random_sites is None else random_sites,
         stale=dynamics.refresh_ms > 0,
     )
     params = EnvParams(
@@ -130,6 +130,6 @@ def with_rate(params: EnvParams, rate: float) -> EnvParams:
     return params._replace(rate=jnp.asarray([rate, rate], jnp.float32))
 
 
-def test_split(config: Config) -> Config:
+def on_test_prompts(config: Config) -> Config:
     """Return the configuration with prompts that training has not seen."""
     return dataclasses.replace(config, bank=dataclasses.replace(config.bank, split="test"))

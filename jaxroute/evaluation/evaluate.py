@@ -14,7 +14,7 @@ from jaxroute.evaluation.episodes import evaluate_policies
 from jaxroute.evaluation.metrics import summarise
 from jaxroute.evaluation.report import EvaluationResult
 from jaxroute.policies import LEARNED, learned_policy, rules_named
-from jaxroute.scenarios import build_env, test_split
+from jaxroute.scenarios import build_env, on_test_prompts
 from jaxroute.training import TrainedPolicy, load_policy
 
 
@@ -25,7 +25,7 @@ def evaluate(config: Config, console: Console, *, command: str) -> EvaluationRes
         UserError: an unknown policy, missing data, a checkpoint that does not exist or does not fit.
     """
     rules = rules_named(config.policies)
-    config = test_split(config)
+    config = on_test_prompts(config)
     env, params = build_env(config)
     trained: TrainedPolicy | None = None
     if config.checkpoint is not None:

@@ -33,11 +33,11 @@ from jaxroute.evaluation.report import EvaluationResult, Summary
 from jaxroute.evaluation.statistics import Interval, interquartile_mean, ranks
 from jaxroute.policies import RULES, Policy, learned_policy, rules_named
 from jaxroute.policies.planning import clairvoyant, lookahead
-from jaxroute.scenarios import build_env, test_split
+from jaxroute.scenarios import build_env, on_test_prompts
 from jaxroute.training import load_policy
 
 LOOKAHEAD, CLAIRVOYANT = "lookahead", "clairvoyant"
-PLANNERS = {LOOKAHEAD: lookahead, CLAIRVOYANT: clairvoyant}
+PLANNERS = (LOOKAHEAD, CLAIRVOYANT)
 
 # Options that do not change what the policies meet; the number and the length of the episodes are noted apart.
 _NO_INPUTS = {
@@ -45,9 +45,14 @@ _NO_INPUTS = {
 }  # fmt: skip
 
 
-def planners_named(names: Sequence[str], env: EdgeRouting) -> list[Policy]:
-    """Return the planners of these names, which simulate the future in `env`."""
-    return [PLANNERS[name](env) for name in names]
+def planners_named(study: StudyConfig, env: EdgeRouting) -> list[Policy]:
+    """Return the study's planners, which simulate the future in `env`."""
+    horizon = study.planner_horizon
+    known = {
+        LOOKAHEAD: lookahead(env, futures=study.planner_futures, horizon=horizon),
+        CLAIRVOYANT: clairvoyant(env, horizon=horizon),
+    }
+    return [known[name] for name in study.planners]
 
 
 # --- Running -------------------------------------------------------------------------------------------
@@ -191,7 +196,7 @@ def cell_config(cell: StudyCell, overrides: Sequence[str]) -> Config:
     chosen = {override.lstrip("+").split("=")[0]: override for override in [*overrides, *cell.overrides]}
     of_scenario = [override for key, override in chosen.items() if key.split(".")[0] != "study"]
     try:
-        return test_split(load_config(of_scenario))
+        return on_test_prompts(load_config(of_scenario))
     except UserError as error:
         raise UserError(f"study cell {cell.name}: {error}") from None
 
@@ -235,7 +240,7 @@ def _parts(study: StudyConfig, overrides: Sequence[str]) -> list[_Part]:
             parts.append(
                 part._replace(
                     name=_planned(cell.name),
-                    policies=routers + rules + planners_named(study.planners, env),
+                    policies=routers + rules + planners_named(study, env),
                     seeds=study.planner_seeds,
                     requests=study.planner_requests,
                     warmup=study.planner_warmup,

@@ -39,7 +39,7 @@ def rules_named(names: Sequence[str] | None) -> list[Policy]:
     """Return the rules of these names, or all.
 
     Raises:
-        UserError: a name is unknown.
+        UserError: a name is unknown, or there twice.
     """
     if names is None:
         return list(RULES.values())
@@ -50,4 +50,6 @@ def rules_named(names: Sequence[str] | None) -> list[Policy]:
             near = difflib.get_close_matches(name, RULES, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known rules: {', '.join(RULES)}"
             raise UserError(f"policies: {name} is unknown; {hint}")
+        if names.count(name) > 1:
+            raise UserError(f"policies: {name} is there {names.count(name)} times; name each once")
     return [RULES[name] for name in names]

@@ -113,8 +113,9 @@ def redraw_unknown(state: EnvState, params: EnvParams, key: PRNGKeyArray) -> Env
     """
     key_slots, key_request = jax.random.split(key)
     slots, table, request = state.site.slots, state.table, state.request
-    log_error = params.bank.log_length_error
-    room = params.site.kv_capacity
+    fleet, log_error = state.fleet, params.bank.log_length_error
+    site = params.site if fleet is None else fleet.site
+    log_error = log_error if fleet is None else log_error[fleet.column]
 
     def draw(key: PRNGKeyArray, predicted: Array, generated: Array, prompt_tokens: Array) -> Array:
         z = (jnp.log(jnp.maximum(generated, 1.0)) - jnp.log(jnp.maximum(predicted, 1.0))) / log_error
@@ -122,7 +123,7 @@ def redraw_unknown(state: EnvState, params: EnvParams, key: PRNGKeyArray) -> Env
         tail = jax.random.uniform(key, predicted.shape, minval=1e-6) * ndtr(-z)
         drawn = jnp.exp(jnp.log(jnp.maximum(predicted, 1.0)) - log_error * ndtri(jnp.maximum(tail, 1e-30)))
         least = generated.astype(jnp.int32) + 1
-        most = jnp.maximum(jnp.minimum(room - prompt_tokens, 2 * params.bank.output_tokens.max()), least)
+        most = jnp.maximum(jnp.minimum(site.kv_capacity - prompt_tokens, 2 * params.bank.output_tokens.max()), least)
         return jnp.clip(drawn.astype(jnp.int32), least, most)
 
     output_tokens = draw(
@@ -130,7 +131,7 @@ def redraw_unknown(state: EnvState, params: EnvParams, key: PRNGKeyArray) -> Env
     )
     zero = jnp.zeros_like(request.predicted_output_tokens)
     return state._replace(
-        site=with_output_tokens(params.site, state.site, output_tokens),
+        site=with_output_tokens(site, state.site, output_tokens),
         table=table._replace(quality=table.predicted_quality),
         request=request._replace(
             output_tokens=draw(key_request, request.predicted_output_tokens, zero, request.prompt_tokens),

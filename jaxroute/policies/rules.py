@@ -160,7 +160,7 @@ def quality_threshold(params: Params, obs: Observation, key: PRNGKeyArray, memor
     t; an expert's size is the time to stream its weights.
     """
     quality = obs.candidates.predicted_quality
-    good_enough = quality >= quality.max() - params
+    good_enough = quality >= jnp.where(obs.experts.eligible, quality, -jnp.inf).max() - params
     return _best_among(obs, good_enough, -obs.experts.weight_load), memory
 
 
@@ -217,8 +217,8 @@ def impact_greedy(params: Params, obs: Observation, key: PRNGKeyArray, memory: M
 
 # Tuned on the training workload by `python -m benchmarks.tune_rules`; see docs/policies.md.
 QUALITY_GAP = 0.2
-LATENCY_WEIGHT = 0.2
-WIN_PROBABILITY = 0.45
+LATENCY_WEIGHT = 0.1
+WIN_PROBABILITY = 0.6
 HEADROOM = LEAST
 
 RULES: dict[str, Policy] = {

@@ -53,6 +53,9 @@ class PPOConfig:
         for name in ("learning_rate", "clip", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"ppo: {name}={getattr(self, name)} must be above 0, and finite")
+        for name in ("entropy_bonus", "value_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"ppo: {name}={getattr(self, name)} must not be negative, and finite")
         for name in ("discount", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1 or (name == "discount" and self.discount == 1):
                 raise UserError(f"ppo: {name}={getattr(self, name)} must lie in [0, 1], discount below 1")

@@ -59,12 +59,15 @@ _MINIMUM: dict[str, float] = {
     "network_delay": 0.0,
 }
 
+# Of every count. The router sees tokens in float32, which holds whole numbers exactly up to here.
+_MOST = 2**24
+
 
 def check_site(site: Site, name: str = "site") -> Site:
     """Check a site on the host and return it as device arrays of the engine's types.
 
     Raises:
-        UserError: a field has another length than the others, is not finite, or lies below its least value.
+        UserError: a field has another length than the others, is not finite, or is out of range.
     """
     checked = {}
     num_experts = np.size(site.iteration_overhead)
@@ -76,11 +79,14 @@ def check_site(site: Site, name: str = "site") -> Site:
                 "expert(s); give every field one value per expert"
             )
         low = _MINIMUM[entry.name]
-        bad = ~(np.isfinite(values) & (values >= low))
+        counts = isinstance(low, int)
+        bad = ~(np.isfinite(values) & (values >= low) & (not counts or values <= _MOST))
         if bad.any():
             expert = int(np.argmax(bad))
-            raise UserError(f"{name}: {entry.name} of expert {expert} is {values[expert]}; it must be at least {low}")
-        counts = isinstance(low, int)
+            most = f", and at most {_MOST}" if counts else ""
+            raise UserError(
+                f"{name}: {entry.name} of expert {expert} is {values[expert]}; it must be at least {low}{most}"
+            )
         checked[entry.name] = jnp.asarray(values, jnp.int32 if counts else jnp.float32)
     return Site(**checked)
 

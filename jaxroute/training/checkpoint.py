@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,8 +65,7 @@ def load_policy(path: str | Path, env: EdgeRouting, env_params: EnvParams) -> Tr
 
     expected = jax.eval_shape(fresh, jax.random.key(0))
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(checkpoint.resolve())
+        params = _restore(checkpoint)
     except Exception as error:  # Orbax raises many kinds; to the user they all mean an unreadable checkpoint.
         raise UserError(f"checkpoint {checkpoint} cannot be read ({type(error).__name__}); is it complete?") from error
     _check_fits(checkpoint, params, expected, env)
@@ -83,6 +83,25 @@ def latest_checkpoint(run: Path) -> Path:
     if not found:
         raise UserError(f"run {run} holds no checkpoint under {CHECKPOINTS}/; it may have ended before the first")
     return max(found, key=lambda path: int(path.name))
+
+
+def _restore(checkpoint: Path) -> Any:
+    """Read parameters, without stack traces on the terminal if that fails.
+
+    Orbax gives up at the first read that fails. Those still under way report to its event loop, which is closed by
+    then: from other threads, and perhaps after this has returned, so that the hook stays where it failed.
+    """
+    report = sys.unraisablehook
+
+    def report_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = report_others
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(checkpoint.resolve())
+    sys.unraisablehook = report
+    return params
 
 
 def _check_fits(checkpoint: Path, params: Any, expected: Any, env: EdgeRouting) -> None:

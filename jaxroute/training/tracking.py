@@ -12,12 +12,14 @@ from typing import Any
 
 from jaxroute.config import Config
 
+METRICS_FILE = "metrics.jsonl"
+
 
 class Tracker:
     """Write each set of metrics to metrics.jsonl and, by configuration, to W&B."""
 
     def __init__(self, run: Path, config: Config, warn: Callable[[str], None]) -> None:
-        self._file = (run / "metrics.jsonl").open("w", buffering=1)
+        self._file = (run / METRICS_FILE).open("w", buffering=1)
         self._wandb: Any = None
         if config.wandb.mode != "disabled":
             self._wandb = _start_wandb(run, config, warn)
@@ -29,7 +31,7 @@ class Tracker:
             self._wandb.log(metrics)
 
     def summary(self, values: dict[str, float]) -> None:
-        """Note final results with the run."""
+        """Note final results with the run in W&B."""
         if self._wandb is not None:
             self._wandb.summary.update(values)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from jaxroute.errors import UserError
 from jaxroute.networks import build_network
 from jaxroute.ppo import make_ppo
 from jaxroute.scenarios import build_env, training_workload
-from jaxroute.training.checkpoint import save_params, write_config
-from jaxroute.training.tracking import Tracker
+from jaxroute.training.checkpoint import CHECKPOINTS, save_params, write_config
+from jaxroute.training.tracking import METRICS_FILE, Tracker
 
 # Environments and total steps.
 _SIZES_ON_CPU = (256, 800_000)
@@ -36,12 +37,18 @@ def with_default_sizes(config: Config) -> Config:
     return dataclasses.replace(config, ppo=ppo)
 
 
-def train(config: Config, run: Path, console: Console) -> Any:
+def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[str, float]] | None = None) -> Any:
     """Train a router and return its parameters; `run` receives configuration, metrics and checkpoints.
 
+    `judge` is called at the end, and what it finds is noted with the run.
+
     Raises:
-        UserError: the configuration's data is missing or malformed, or a metric is no longer finite.
+        UserError: `run` holds a training already, the configuration's data is missing or malformed, or a metric is no
+            longer finite.
     """
+    for written in (CHECKPOINTS, METRICS_FILE):
+        if (run / written).exists():
+            raise UserError(f"{run} holds the {written} of another training; name another output_dir")
     config = with_default_sizes(config)
     env, env_params = build_env(
         training_workload(config),
@@ -54,9 +61,9 @@ def train(config: Config, run: Path, console: Console) -> Any:
     ppo = config.ppo
     assert ppo.num_envs is not None
     assert ppo.total_steps is not None
-    interval = min(config.train.log_interval, max(1, ppo.total_steps // (ppo.num_envs * ppo.num_steps)))
+    interval = _updates_per_call(ppo.total_steps // (ppo.num_envs * ppo.num_steps), config.train.log_interval)
     learner = make_ppo(ppo, env, env_params, network, updates_per_call=interval)
-    calls = max(1, learner.num_updates // interval)
+    calls = learner.num_updates // interval
     steps_per_call = interval * learner.steps_per_update
     total = calls * steps_per_call
 
@@ -75,39 +82,44 @@ def train(config: Config, run: Path, console: Console) -> Any:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with (
-        Tracker(run, config, console.print) as tracker,
-        Progress(*columns, console=console, refresh_per_second=2) as progress,
-    ):
-        task = progress.add_task("compiling", total=calls, speed="-", qos="-")
-        state = learner.init(jax.random.key(config.seed))
-        for call in range(1, calls + 1):
-            started = time.perf_counter()
-            state, on_device = learner.update(state)
-            metrics = _readable(jax.device_get(on_device))
-            speed = steps_per_call / (time.perf_counter() - started)
-            steps = call * steps_per_call
-            if not all(math.isfinite(value) for value in metrics.values()):
-                bad = next(name for name, value in metrics.items() if not math.isfinite(value))
-                raise UserError(
-                    f"training diverged at step {steps:,}: {bad} is {metrics[bad]}; lower ppo.learning_rate"
-                )
-            tracker.log({"steps": steps, "train/steps_per_second": speed} | metrics)
-            progress.update(
-                task, advance=1, description="training", speed=f"{speed:,.0f}", qos=f"{metrics['train/avg_qos']:.3f}"
-            )
-            if call == calls or call % max(1, calls // 4) == 0:
-                save_params(run, steps, state.params)
+    with Tracker(run, config, console.print) as tracker:
+        with Progress(*columns, console=console, refresh_per_second=2) as progress:
+            task = progress.add_task("compiling", total=calls, speed="-", qos="-")
+            state = learner.init(jax.random.key(config.seed))
+            for call in range(1, calls + 1):
+                started = time.perf_counter()
+                state, on_device = learner.update(state)
+                metrics = _readable(jax.device_get(on_device))
+                speed = steps_per_call / (time.perf_counter() - started)
+                steps = call * steps_per_call
+                if not all(math.isfinite(value) for value in metrics.values()):
+                    bad = next(name for name, value in metrics.items() if not math.isfinite(value))
+                    raise UserError(
+                        f"training diverged at step {steps:,}: {bad} is {metrics[bad]}; lower ppo.learning_rate"
+                    )
+                tracker.log({"steps": steps, "train/steps_per_second": speed} | metrics)
+                qos = f"{metrics['train/avg_qos']:.3f}" if "train/avg_qos" in metrics else "-"
+                progress.update(task, advance=1, description="training", speed=f"{speed:,.0f}", qos=qos)
+                if call == calls or call % max(1, calls // 4) == 0:
+                    save_params(run, steps, state.params)
+        if judge is not None:
+            tracker.summary(judge())
     return state.params
 
 
+def _updates_per_call(num_updates: int, at_most: int) -> int:
+    """Return the greatest divisor of the number of updates: calls are compiled for one length, and none is left out."""
+    return max(size for size in range(1, max(1, min(num_updates, at_most)) + 1) if num_updates % size == 0)
+
+
 def _readable(metrics: dict[str, Any]) -> dict[str, float]:
-    """Turn a rollout's totals into the rates that people read."""
+    """Turn a rollout's totals into the rates that people read; there are none where no request has ended."""
     values = {name: float(value) for name, value in metrics.items()}
     completed, rejected, lost = values.pop("num_completed"), values.pop("rejected"), values.pop("num_lost")
-    ended = max(completed + rejected + lost, 1.0)
-    values["train/avg_qos"] = values.pop("qos_sum") / ended
-    values["train/violation_rate"] = values.pop("num_late") / ended
-    values["train/rejection_rate"] = rejected / ended
-    values["train/lost_rate"] = lost / ended
+    qos, late = values.pop("qos_sum"), values.pop("num_late")
+    if ended := completed + rejected + lost:
+        values["train/avg_qos"] = qos / ended
+        values["train/violation_rate"] = late / ended
+        values["train/rejection_rate"] = rejected / ended
+        values["train/lost_rate"] = lost / ended
     return values
