@@ -19,6 +19,7 @@ from jaxroute.errors import UserError
 from jaxroute.evaluation import EvaluationResult, evaluate, results_table, summary_text, write_all
 from jaxroute.evaluation.study import run_study, study_text, terminal_table, verdict_table, write_study
 from jaxroute.policies import LEARNED, rules_named
+from jaxroute.scenarios import build_env, on_test_prompts
 from jaxroute.training import train
 
 
@@ -36,7 +37,10 @@ def _train(config: Config, console: Console, argv: Sequence[str]) -> None:
     command = _command("train.py", argv)
     if config.study is not None:
         raise UserError(f"study={config.study.name} is for eval.py; train.py trains one router")
-    rules_named(config.policies)  # A mistake here should not wait for the training to end.
+    # Mistakes here should not wait for the training to end, which may meet other arrivals.
+    rules_named(config.policies)
+    if config.train.evaluate:
+        build_env(on_test_prompts(config))
     run = _new_run(config, f"train-{config.workload.name}-seed{config.seed}")
 
     def judge() -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,6 +27,11 @@ from jaxroute.networks import NetworkConfig
 from jaxroute.ppo import PPOConfig
 from jaxroute.serving import SiteConfig
 from jaxroute.workloads import PROCESSES, BankConfig, WorkloadConfig
+
+
+def _check_seed(where: str, seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise UserError(f"{where}seed={seed} must lie between 0 and 4294967295")
 
 
 @dataclass
@@ -90,7 +96,7 @@ class TrainConfig:
     horizon: int = 0
     """Steps after which an environment starts over; 0 never does."""
     log_interval: int = 10
-    """Updates between two looks from the host."""
+    """Most updates between two looks from the host: so many, or the next fewer that divide their number."""
     evaluate: bool = True
     """Judge the trained router against the rules at the end."""
 
@@ -132,6 +138,7 @@ class EvalConfig:
             )
         if any(not 0 < load < float("inf") for load in self.loads):
             raise UserError(f"eval: loads={list(self.loads)} must all be above 0")
+        _check_seed("eval: ", self.seed)
 
 
 @dataclass
@@ -230,8 +237,7 @@ class Config:
     """Rules to judge; all by default."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed={self.seed} must lie between 0 and 4294967295")
+        _check_seed("", self.seed)
 
     @property
     def data_path(self) -> Path | None:
@@ -251,6 +257,10 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
+# The open dictionaries, to which an override may add: stand-ins for a bank's models, and the routers of a study.
+_OPEN = ("bank.models.", "bank.models=", "study.routers.", "study.routers=")
+
+
 def load_config(overrides: Sequence[str] = ()) -> Config:
     """Compose and check the configuration that these Hydra overrides describe.
 
@@ -261,16 +271,14 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
     try:
         overrides = list(overrides)
         for position, override in enumerate(overrides):
-            # The open dictionaries: stand-ins for a bank's models, and the routers of a study.
-            if override.startswith("+") and not override.lstrip("+").startswith(("bank.models.", "study.routers.")):
-                raise UserError(
-                    f"unknown option {override.lstrip('+')}; every option exists already, so leave out the +"
-                )
-            if override.lstrip("+").startswith("study."):
-                if not any(other.startswith("study=") for other in overrides):
-                    raise UserError(f"{override.lstrip('+')}: no study is chosen; add, for instance, study=main")
-                if override.startswith("study.routers."):
-                    overrides[position] = f"++{override}"
+            _check_override(override)
+            option = override.lstrip("+")
+            if option.startswith("study.") and not any(other.startswith("study=") for other in overrides):
+                raise UserError(f"{option}: no study is chosen; add, for instance, study=main")
+            if option.startswith(_OPEN):
+                overrides[position] = f"++{option}"
+            elif override.startswith("+"):
+                raise UserError(f"unknown option {option}; every option exists already, so leave out the +")
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
             composed = compose("config", overrides=overrides)
         return typed(composed)
@@ -302,6 +310,25 @@ def config_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+def _check_override(override: str) -> None:
+    """Refuse what Hydra cannot read, which it says in its parser's words."""
+    if override.startswith("-"):
+        raise UserError(f"unknown flag {override}; options are written option=value, see python train.py --help")
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        option, _, value = override.partition("=")
+        if value.startswith("~"):
+            raise UserError(f"{override}: ~ is not expanded here; write the whole path") from None
+        raise UserError(
+            f"cannot read {override}; write option=value, a list as [1,2], and a value with special characters in two "
+            f"pairs of quotes: '{option}=\"...\"'"
+        ) from None
+    if parsed.is_sweep_override():
+        option, _, value = override.partition("=")
+        raise UserError(f"{override}: there can be one value only; a list is written {option}=[{value}]")
+
+
 def _explain(error: Exception) -> str:
     """Shorten Hydra's and OmegaConf's messages to one line that says what, where and what to do."""
     cause: BaseException = error
@@ -312,25 +339,33 @@ def _explain(error: Exception) -> str:
     if isinstance(cause, MarkedYAMLError) and cause.problem_mark is not None:
         return f"{cause.problem_mark.name}, line {cause.problem_mark.line + 1}: {cause.problem}"
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
-    message = lines[0]
-    if key := re.search(r"full_key: (\S+)", str(cause)):
-        unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in)", message)
-        if unknown:
-            return f"unknown option {key.group(1)}{_suggestion(key.group(1))}"
-        return f"{key.group(1)}: {message}"
+    message, where = lines[0], ""
+    if (file := re.match(r"In '(.+)': \w+ raised while composing", message)) and len(lines) > 1:
+        message, where = lines[1], f"{file.group(1)}.yaml: "
+    if full_key := re.search(r"full_key: (\S+)", str(cause)):
+        key = re.sub(r"\[(\d+)\]", r".\1", full_key.group(1))
+        if re.match(r"Key '[^']+' (?:is not in struct|not in)", message):
+            return f"{where}unknown option {key}{_suggestion(key)}"
+        if re.search(r"\.\d+$", key) and re.search(r"dict is not a subclass|index out of range", message):
+            return f"{where}{key} does not exist: the list is shorter, and counted from 0"
+        return f"{where}{key}: {message}"
     if options := re.search(r"Could not find '(\S+)/(\S+)'", str(cause)):
         available = sorted(path.stem for path in (config_folder() / options.group(1)).glob("[!_]*.yaml"))
         return f"unknown {options.group(1)} {options.group(2)}; choose one of {', '.join(available)}"
-    return message
+    return where + message
 
 
 def _suggestion(key: str) -> str:
     known = list(_option_names(Config))
-    near = (
-        difflib.get_close_matches(key, known, n=1)
-        or [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
-    )
-    return f"; did you mean {near[0]}?" if near else "; see python train.py --help"
+    numbered = re.sub(r"\.\d+\.", f".{_NUMBER}.", key)
+    near = difflib.get_close_matches(numbered, known, n=1)
+    if not near:
+        words = difflib.get_close_matches(key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1)
+        near = [name for name in known if name.rsplit(".", 1)[-1] in words][:1]
+    if not near:
+        return "; see python train.py --help"
+    number = re.search(r"\.(\d+)\.", key)
+    return f"; did you mean {near[0].replace(_NUMBER, number.group(1)) if number else near[0]}?"
 
 
 def _option_names(schema: type, prefix: str = "") -> Iterator[str]:
@@ -338,5 +373,10 @@ def _option_names(schema: type, prefix: str = "") -> Iterator[str]:
     for entry in fields(schema):
         inner = next((kind for kind in (hints[entry.name], *get_args(hints[entry.name])) if is_dataclass(kind)), None)
         yield prefix + entry.name
-        if isinstance(inner, type) and hints[entry.name] in (inner, inner | None):
-            yield from _option_names(inner, f"{prefix}{entry.name}.")
+        if isinstance(inner, type):
+            number = "" if hints[entry.name] in (inner, inner | None) else f"{_NUMBER}."
+            yield from _option_names(inner, f"{prefix}{entry.name}.{number}")
+
+
+# Stands for the place in a list.
+_NUMBER = "<n>"

@@ -156,6 +156,15 @@ PINNED = {
     "quality_threshold": [
         ({"predicted_quality": [0.75, 0.82, 0.9], "weight_load": [0.01, 0.02, 0.04]}, 1),
         ({"predicted_quality": [0.75, 0.78, 0.9], "weight_load": [0.01, 0.02, 0.04]}, 2),
+        # Good enough is judged by the best that can be had: within 0.1 of 0.82 is the second alone.
+        (
+            {
+                "predicted_quality": [0.6, 0.82, 0.95],
+                "weight_load": [0.01, 0.02, 0.04],
+                "available": [True, True, False],
+            },
+            1,
+        ),
     ],
     # Strong is the last, with q = 0.8; weak the second, the fastest. It wins with 0.8 * 0.6 > 0.4, then 0.8 * 0.4.
     "win_rate": [
@@ -420,6 +429,11 @@ def test_rules_are_found_by_name():
     assert [rule.name for rule in rules_named(None)] == list(RULES)
     with pytest.raises(UserError):
         rules_named([])
+
+
+def test_a_rule_named_twice_is_one_line():
+    with pytest.raises(UserError, match=r"^policies: random is there 2 times; name each once$"):
+        rules_named(["random", "qos_greedy", "random"])
 
 
 @pytest.mark.parametrize(

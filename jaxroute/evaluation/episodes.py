@@ -34,9 +34,9 @@ def evaluate_policies(
     Another `warmup` requests follow, which do not count but let those that do come to an end; otherwise long answers
     would drop out of the average. What is still in flight then is not counted either.
 
-    All rates and seeds of a policy run side by side, and one compiled program serves all policies: which one acts is
-    an argument, and so are its parameters: policies with one `act`, such as a network's checkpoints, share its branch.
-    `on_done` is called with each policy's name.
+    All rates and seeds run side by side, and all rules with them. Planners and networks, whose decisions cost more than
+    the environment, run one after the other; networks that share `act`, such as a study's checkpoints, are compiled
+    once. `on_done` is called with each policy's name.
 
     Returns:
         For each rate, each policy's records. Accelerator and wall time count from the arrival of request `warmup`.
@@ -46,26 +46,45 @@ def evaluate_policies(
     keys = jnp.tile(episode_keys, len(rates))
     low_high = jnp.repeat(jnp.asarray(rates, jnp.float32), seeds)
     low_high = jnp.stack([low_high, low_high], axis=1)
-    branches = {policy.act: policy for policy in policies}
-    acts = tuple(branches)
-    plans = tuple(policy.plans for policy in branches.values())
+    rules = [policy for policy in policies if _is_light(policy)]
+    groups = [rules] * bool(rules) + [[policy] for policy in policies if not _is_light(policy)]
 
-    results: dict[float, dict[str, EpisodeRecords]] = {rate: {} for rate in rates}
-    for policy in policies:
-        in_turn = (branches | {policy.act: policy}).values()
-        policy_params = tuple(branch.params for branch in in_turn)
-        memories = tuple(branch.memory for branch in in_turn)
-        index = acts.index(policy.act)
+    by_policy: dict[str, EpisodeRecords] = {}
+    for group in groups:
+        size = len(group)
         records = jax.device_get(
             _episodes(
-                env, acts, plans, warmup + requests, warmup, params, low_high, keys, index, policy_params, memories
+                env,
+                tuple(policy.act for policy in group),
+                tuple(policy.plans for policy in group),
+                warmup + requests,
+                warmup,
+                params,
+                jnp.tile(low_high, (size, 1)),
+                jnp.tile(keys, size),
+                jnp.repeat(jnp.arange(size), len(rates) * seeds),
+                tuple(policy.params for policy in group),
+                tuple(policy.memory for policy in group),
             )
         )
-        for position, rate in enumerate(rates):
-            of_rate = slice(position * seeds, (position + 1) * seeds)
-            results[rate][policy.name] = EpisodeRecords(*(np.asarray(column[of_rate]) for column in records))
-        on_done(policy.name)
-    return results
+        for position, policy in enumerate(group):
+            mine = slice(position * len(rates) * seeds, (position + 1) * len(rates) * seeds)
+            by_policy[policy.name] = EpisodeRecords(*(np.asarray(column[mine]) for column in records))
+            on_done(policy.name)
+    return {
+        rate: {
+            policy.name: EpisodeRecords(
+                *(column[position * seeds : (position + 1) * seeds] for column in by_policy[policy.name])
+            )
+            for policy in policies
+        }
+        for position, rate in enumerate(rates)
+    }
+
+
+def _is_light(policy: Policy) -> bool:
+    """Whether a policy decides for next to nothing: a rule with no more than a few numbers as parameters."""
+    return not policy.plans and sum(np.size(leaf) for leaf in jax.tree.leaves(policy.params)) < 10
 
 
 @partial(jax.jit, static_argnames=("env", "acts", "plans", "num_requests", "warmup"))
@@ -78,25 +97,27 @@ def _episodes(
     params: EnvParams,
     low_high: Float[Array, "episode 2"],
     keys: PRNGKeyArray,
-    index: Int[Array, ""],
+    which: Int[Array, "episode"],
     policy_params: tuple[Any, ...],
     memories: tuple[Any, ...],
 ) -> EpisodeRecords:
-    def act(at: _Episode, params: EnvParams, keys: PRNGKeyArray, key: PRNGKeyArray) -> tuple[Array, tuple[Any, ...]]:
-        def branch(which: int) -> Callable:
+    def act(
+        which: Int[Array, ""], at: _Episode, params: EnvParams, keys: PRNGKeyArray, key: PRNGKeyArray
+    ) -> tuple[Array, tuple[Any, ...]]:
+        def branch(number: int) -> Callable:
             def run(memories: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
                 seen: Any = at.obs
-                if plans[which]:
-                    ahead = jnp.minimum(at.state.step + jnp.arange(plans[which]), num_steps - 1)
+                if plans[number]:
+                    ahead = jnp.minimum(at.state.step + jnp.arange(plans[number]), num_steps - 1)
                     upcoming = jax.vmap(lambda key: jax.random.split(key)[1])(keys[ahead])
                     seen = Situation(at.obs, at.state, params, upcoming)
-                action, memory = acts[which](policy_params[which], seen, key, memories[which])
-                memory = jax.tree.map(lambda new, old: new.astype(jnp.result_type(old)), memory, memories[which])
-                return action.astype(jnp.int32), (*memories[:which], memory, *memories[which + 1 :])
+                action, memory = acts[number](policy_params[number], seen, key, memories[number])
+                memory = jax.tree.map(lambda new, old: new.astype(jnp.result_type(old)), memory, memories[number])
+                return action.astype(jnp.int32), (*memories[:number], memory, *memories[number + 1 :])
 
             return run
 
-        return jax.lax.switch(index, [branch(which) for which in range(len(acts))], at.memories)
+        return jax.lax.switch(which, [branch(number) for number in range(len(acts))], at.memories)
 
     num_steps = num_requests + warmup
 
@@ -109,14 +130,14 @@ def _episodes(
         episode = _Episode(obs, state, fresh, table, zeros, zeros, duration=jnp.float32(0.0))
         return jax.random.split(key_steps, num_steps), episode
 
-    def step(keys: PRNGKeyArray, rate: Float[Array, "2"], at: _Episode) -> _Episode:
+    def step(keys: PRNGKeyArray, rate: Float[Array, "2"], which: Int[Array, ""], at: _Episode) -> _Episode:
         # Retries take steps of their own, with the keys of the arrival that they delay: arrivals keep their keys.
         number, request = at.state.step, at.state.request
         key_action, key_env = jax.random.split(keys[number])
         if env.outages == "retried":
             key_action = jax.random.fold_in(key_action, request.number)
         of_rate = params._replace(rate=rate)
-        action, memories = act(at, of_rate, keys, key_action)
+        action, memories = act(which, at, of_rate, keys, key_action)
         obs, state, _, _, _, info = env.step(key_env, at.state, action, of_rate)
 
         going_on = number < num_steps
@@ -156,7 +177,7 @@ def _episodes(
     step_keys, episodes = jax.vmap(begin)(keys, low_high)
     episodes = jax.lax.while_loop(
         lambda episodes: (episodes.state.step < num_steps).any(),
-        lambda episodes: jax.vmap(step)(step_keys, low_high, episodes),
+        lambda episodes: jax.vmap(step)(step_keys, low_high, which, episodes),
         episodes,
     )
     rows = _Row(*jnp.moveaxis(episodes.table[:, :num_requests], -1, 0))

@@ -22,8 +22,8 @@ from jaxroute.training.checkpoint import CHECKPOINTS, save_params, write_config
 from jaxroute.training.tracking import METRICS_FILE, Tracker
 
 # Environments and total steps.
-_SIZES_ON_CPU = (256, 800_000)
-_SIZES_ON_ACCELERATORS = (8192, 100_000_000)
+_SIZES_ON_CPU = (256, 96 * 256 * 32)
+_SIZES_ON_ACCELERATORS = (8192, 384 * 8192 * 32)
 
 
 def with_default_sizes(config: Config) -> Config:
