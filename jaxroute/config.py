@@ -126,7 +126,7 @@ class EvalConfig:
     """Requests per episode that count."""
     warmup: int = 300
     """Requests at the start of an episode that do not count: the site fills up."""
-    loads: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.25, 1.5])
+    loads: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5])
     """Multiples of the workload's rate to judge at; 1 is always among them."""
     seed: int = 1_000_000
 
