@@ -1,1 +1,1 @@
-"""Benchmarks: each `python -m benchmarks.<name>` prints a table."""
+"""Benchmarks: each `python -m benchmarks.<name>` prints a table and writes JSON."""

@@ -8,19 +8,16 @@ outputs/benchmarks/decision.json.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 import jaxroute
-from benchmarks.throughput import machine
+from benchmarks.publish import publish
 from jaxroute.cli import use_compilation_cache
 from jaxroute.config import load_config
 from jaxroute.networks import build_network
@@ -78,13 +75,7 @@ def main() -> None:
     table = Table("policy", "median, ms", "p99, ms")
     for name, row in rows.items():
         table.add_row(name, f"{row['p50_ms']:.3f}", f"{row['p99_ms']:.3f}")
-    console = Console()
-    console.print(table)
-    console.print(machine())
-    path = Path("outputs/benchmarks/decision.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "calls": calls, "rows": rows}, indent=2))
-    console.print(f"Written: {path}")
+    publish("decision", table, {"calls": calls, "rows": rows})
 
 
 if __name__ == "__main__":

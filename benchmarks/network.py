@@ -7,20 +7,17 @@ taken in turn, and writes outputs/benchmarks/network.json.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
 import jaxroute
+from benchmarks.publish import publish
 from jaxroute.cli import use_compilation_cache
 from jaxroute.networks import NetworkConfig, build_network
 
@@ -85,20 +82,10 @@ def main() -> None:
     for kind in ("forward", "with gradient"):
         dense, segment = medians["dense", kind], medians["segment", kind]
         table.add_row(kind, f"{dense:.1f}", f"{segment:.1f}", f"{segment / dense:.2f}")
-    Console().print(table)
-    path = Path("outputs/benchmarks/network.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps(
-            {
-                "machine": platform.processor() or platform.machine(),
-                "backend": jax.default_backend(),
-                "jax": jax.__version__,
-                "batch": batch,
-                "median_ms": {f"{name} {kind}": value for (name, kind), value in medians.items()},
-            },
-            indent=2,
-        )
+    publish(
+        "network",
+        table,
+        {"batch": batch, "median_ms": {f"{name} {kind}": value for (name, kind), value in medians.items()}},
     )
 
 

@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 import jaxroute
+from benchmarks.publish import publish
 from jaxroute.config import load_config
 from jaxroute.networks import build_network
 from jaxroute.ppo import make_ppo
@@ -79,17 +75,6 @@ def _measure(call: Callable[[Any, int], Any], state: Any, steps: int, runs: int)
     return {"steps_per_second": steps / statistics.median(times), "first_call_seconds": first}
 
 
-def machine() -> dict[str, Any]:
-    """Describe what the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu
-        )
-    return {"cpu": cpu, "cores": os.cpu_count(), "backend": jax.default_backend(), "jax": jax.__version__}
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -106,13 +91,7 @@ def main() -> None:
     for row in rows:
         speed, first = row["steps_per_second"], row["first_call_seconds"]
         table.add_row(str(row["what"]), f"{row['num_envs']:,}", f"{speed:,.0f}", f"{first:.1f}")
-    console = Console()
-    console.print(table)
-    console.print(machine())
-    path = Path("outputs/benchmarks/throughput.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "runs": runs, "rows": rows}, indent=2))
-    console.print(f"Written: {path}")
+    publish("throughput", table, {"runs": runs, "rows": rows})
 
 
 if __name__ == "__main__":
