@@ -161,7 +161,7 @@ def test_another_checkpoint_is_another_input(finished, options, routers, monkeyp
 def test_files(finished):
     folder, study = finished
     written = write_study(study, folder)
-    assert sorted(written) == ["study.csv", "study.html", "study.json", "study.md"]
+    assert sorted(written) == ["study.csv", "study.html", "study.json", "study.md", "study.png"]
     content = json.loads(written["study.json"].read_text())
     assert [verdict["router"] for verdict in content["verdicts"]] == ["mine", "mine"]
     with written["study.csv"].open() as file:

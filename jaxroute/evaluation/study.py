@@ -745,12 +745,14 @@ def _html(study: StudyResult) -> str:
 
 
 def write_study(study: StudyResult, directory: str | Path) -> dict[str, Path]:
-    """Write study.json, study.csv, study.md and study.html; return file name to path."""
+    """Write study.json, study.csv, study.md, study.html and, with routers, study.png; return file name to path."""
     directory = Path(directory)
-    content = {
+    content: dict[str, str | bytes] = {
         "study.json": json.dumps(report._jsonable(_json(study)), indent=2, allow_nan=False) + "\n",
         "study.csv": _csv_text(study),
         "study.md": _markdown_text(study),
         "study.html": _html(study),
     }
+    if study.routers:
+        content["study.png"] = report._png(plot_differences(study))
     return {name: report._write(directory / name, text) for name, text in content.items()}
