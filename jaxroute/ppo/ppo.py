@@ -180,7 +180,7 @@ def make_ppo(config: PPOConfig, env: Any, env_params: Any, network: Any, updates
     def minibatch_step(carry: tuple[Any, optax.OptState], batch: tuple) -> tuple[tuple, dict[str, Array]]:
         params, optimiser_state = carry
         gradients, metrics = jax.grad(loss, has_aux=True)(params, batch)
-        metrics["ppo/grad_norm"] = optax.global_norm(gradients)
+        metrics["ppo/grad_norm"] = optax.tree.norm(gradients)
         updates, optimiser_state = optimiser.update(gradients, optimiser_state, params)
         return (optax.apply_updates(params, updates), optimiser_state), metrics
 
