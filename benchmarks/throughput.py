@@ -22,7 +22,7 @@ from benchmarks.publish import publish
 from jaxroute.config import load_config
 from jaxroute.networks import build_network
 from jaxroute.ppo import make_ppo
-from jaxroute.scenarios import build_env, training_workload
+from jaxroute.scenarios import training_env
 
 _STEPS = 100
 
@@ -52,12 +52,7 @@ def time_training(num_envs: int | None, runs: int) -> dict[str, float]:
     """Steps/s of whole PPO updates with the default network."""
     config = load_config()
     ppo = dataclasses.replace(config.ppo, num_envs=num_envs, total_steps=10**9)
-    env, params = build_env(
-        training_workload(config),
-        rate=(config.train.rates[0], config.train.rates[1]),
-        redraw_every=config.train.redraw_every,
-        random_sites=config.train.random_sites,
-    )
+    env, params = training_env(config)
     learner = make_ppo(ppo, env, params, build_network(config.network))
     state = learner.init(jax.random.key(0))
     return _measure(lambda state, number: learner.update(state)[0], state, learner.steps_per_update, runs)

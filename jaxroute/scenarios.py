@@ -125,9 +125,19 @@ def training_workload(config: Config) -> Config:
     return dataclasses.replace(config, workload=workload)
 
 
-def with_rate(params: EnvParams, rate: float) -> EnvParams:
-    """Return the same scenario at another request rate, 1/s."""
-    return params._replace(rate=jnp.asarray([rate, rate], jnp.float32))
+def training_env(config: Config) -> tuple[EdgeRouting, EnvParams]:
+    """Build the environment that a router is trained in, as `config.train` describes it.
+
+    Raises:
+        UserError: as `build_env`.
+    """
+    return build_env(
+        training_workload(config),
+        rate=(config.train.rates[0], config.train.rates[1]),
+        horizon=config.train.horizon,
+        redraw_every=config.train.redraw_every,
+        random_sites=config.train.random_sites,
+    )
 
 
 def on_test_prompts(config: Config) -> Config:

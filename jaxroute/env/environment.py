@@ -132,7 +132,7 @@ class EdgeRouting:
     def _step(
         self, key: PRNGKeyArray, state: EnvState, action: Int[Array, ""], params: EnvParams
     ) -> tuple[Observation, EnvState, Float[Array, ""], dict[str, Any]]:
-        site, request, retries, fleet = _site(state, params), state.request, state.retries, state.fleet
+        site, request, retries, fleet = site_of(state, params), state.request, state.retries, state.fleet
         prompt = jnp.broadcast_to(request.prompt_tokens, request.output_tokens.shape)
         chosen = jnp.arange(self.num_experts) == action
         accepted = chosen & state.up & can_accept(site, state.site, prompt, request.output_tokens)
@@ -216,7 +216,7 @@ class EdgeRouting:
         if state.seen is None:
             obs, outlook = _observe(new, now, params)
         else:
-            outlook, _ = assess(site, now.batch, _by_expert(params.bank.log_length_error, fleet))
+            outlook, _ = assess(site, now.batch, by_expert(params.bank.log_length_error, fleet))
             age = state.seen.age + gap
             seen = jax.tree.map(
                 lambda new, old: jnp.where(age >= params.refresh_interval, new, old), now, state.seen._replace(age=age)
@@ -320,11 +320,12 @@ def _log_uniform(key: PRNGKeyArray, between: tuple[float, float], size: int) -> 
     return low * (high / low) ** jax.random.uniform(key, (size,))
 
 
-def _site(state: EnvState, params: EnvParams) -> Site:
+def site_of(state: EnvState, params: EnvParams) -> Site:
+    """Return the site of this environment: its own, or the given one."""
     return params.site if state.fleet is None else state.fleet.site
 
 
-def _by_expert(values: Float[Array, "expert"], fleet: Fleet | None) -> Float[Array, "expert"]:
+def by_expert(values: Float[Array, "expert"], fleet: Fleet | None) -> Float[Array, "expert"]:
     """Turn what is known of each LLM of the bank into what is known of each expert."""
     return values if fleet is None else values[fleet.column]
 
@@ -372,17 +373,17 @@ def _request(
         row=row,
         age=age,
         prompt_tokens=bank.prompt_tokens[row],
-        output_tokens=_by_expert(bank.output_tokens[row], fleet),
-        quality=_by_expert(bank.quality[row], fleet),
-        predicted_quality=_by_expert(bank.predicted_quality[row], fleet),
-        predicted_output_tokens=_by_expert(bank.predicted_output_tokens[row], fleet),
+        output_tokens=by_expert(bank.output_tokens[row], fleet),
+        quality=by_expert(bank.quality[row], fleet),
+        predicted_quality=by_expert(bank.predicted_quality[row], fleet),
+        predicted_output_tokens=by_expert(bank.predicted_output_tokens[row], fleet),
         latency_requirement=latency_requirement,
     )
 
 
 def _look(state: EnvState, params: EnvParams) -> Snapshot:
     """Return what there is to see of the experts now."""
-    site, slots, table = _site(state, params), state.site.slots, state.table
+    site, slots, table = site_of(state, params), state.site.slots, state.table
     running, waiting = running_and_waiting(state.site)
     age = site.network_delay - slots.ready
     batch = Batch(
@@ -402,9 +403,9 @@ def _look(state: EnvState, params: EnvParams) -> Snapshot:
 
 def _observe(state: EnvState, seen: Snapshot, params: EnvParams) -> tuple[Observation, Outlook]:
     """Return what the router sees: the arriving request as it is, the experts as in `seen`."""
-    site, request, batch = _site(state, params), state.request, seen.batch
+    site, request, batch = site_of(state, params), state.request, seen.batch
     running, waiting = batch.running, batch.waiting
-    log_error = _by_expert(params.bank.log_length_error, state.fleet)
+    log_error = by_expert(params.bank.log_length_error, state.fleet)
     outlook, load = assess(site, batch, log_error)
     prompt_tokens = request.prompt_tokens.astype(jnp.float32)
     impact = estimate_impact(

@@ -17,6 +17,7 @@ from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
+from jaxroute.env.environment import by_expert, site_of
 from jaxroute.env.types import RewardParams
 from jaxroute.policies.protocol import Memory, Params, Policy, best_available
 from jaxroute.policies.rules import RULES
@@ -113,9 +114,8 @@ def redraw_unknown(state: EnvState, params: EnvParams, key: PRNGKeyArray) -> Env
     """
     key_slots, key_request = jax.random.split(key)
     slots, table, request = state.site.slots, state.table, state.request
-    fleet, log_error = state.fleet, params.bank.log_length_error
-    site = params.site if fleet is None else fleet.site
-    log_error = log_error if fleet is None else log_error[fleet.column]
+    site = site_of(state, params)
+    log_error = by_expert(params.bank.log_length_error, state.fleet)
 
     def draw(key: PRNGKeyArray, predicted: Array, generated: Array, prompt_tokens: Array) -> Array:
         z = (jnp.log(jnp.maximum(generated, 1.0)) - jnp.log(jnp.maximum(predicted, 1.0))) / log_error

@@ -17,7 +17,7 @@ from jaxroute.config import Config
 from jaxroute.errors import UserError
 from jaxroute.networks import build_network
 from jaxroute.ppo import make_ppo
-from jaxroute.scenarios import build_env, training_workload
+from jaxroute.scenarios import training_env
 from jaxroute.training.checkpoint import CHECKPOINTS, save_params, write_config
 from jaxroute.training.tracking import METRICS_FILE, Tracker
 
@@ -50,13 +50,7 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
         if (run / written).exists():
             raise UserError(f"{run} holds the {written} of another training; name another output_dir")
     config = with_default_sizes(config)
-    env, env_params = build_env(
-        training_workload(config),
-        rate=(config.train.rates[0], config.train.rates[1]),
-        horizon=config.train.horizon,
-        redraw_every=config.train.redraw_every,
-        random_sites=config.train.random_sites,
-    )
+    env, env_params = training_env(config)
     network = build_network(config.network)
     ppo = config.ppo
     assert ppo.num_envs is not None
