@@ -16,19 +16,23 @@ independent of each other. So scalars of a lane broadcast, and reductions over s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxroute.serving.site import Site
 
 # Finite, so that no product with it is NaN, and above every time that can be asked for.
 _NEVER = 1e30
 _MANY = 2**20
+
+# From so many lanes on, gathering those that have something to do pays.
+_FEW_LANES = 64
 
 
 class SlotStatus(IntEnum):
@@ -50,7 +54,7 @@ class Slots(NamedTuple):
     output_tokens: Int[Array, "slot *lanes"]
     ready: Float[Array, "slot *lanes"]
     """When it reaches the expert (arrival + network delay), s from now."""
-    status: Int8[Array, "slot *lanes"]
+    status: Int[Array, "slot *lanes"]
     computed: Int[Array, "slot *lanes"]
     """Tokens whose KV is held."""
     generated: Int[Array, "slot *lanes"]
@@ -81,6 +85,8 @@ class SiteState(NamedTuple):
     max_iterations: Int[Array, "*lanes"]
     """Iterations like this one until a request ends or KV memory runs out."""
     num_running: Int[Array, "*lanes"]
+    context: Int[Array, "*lanes"]
+    """Context tokens of the decoding requests in the iteration in progress."""
     kv_held: Int[Array, "*lanes"]
     """KV tokens held at the end of the iteration in progress."""
     busy_seconds: Float[Array, "*lanes"]
@@ -112,7 +118,7 @@ def idle_site(num_experts: int, num_slots: int) -> SiteState:
         prompt_tokens=ints,
         output_tokens=ints,
         ready=floats,
-        status=ints.astype(jnp.int8),
+        status=ints,
         computed=ints,
         generated=ints,
         scheduled=ints,
@@ -131,6 +137,7 @@ def idle_site(num_experts: int, num_slots: int) -> SiteState:
         growth=time,
         max_iterations=count,
         num_running=count,
+        context=count,
         kv_held=count,
         busy_seconds=time,
         kv_token_seconds=time,
@@ -223,199 +230,243 @@ def advance(site: Site, state: SiteState, gap: Float[Array, ""]) -> SiteState:
     Afterwards each expert has applied exactly the iterations that ended at or before the new now, and the
     schedule of the iteration that began before it is fixed. Requests that completed are marked
     `SlotStatus.ENDED` with `ttft` and `latency` set.
+
+    Under `vmap`, states batched along their last axis (`in_axes=-1`) are advanced without a transposition.
     """
     return _advance(site, state, jnp.broadcast_to(gap, state.clock.shape))
 
 
-# A while_loop under vmap selects old or new for every lane and every array in each round. `_round` leaves a lane
-# that has nothing left to do as it is, so batching by hand, with the new axis as the innermost lane, gives the
-# same result without those selections.
+# Environments are only more lanes. A while_loop under vmap would select old or new for each environment, in every
+# array and every round.
 @custom_vmap
 def _advance(site: Site, state: SiteState, until: Float[Array, "*lanes"]) -> SiteState:
-    slots = state.slots
-    ended = slots.status == SlotStatus.ENDED
-    state = state._replace(
-        slots=slots._replace(status=jnp.where(ended, SlotStatus.EMPTY, slots.status).astype(jnp.int8)),
-        busy_seconds=jnp.zeros_like(state.busy_seconds),
-        kv_token_seconds=jnp.zeros_like(state.kv_token_seconds),
-    )
-    state = jax.lax.while_loop(
-        # The same comparison as in `_iterations_within`: rounded otherwise, a lane could ask for rounds for ever.
-        lambda state: jnp.any((state.duration <= until - state.clock) | (_next_start(state) < until)),
-        lambda state: _round(site, state, until),
-        state,
-    )
-    slots = state.slots
-    return state._replace(
-        clock=state.clock - until,
-        head_ready=jnp.where(state.head_ready < _NEVER, state.head_ready - until, _NEVER),
-        slots=slots._replace(ready=slots.ready - until),
-    )
+    lanes = until.shape
+    flat = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[: leaf.ndim - len(lanes)], -1), (site, state, until))
+    return jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:-1], *lanes), _advance_lanes(*flat))
 
 
 @_advance.def_vmap
-def _advance_batched(axis_size: int, in_batched: tuple, site: Site, state: SiteState, until: Array) -> tuple:
+def _advance_batched(axis_size: int, in_batched: list, *arguments: Any) -> tuple:
     def innermost(leaf: Array, batched: bool) -> Array:
         return jnp.moveaxis(leaf, 0, -1) if batched else jnp.broadcast_to(leaf[..., None], (*leaf.shape, axis_size))
 
-    site_batched, state_batched, until_batched = in_batched
-    new = _advance(
-        # Where no environment has a site of its own, a last axis of one broadcasts.
-        jax.tree.map(
-            lambda leaf, batched: jnp.moveaxis(leaf, 0, -1) if batched else leaf[..., None],
-            site,
-            site_batched,
-        ),
-        jax.tree.map(innermost, state, state_batched),
-        innermost(until, until_batched),
-    )
+    new = _advance(*jax.tree.map(innermost, arguments, tuple(in_batched)))
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0), new), jax.tree.map(lambda _: True, new)
 
 
-def _next_start(state: SiteState) -> Float[Array, "*lanes"]:
+def _advance_lanes(site: Site, state: SiteState, until: Float[Array, "lane"]) -> SiteState:
+    ended = state.slots.status == SlotStatus.ENDED
+    zero = jnp.zeros_like(until)
+    state = state._replace(
+        slots=state.slots._replace(status=jnp.where(ended, SlotStatus.EMPTY, state.slots.status)),
+        busy_seconds=zero,
+        kv_token_seconds=zero,
+    )
+    num_lanes = until.shape[0]
+    event = _iterations_to_event(site, state)
+    if num_lanes < _FEW_LANES:
+        return _decode_until(site, _until_no_event(site, state, event, until), until)
+
+    # Between two arrivals, most experts only go on decoding. The others are gathered: a quarter of the lanes, and
+    # with the next few rounds among a third of all there is seldom need for a second helping.
+    together = num_lanes // 3
+
+    def some(carry: tuple[SiteState, Array]) -> tuple[SiteState, Array]:
+        state, pending = carry
+        chosen = jnp.nonzero(pending, size=together, fill_value=num_lanes)[0]
+        part = jax.tree.map(lambda leaf: leaf.at[..., chosen].get(mode="clip"), (site, state, event, until))
+        state = jax.tree.map(
+            lambda leaf, new: leaf.at[..., chosen].set(new, mode="drop"), state, _until_no_event(*part)
+        )
+        return state, pending.at[chosen].set(False, mode="drop")
+
+    pending = _has_event(state, event, until)
+    state, _ = jax.lax.while_loop(lambda carry: carry[1].any(), some, (state, pending))
+    return _decode_until(site, state, until)
+
+
+def _until_no_event(
+    site: Site, state: SiteState, event: Int[Array, "lane"], until: Float[Array, "lane"]
+) -> SiteState:
+    """Let events happen until no lane has another one before `until`."""
+
+    def one_each(carry: tuple[SiteState, Array]) -> tuple[SiteState, Array]:
+        state = _next_event(site, *carry, until)
+        return state, _iterations_to_event(site, state)
+
+    return jax.lax.while_loop(lambda carry: _has_event(*carry, until).any(), one_each, (state, event))[0]
+
+
+def _iterations_to_event(site: Site, state: SiteState) -> Int[Array, "lane"]:
+    """Iterations like the one in progress until the schedule may change."""
+    # Once the head of the queue is ready it may be admitted at the next boundary. A head that was ready when this
+    # iteration began was turned away for lack of memory, tokens or seats, and none of these grows.
+    until_ready = state.head_ready - state.clock
+    to_ready = _iterations_within(until_ready, state.duration, state.growth)
+    to_ready += _elapsed(to_ready, state.duration, state.growth) < until_ready
+    blocked = (until_ready <= 0) | (state.num_running >= site.max_num_seqs)
+    return jnp.where(blocked, state.max_iterations, jnp.clip(to_ready, 1, state.max_iterations))
+
+
+def _has_event(state: SiteState, event: Int[Array, "lane"], until: Float[Array, "lane"]) -> Bool[Array, "lane"]:
+    """Whether the schedule changes, or is due, at or before `until`."""
+    # The same comparison as in `_iterations_within`: rounded otherwise, a lane could ask for rounds for ever.
+    ends = (state.duration < _NEVER) & (_elapsed(event, state.duration, state.growth) <= until - state.clock)
+    return ends | (_next_start(state) < until)
+
+
+def _next_start(state: SiteState) -> Float[Array, "lane"]:
     """When an expert without an iteration in progress starts the next one, s from now."""
     start = jnp.where(state.num_running > 0, state.clock, jnp.maximum(state.clock, state.head_ready))
     return jnp.where(state.duration == _NEVER, start, _NEVER)
 
 
-class _Pass(NamedTuple):
-    """What `_round` knows of an expert while it goes through the slots in order."""
+def _next_event(site: Site, state: SiteState, event: Int[Array, "lane"], until: Float[Array, "lane"]) -> SiteState:
+    """Apply the iterations up to the next event, and schedule what follows if that is before `until`.
 
-    position: Int[Array, ""]
-    tokens_left: Int[Array, "*lanes"]
-    kv_held: Int[Array, "*lanes"]
-    num_tokens: Int[Array, "*lanes"]
-    num_running: Int[Array, "*lanes"]
-    num_decoding: Int[Array, "*lanes"]
-    num_admitted: Int[Array, "*lanes"]
-    context: Int[Array, "*lanes"]
-    to_completion: Int[Array, "*lanes"]
-    head_ready: Float[Array, "*lanes"]
-    preempted: Bool[Array, "*lanes"]
-    turned_away: Bool[Array, "*lanes"]
-
-
-def _round(site: Site, state: SiteState, until: Float[Array, "*lanes"]) -> SiteState:
-    """Apply the iteration in progress, with those like it that follow, up to the next event; schedule the next.
-
-    Does nothing to a lane whose next event lies after `until`.
+    Does nothing to a lane that has no event.
     """
-    # Iterations to apply. Once the head of the queue is ready it may be admitted at the next boundary. A head that
-    # was ready when this iteration began was turned away for lack of memory, tokens or seats, and none of these grows.
-    k = jnp.minimum(state.max_iterations, _iterations_within(until - state.clock, state.duration, state.growth))
-    until_ready = state.head_ready - state.clock
-    k_ready = _iterations_within(until_ready, state.duration, state.growth)
-    k_ready += _elapsed(k_ready, state.duration, state.growth) < until_ready
-    blocked = (until_ready <= 0) | (state.num_running >= site.max_num_seqs)
-    k = jnp.where(blocked, k, jnp.minimum(k, jnp.maximum(k_ready, 1)))
-    done = k > 0
+    due = _has_event(state, event, until)
+    done = due & (state.duration < _NEVER)
+    k = jnp.where(done, event, 0)
     elapsed = jnp.where(done, _elapsed(k, state.duration, state.growth), 0.0)
-    starts = _next_start(state)
-    clock = jnp.where(starts < until, starts, state.clock + elapsed)
-    schedules = (done | (starts < until)) & (clock < until)
-    seen_at = clock + site.network_delay
+    clock = jnp.where(due & ~done, _next_start(state), state.clock + elapsed)
+    schedules = due & (clock < until)
 
-    def visit(at: _Pass, slot: Slots) -> tuple[_Pass, Slots]:
-        # The iterations end: tokens are computed, and whoever reached its target emits one.
-        worked = done & (slot.scheduled > 0)
-        emitted = worked & (slot.scheduled == slot.prompt_tokens + slot.generated - slot.computed)
-        computed = slot.computed + jnp.where(worked, slot.scheduled * k, 0)
-        generated = slot.generated + jnp.where(emitted, k, 0)
-        finished = emitted & (generated >= slot.output_tokens)
-        since_arrival = seen_at - slot.ready
-        ttft = jnp.where(emitted & (slot.generated == 0), since_arrival, slot.ttft)
-        latency = jnp.where(finished, since_arrival, slot.latency)
-        active = (slot.status == SlotStatus.ACTIVE) & ~finished
+    # The iterations end: tokens are computed, and whoever reached its target emits one.
+    slots = state.slots
+    worked = done & (slots.scheduled > 0)
+    emitted = worked & (slots.scheduled == slots.prompt_tokens + slots.generated - slots.computed)
+    computed = slots.computed + jnp.where(worked, slots.scheduled * k, 0)
+    generated = slots.generated + jnp.where(emitted, k, 0)
+    finished = emitted & (generated >= slots.output_tokens)
+    since_arrival = clock + site.network_delay - slots.ready
+    status = jnp.where(finished, SlotStatus.ENDED, slots.status)
 
-        # The next one is scheduled: running requests first, in order of admission, then the queue. Slots are in
-        # this order, so what the running ones leave is what the waiting ones see.
-        admitted = at.position < state.num_admitted
-        running, waiting = active & admitted, active & ~admitted
-        need = slot.prompt_tokens + generated - computed
-        tokens = jnp.clip(at.tokens_left, 0, need)
-        fits = at.kv_held + computed + tokens <= site.kv_capacity
-        keep = running & ~at.preempted & (fits | (at.num_running == 0))
-        preempt = running & ~keep
-        welcome = fits & (tokens > 0) & (at.num_running < site.max_num_seqs) & (slot.ready <= clock)
-        admit = waiting & welcome & ~at.turned_away & ~at.preempted
-        runs = keep | admit
-        tokens = jnp.where(runs, tokens, 0)
-        decoding = runs & (tokens == 1) & (need == 1) & (computed >= slot.prompt_tokens)
-        waits = active & ~runs
-        at = _Pass(
-            position=at.position + 1,
-            tokens_left=at.tokens_left - tokens,
-            kv_held=at.kv_held + jnp.where(runs, computed + tokens, 0),
-            num_tokens=at.num_tokens + tokens,
-            num_running=at.num_running + runs,
-            num_decoding=at.num_decoding + decoding,
-            num_admitted=jnp.where(runs, at.position + 1, at.num_admitted),
-            context=at.context + jnp.where(decoding, computed + 1, 0),
-            to_completion=jnp.where(
-                decoding, jnp.minimum(at.to_completion, slot.output_tokens - generated), at.to_completion
-            ),
-            head_ready=jnp.where(waits, jnp.minimum(at.head_ready, slot.ready), at.head_ready),
-            preempted=at.preempted | preempt,
-            turned_away=at.turned_away | (waiting & ~admit),
-        )
-        evict = schedules & preempt
-        slot = slot._replace(
-            status=jnp.where(finished, SlotStatus.ENDED, slot.status).astype(jnp.int8),
-            computed=jnp.where(evict, 0, computed),
+    # The next one is scheduled: running requests first, in order of admission, then the queue, up to the first for whom
+    # there is no room. Slots are in this order, so sums over those before tell what is left for each.
+    active = status == SlotStatus.ACTIVE
+    running = active & (_positions(status) < state.num_admitted)
+    need = jnp.where(active, slots.prompt_tokens + generated - computed, 0)
+    # No more than the budget, so that the sums are exact in float32.
+    wanted = jnp.minimum(need, site.max_num_batched_tokens)
+    wanted_so_far, computed_so_far, count = _running_sums(wanted, jnp.where(active, computed, 0), active)
+    tokens = jnp.clip(site.max_num_batched_tokens - (wanted_so_far - wanted), 0, need)
+    fits = computed_so_far + jnp.minimum(wanted_so_far, site.max_num_batched_tokens) <= site.kv_capacity
+    welcome = fits & (tokens > 0) & (count <= site.max_num_seqs) & (slots.ready <= clock)
+    turned_away = active & ~jnp.where(running, fits | (count == 1), welcome)
+    (num_turned_away,) = _running_sums(turned_away)
+    runs = active & (num_turned_away == 0)
+    tokens = jnp.where(runs, tokens, 0)
+    decoding = runs & (tokens == 1) & (need == 1) & (computed >= slots.prompt_tokens)
+    preempted = running & ~runs
+    head = turned_away & (num_turned_away == 1)
+
+    num_tokens, num_running, num_decoding = _total(tokens), _total(runs), _total(decoding)
+    kv_held = _total(jnp.where(runs, computed, 0)) + num_tokens
+    context = _total(jnp.where(decoding, computed + 1, 0))
+    head_ready = _fold(jnp.minimum, jnp.where(head, slots.ready, _NEVER))
+    to_completion = _fold(jnp.minimum, jnp.where(decoding, slots.output_tokens - generated, _MANY))
+    to_full = 1 + (site.kv_capacity - kv_held) // jnp.maximum(num_decoding, 1)
+    steady = (num_decoding == num_running) & (_total(preempted) == 0)
+    duration = jnp.where(num_running > 0, _iteration_time(site, num_tokens, num_decoding, context), _NEVER)
+    evicted = schedules & preempted
+    return SiteState(
+        slots=slots._replace(
+            status=status,
+            computed=jnp.where(evicted, 0, computed),
             generated=generated,
-            scheduled=jnp.where(schedules, tokens, jnp.where(done, 0, slot.scheduled)),
-            preemptions=slot.preemptions + evict,
-            ttft=ttft,
-            latency=latency,
-        )
-        return at, slot
-
-    zero = jnp.zeros_like(state.num_admitted)
-    at = _Pass(
-        position=jnp.int32(0),
-        tokens_left=zero + site.max_num_batched_tokens,
-        kv_held=zero,
-        num_tokens=zero,
-        num_running=zero,
-        num_decoding=zero,
-        num_admitted=zero,
-        context=zero,
-        to_completion=zero + _MANY,
-        head_ready=jnp.full_like(state.clock, _NEVER),
-        preempted=zero > 0,
-        turned_away=zero > 0,
+            scheduled=jnp.where(schedules, tokens, jnp.where(done, 0, slots.scheduled)),
+            preemptions=slots.preemptions + evicted,
+            ttft=jnp.where(emitted & (slots.generated == 0), since_arrival, slots.ttft),
+            latency=jnp.where(finished, since_arrival, slots.latency),
+        ),
+        num_admitted=jnp.where(schedules, _total(num_turned_away == 0), state.num_admitted),
+        clock=clock,
+        head_ready=jnp.where(schedules, head_ready, state.head_ready),
+        duration=jnp.where(schedules, duration, jnp.where(done, _NEVER, state.duration)),
+        growth=jnp.where(schedules, site.attention_per_token * num_decoding, state.growth),
+        max_iterations=jnp.where(
+            schedules, jnp.where(steady, jnp.clip(to_full, 1, to_completion), 1), state.max_iterations
+        ),
+        num_running=jnp.where(schedules | done, num_running, state.num_running),
+        context=jnp.where(schedules, context, state.context),
+        kv_held=jnp.where(schedules, kv_held, state.kv_held),
+        busy_seconds=state.busy_seconds + elapsed,
+        kv_token_seconds=state.kv_token_seconds + _kv_token_seconds(state, k),
     )
-    at, slots = jax.lax.scan(visit, at, state.slots)
 
-    duration = (
+
+def _decode_until(site: Site, state: SiteState, until: Float[Array, "lane"]) -> SiteState:
+    """Apply what ends at or before `until` at lanes without an event before it, and make that the new now."""
+    left = until - state.clock
+    running = state.duration < _NEVER
+    k = jnp.where(running, _iterations_within(left, state.duration, state.growth), 0)
+    elapsed = jnp.where(k > 0, _elapsed(k, state.duration, state.growth), 0.0)
+    # A request that arrives now may join the iteration that starts now.
+    pauses = (k > 0) & (elapsed == left)
+    context = state.context + k * state.num_running
+    duration = _iteration_time(site, state.num_running, state.num_running, context)
+    slots = state.slots
+    decoded = jnp.where(slots.scheduled > 0, k, 0)
+    return state._replace(
+        slots=slots._replace(
+            ready=slots.ready - until,
+            computed=slots.computed + decoded,
+            generated=slots.generated + decoded,
+            scheduled=jnp.where(pauses, 0, slots.scheduled),
+        ),
+        clock=state.clock + elapsed - until,
+        head_ready=jnp.where(state.head_ready < _NEVER, state.head_ready - until, _NEVER),
+        duration=jnp.where(pauses, _NEVER, jnp.where(k > 0, duration, state.duration)),
+        max_iterations=state.max_iterations - k,
+        context=context,
+        kv_held=state.kv_held + k * state.num_running,
+        busy_seconds=state.busy_seconds + elapsed,
+        kv_token_seconds=state.kv_token_seconds + _kv_token_seconds(state, k),
+    )
+
+
+def _iteration_time(
+    site: Site, num_tokens: Int[Array, "lane"], num_decoding: Int[Array, "lane"], context: Int[Array, "lane"]
+) -> Float[Array, "lane"]:
+    return (
         site.iteration_overhead
-        + jnp.maximum(site.weight_load, site.compute_per_token * at.num_tokens)
-        + site.decode_per_seq * at.num_decoding
-        + site.attention_per_token * at.context
+        + jnp.maximum(site.weight_load, site.compute_per_token * num_tokens)
+        + site.decode_per_seq * num_decoding
+        + site.attention_per_token * context
     )
-    duration = jnp.where(at.num_running > 0, duration, _NEVER)
-    to_full = 1 + (site.kv_capacity - at.kv_held) // jnp.maximum(at.num_decoding, 1)
-    steady = (at.num_decoding == at.num_running) & ~at.preempted
-    max_iterations = jnp.where(steady, jnp.clip(to_full, 1, at.to_completion), 1)
-    # Sum over i < k of (duration + growth i) (held + batch i): KV grows by one token per sequence and iteration.
+
+
+def _kv_token_seconds(state: SiteState, k: Int[Array, "lane"]) -> Float[Array, "lane"]:
+    """Sum over i < k of (duration + growth i) (held + batch i): KV grows by one token per sequence and iteration."""
     batch = jnp.where(state.max_iterations > 1, state.num_running, 0).astype(jnp.float32)
     i = k.astype(jnp.float32)
     sum_1, sum_2 = i * (i - 1) / 2, (i - 1) * i * (2 * i - 1) / 6
-    held = state.kv_held.astype(jnp.float32)
-    kv_token_seconds = held * elapsed + batch * (state.duration * sum_1 + state.growth * sum_2)
-    return SiteState(
-        slots=slots,
-        num_admitted=jnp.where(schedules, at.num_admitted, state.num_admitted),
-        clock=clock,
-        head_ready=jnp.where(schedules, at.head_ready, state.head_ready),
-        duration=jnp.where(schedules, duration, jnp.where(done, _NEVER, state.duration)),
-        growth=jnp.where(schedules, site.attention_per_token * at.num_decoding, state.growth),
-        max_iterations=jnp.where(schedules, max_iterations, state.max_iterations),
-        num_running=jnp.where(schedules | done, at.num_running, state.num_running),
-        kv_held=jnp.where(schedules, at.kv_held, state.kv_held),
-        busy_seconds=state.busy_seconds + elapsed,
-        kv_token_seconds=state.kv_token_seconds + jnp.where(done, kv_token_seconds, 0.0),
-    )
+    held = state.kv_held.astype(jnp.float32) * _elapsed(k, state.duration, state.growth)
+    return jnp.where(k > 0, held + batch * (state.duration * sum_1 + state.growth * sum_2), 0.0)
+
+
+def _running_sums(*columns: Shaped[Array, "slot lane"]) -> list[Int[Array, "slot lane"]]:
+    """Sums over each slot and those before it, of counts and tokens (exact up to 2^24)."""
+    # As one matrix product: XLA's own running sums take several times as long on a CPU.
+    num_slots, num_lanes = columns[0].shape
+    side_by_side = jnp.concatenate([column.astype(jnp.float32) for column in columns], axis=1)
+    up_to = jnp.tril(jnp.ones((num_slots, num_slots), jnp.float32))
+    sums = jnp.matmul(up_to, side_by_side, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
+    return [sums[:, i * num_lanes : (i + 1) * num_lanes] for i in range(len(columns))]
+
+
+def _total(column: Shaped[Array, "slot lane"]) -> Int[Array, "lane"]:
+    return _fold(jnp.add, column.astype(jnp.int32))
+
+
+def _fold(operation: Callable[[Array, Array], Array], column: Shaped[Array, "slot lane"]) -> Shaped[Array, "lane"]:
+    """Reduce over slots by halves: long vectors, where XLA reduces a leading axis one number at a time on a CPU."""
+    while (half := column.shape[0] // 2) > 0:
+        rest = column[2 * half :]
+        column = jnp.concatenate([operation(column[:half], column[half : 2 * half]), rest])
+    return column[0]
 
 
 def _elapsed(k: Int[Array, "*lanes"], duration: Float[Array, "*lanes"], growth: Float[Array, "*lanes"]) -> Array:
