@@ -17,6 +17,7 @@ import numpy as np
 from rich.table import Table
 
 import jaxroute
+from benchmarks.measure import busy_sites
 from benchmarks.publish import publish
 from jaxroute.cli import use_compilation_cache
 from jaxroute.config import load_config
@@ -39,23 +40,13 @@ def time_call(call: Callable[[], Any], calls: int) -> dict[str, float]:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few calls")
+    parser.add_argument("--quick", action="store_true", help="few calls on a small site")
     options = parser.parse_args()
     calls = 50 if options.quick else 2000
     use_compilation_cache()
-    env, params = jaxroute.make("edge-poisson")
+    env, params = jaxroute.make("edge3-poisson" if options.quick else "edge-poisson")
     key = jax.random.key(0)
-
-    @jax.jit
-    def busy(key: jax.Array) -> Any:
-        def step(carry: Any, key: jax.Array) -> Any:
-            obs, state = carry
-            action, _ = RULES["impact_greedy"].act((), obs, key, ())
-            return env.step(key, state, action, params)[:2], None
-
-        return jax.lax.scan(step, env.reset(key, params), jax.random.split(key, 400))[0]
-
-    obs, state = busy(key)
+    obs, state = jax.tree.map(lambda leaf: leaf[0], busy_sites(env, params, 1))
     network = build_network(load_config().network)
     learned = learned_policy(network, network.init(key, network.prepare(obs)))
     on_host = jax.device_get(obs)
@@ -75,7 +66,8 @@ def main() -> None:
     table = Table("policy", "median, ms", "p99, ms")
     for name, row in rows.items():
         table.add_row(name, f"{row['p50_ms']:.3f}", f"{row['p99_ms']:.3f}")
-    publish("decision", table, {"calls": calls, "rows": rows})
+    figures = {f"{name}, ms": rows[name]["p50_ms"] for name in (learned.name, "impact_greedy", "lookahead")}
+    publish("decision", table, {"calls": calls, "rows": rows}, figures, remember=not options.quick)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from jaxroute.evaluation import EvaluationResult, evaluate, results_table, summa
 from jaxroute.evaluation.study import run_study, study_text, terminal_table, verdict_table, write_study
 from jaxroute.policies import LEARNED, rules_named
 from jaxroute.scenarios import build_env, on_test_prompts
-from jaxroute.training import train
+from jaxroute.training import is_first_process, join_processes, seed_runs, train
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +34,9 @@ def eval_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(config: Config, console: Console, argv: Sequence[str]) -> None:
+    if config.train.distributed:
+        join_processes()
+        console.quiet = not is_first_process()
     command = _command("train.py", argv)
     if config.study is not None:
         raise UserError(f"study={config.study.name} is for eval.py; train.py trains one router")
@@ -45,10 +48,13 @@ def _train(config: Config, console: Console, argv: Sequence[str]) -> None:
 
     def judge() -> dict[str, float]:
         console.print(f"Run directory: {run}")
+        runs = [str(folder) for folder in seed_runs(run, config)]
+        if len(runs) > 1:
+            console.print(f"Judge all seeds with: python eval.py study=main 'study.routers.jaxroute=[{','.join(runs)}]'")
         if not config.train.evaluate:
-            console.print(f"Judge it with: python eval.py checkpoint={run}")
+            console.print(f"Judge it with: python eval.py checkpoint={runs[0]}")
             return {}
-        result = evaluate(replace(config, checkpoint=str(run)), console, command=command)
+        result = evaluate(replace(config, checkpoint=runs[0]), console, command=command)
         _show(result, run, console)
         return _main_figures(result)
 

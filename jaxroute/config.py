@@ -97,13 +97,17 @@ class TrainConfig:
     """Steps after which an environment starts over; 0 never does."""
     log_interval: int = 10
     """Most updates between two looks from the host: so many, or the next fewer that divide their number."""
+    num_seeds: int = 1
+    """Routers to train side by side in one program, with seed, seed + 1, ..."""
+    distributed: bool = False
+    """Several processes train together; each is started with the same options."""
     evaluate: bool = True
     """Judge the trained router against the rules at the end."""
 
     def __post_init__(self) -> None:
         if len(self.rates) != 2 or not 0 < self.rates[0] <= self.rates[1] < float("inf"):
             raise UserError(f"train: rates={list(self.rates)} must be two numbers, 0 < least <= greatest")
-        for name in ("redraw_every", "log_interval"):
+        for name in ("redraw_every", "log_interval", "num_seeds"):
             if getattr(self, name) < 1:
                 raise UserError(f"train: {name}={getattr(self, name)} must be at least 1")
         if self.arrivals is not None and self.arrivals not in PROCESSES:
@@ -238,6 +242,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_seed("", self.seed)
+        _check_seed("the last of train.num_seeds: ", self.seed + self.train.num_seeds - 1)
 
     @property
     def data_path(self) -> Path | None:

@@ -149,10 +149,10 @@ def assert_results(run, reference, site="edge3", policies=RULES):
     )
 
     figures = list(run.glob("*.png"))
-    assert len(figures) == 4
+    assert len(figures) == 5
     assert all(figure.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for figure in figures)
     report = (run / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 4
+    assert report.count("data:image/png;base64,") == 5
     assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", report)  # one file, nothing fetched
 
 

@@ -9,23 +9,22 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
+import jaxroute
 from jaxroute.errors import UserError
-from jaxroute.evaluation.metrics import COMPLETED, IN_FLIGHT, METRICS, REJECTED, EpisodeRecords, summarise
-from jaxroute.evaluation.report import (
-    EvaluationResult,
-    markdown_table,
-    plot_policy_comparison,
-    plot_qos_against_load,
-    results_table,
-    summary_text,
-    write_all,
-    write_results_json,
-)
+from jaxroute.evaluation.episodes import _at_load, evaluate_policies
+from jaxroute.evaluation.figures import plot_expert_choice, plot_policy_comparison, plot_qos_against_load
+from jaxroute.evaluation.metrics import COMPLETED, IN_FLIGHT, LOADS, METRICS, REJECTED, EpisodeRecords, summarise
+from jaxroute.evaluation.report import write_all, write_results_json
+from jaxroute.evaluation.result import EvaluationResult
 from jaxroute.evaluation.statistics import Interval, mean_ci95, paired_difference, student_t_975
+from jaxroute.evaluation.tables import markdown_table, results_table, summary_text
+from jaxroute.policies import rules_named
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -51,6 +50,8 @@ def hand_made_records() -> EpisodeRecords:
         busy_seconds=np.array([[3.0, 5.0], [0.0, 0.0]]),
         kv_token_seconds=np.array([[1.5e6, 0.5e6], [0.0, 0.0]]),
         duration=np.array([10.0, 10.0]),
+        load_counts=np.array([[[1.0, 0, 2, 0, 3], [6, 0, 0, 0, 0]]] * 2),
+        choice_counts=np.array([[[1.0, 0, 1, 0, 0], [4, 0, 0, 0, 0]]] * 2),
     )
 
 
@@ -79,6 +80,8 @@ def hand_made_records() -> EpisodeRecords:
         ("preemptions_per_request", 2 / 5),
         ("expert_share", [2 / 5, 3 / 5]),
         ("expert_utilisation", [0.3, 0.5]),
+        ("expert_load", [[1 / 6, 0, 2 / 6, 0, 3 / 6], [1, 0, 0, 0, 0]]),
+        ("expert_choice", [[1 / 6, 0, 1 / 6, 0, 0], [4 / 6, 0, 0, 0, 0]]),
     ],
 )
 def test_metrics_by_hand(metric, expected):
@@ -107,14 +110,18 @@ def test_nothing_completed():
 def test_nothing_ended():
     records = hand_made_records()
     records = records._replace(status=np.full_like(records.status, IN_FLIGHT), duration=np.zeros(2))
-    assert all(np.isnan(values).all() for metric, values in summarise(records).items() if metric[:3] != "qos")
+    per_arrival = ("expert_load", "expert_choice")
+    for metric, values in summarise(records).items():
+        assert np.isnan(values).all() or metric.startswith("qos") or metric in per_arrival, metric
 
 
 def test_every_metric_is_defined_and_has_its_shape():
     summary = summarise(hand_made_records())
     assert list(summary) == list(METRICS)
     for metric, values in summary.items():
-        assert values.shape == ((2, 2) if metric.startswith("expert_") else (2,)), metric
+        per_load = metric in ("expert_load", "expert_choice")
+        per_expert = metric.startswith("expert_")
+        assert values.shape == ((2, 2, len(LOADS)) if per_load else (2, 2) if per_expert else (2,)), metric
 
 
 def test_rates_add_up_on_random_records():
@@ -123,6 +130,50 @@ def test_rates_add_up_on_random_records():
     np.testing.assert_allclose(total, 1)
     np.testing.assert_allclose(summary["expert_share"].sum(axis=1), 1)
     assert (summary["avg_qos"] <= summary["in_time_rate"]).all()
+
+
+@pytest.fixture(scope="module")
+def counted() -> tuple[dict[str, EpisodeRecords], dict[str, int]]:
+    """Records of two rules on a site of three experts, where requests are never retried."""
+    env, params = jaxroute.make("edge-poisson", site="edge3", rate=1.5)
+    settings = {"seeds": 3, "requests": 80, "warmup": 20}
+    policies = rules_named(["random", "shortest_queue"])
+    return evaluate_policies(env, params, policies, [1.5], seed=1, **settings)[1.5], settings
+
+
+def test_every_decision_is_counted_once(counted):
+    by_policy, settings = counted
+    for records in by_policy.values():
+        assert records.load_counts.shape == records.choice_counts.shape == (3, 3, len(LOADS))
+        np.testing.assert_array_equal(records.load_counts.sum(2), settings["requests"])  # every expert is up
+        assert (records.choice_counts <= records.load_counts).all()
+        # The same choices as request by request, ended or not.
+        chosen = records.expert[:, settings["warmup"] :, None] == np.arange(3)
+        np.testing.assert_array_equal(records.choice_counts.sum(2), chosen.sum(1))
+
+
+def test_choices_follow_the_load(counted):
+    """The busier an expert is, the less shortest_queue gives it."""
+    records = counted[0]["shortest_queue"]
+    share = records.choice_counts.sum((0, 1)) / records.load_counts.sum((0, 1))
+    assert share[0] > 0.9
+    assert (np.diff(share) < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("seats", "in_flight", "loads"),
+    [(12, [2, 3, 12], [0, 1, 4]), (4, [0, 3, 9], [0, 3, 4]), (3, [1, 2, 3], [1, 2, 4])],
+)
+def test_bins_of_load(seats, in_flight, loads):
+    env, params = jaxroute.make("edge-poisson", site="edge3")
+    experts = env.reset(jax.random.key(0), params)[0].experts
+    running = jnp.minimum(jnp.array(in_flight, jnp.float32), seats)
+    experts = experts._replace(
+        num_running=running, num_waiting=jnp.array(in_flight) - running, max_num_seqs=jnp.full(3, seats, jnp.float32)
+    )
+    assert np.argwhere(_at_load(experts)).tolist() == [list(pair) for pair in enumerate(loads)]
+    down = experts._replace(up=jnp.array([True, False, True]))
+    assert _at_load(down).sum(1).tolist() == [1, 0, 1]
 
 
 # --- Statistics ----------------------------------------------------------------------------------------
@@ -176,6 +227,7 @@ def random_records(rng: np.random.Generator, quality: float, seeds: int = 4) -> 
     rejected = rng.random(shape) < 0.1
     tokens = rng.integers(1, 50, shape)
     latency = np.where(rejected, NAN, tokens * rng.lognormal(-3.0, 0.5, shape))
+    load_counts = rng.multinomial(shape[1], np.full(len(LOADS), 1 / len(LOADS)), experts)
     return EpisodeRecords(
         status=np.where(rejected, REJECTED, COMPLETED).astype(np.int8),
         expert=rng.integers(0, 3, shape),
@@ -188,6 +240,8 @@ def random_records(rng: np.random.Generator, quality: float, seeds: int = 4) -> 
         busy_seconds=rng.uniform(1, 5, experts).astype(np.float32),
         kv_token_seconds=rng.uniform(1e4, 5e4, experts).astype(np.float32),
         duration=np.full(seeds, 6.0, np.float32),
+        load_counts=load_counts.astype(np.float32),
+        choice_counts=rng.binomial(load_counts, 1 / 3).astype(np.float32),
     )
 
 
@@ -231,7 +285,7 @@ def written(result, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_write_all(written):
-    expected = "comparison.png expert_share.png qos_against_load.png quality_latency.png"
+    expected = "comparison.png expert_choice.png expert_share.png qos_against_load.png quality_latency.png"
     assert sorted(written) == [*expected.split(), "report.html", "results.csv", "results.json"]
     assert sorted(written) == sorted(path.name for path in written["report.html"].parent.iterdir())
     for name, path in written.items():
@@ -261,6 +315,7 @@ def test_json(result, written):
     assert sum(learned["expert_share"]) == pytest.approx(1)
     assert content["policies"]["broken"]["ttft_p95"] == {"mean": None, "ci95": None}
     assert content["policies"]["broken"]["expert_share"] == [None] * 3
+    np.testing.assert_allclose(learned["expert_choice"], result.expert_means(8.0, "learned", "expert_choice"))
     assert set(content["paired_difference"]) == set(content["policies"]) - {"learned"}
     assert content["paired_difference"]["random"]["mean"] > 0 > content["paired_difference"]["clairvoyant"]["mean"]
     assert content["settings"]["eval"] == {"seeds": 4, "tolerance": None}
@@ -271,12 +326,14 @@ def test_csv(result, written):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["workload", "rate", "policy", "metric", "mean", "ci95"]
     values = {(row["rate"], row["policy"], row["metric"]): row for row in rows}
-    assert len(values) == len(rows) == 2 * (5 * (len(METRICS) - 2 + 2 * 3) + 4)
+    assert len(values) == len(rows) == 2 * (5 * (len(METRICS) - 4 + 2 * 3 + 2 * 3 * len(LOADS)) + 4)
     mean, ci95 = mean_ci95(result.summaries[4.0]["random"]["e2e_p50"])
     row = values["4", "random", "e2e_p50"]
     assert (float(row["mean"]), float(row["ci95"])) == pytest.approx((mean, ci95))
     assert values["4", "broken", "e2e_p50"]["mean"] == ""
     assert ("8", "learned", "expert_share[large]") in values
+    at_load = values["8", "random", "expert_choice[large][75]"]
+    assert float(at_load["mean"]) == pytest.approx(result.summaries[8.0]["random"]["expert_choice"][:, 2, 3].mean())
     assert ("8", "random", "paired_difference") in values
     assert ("8", "learned", "paired_difference") not in values
 
@@ -284,7 +341,7 @@ def test_csv(result, written):
 def test_html_is_self_contained_and_escaped(result, written):
     page = written["report.html"].read_text()
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|<link|<script|@import|url\(""", page)
-    assert len(re.findall(r'src="data:image/png;base64,', page)) == 4
+    assert len(re.findall(r'src="data:image/png;base64,', page)) == 5
     assert "qos&lt;greedy&gt;" in page
     assert "qos<greedy>" not in page
     assert "4 requests per second" in page
@@ -336,6 +393,21 @@ def test_single_seed_has_no_intervals(tmp_path):
     assert "too few to tell" in summary_text(single)
     for plot in (plot_policy_comparison, plot_qos_against_load):  # those that draw intervals
         plot(single).draw_without_rendering()
+
+
+def test_choices_are_drawn_where_there_were_enough(result):
+    """A line per policy in every expert's panel, at the share of the choices; nothing where too little was seen."""
+    summary = dict(result.summaries[8.0]["learned"])
+    summary["expert_load"] = np.array([[[0.5, 0.4, 0.1, 0.0, 0.0]] * 3] * 4)
+    summary["expert_choice"] = np.array([[[0.1, 0.2, 0.05, 0.0, 0.0]] * 3] * 4)
+    few = replace(result, summaries=result.summaries | {8.0: result.summaries[8.0] | {"learned": summary}})
+    panels = plot_expert_choice(few).axes
+    assert [axes.get_title("left") for axes in panels] == ["small", "medium", "large"]
+    for axes in panels:
+        lines = {line.get_label(): line for line in axes.lines}
+        assert len(axes.lines) == 5
+        assert {"learned", "qos<greedy>", "clairvoyant"} <= set(lines)
+        np.testing.assert_allclose(lines["learned"].get_ydata(), [20, 50, NAN, NAN, NAN])
 
 
 def test_policies_may_be_missing_at_a_load(result):

@@ -155,7 +155,50 @@ def test_another_checkpoint_is_another_input(finished, options, routers, monkeyp
     assert asked == ["mine[0]", "mine[1]", "random", "qos_greedy"]
 
 
+def test_each_checkpoint_is_read_once(options, routers, monkeypatch, tmp_path):
+    read, read_policy = [], module.read_policy
+
+    def note(path):
+        read.append(path)
+        return read_policy(path)
+
+    def stop(*args, **kwargs):
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "read_policy", note)
+    monkeypatch.setattr(module, "evaluate_policies", stop)
+    with pytest.raises(InterruptedError):
+        run(tmp_path, [*options, "study.cells=[{name: a}, {name: b}]"])
+    assert read == [str(path) for path in routers]
+
+
+def test_a_router_must_fit_every_cell(routers, tmp_path):
+    wide = tmp_path / "wide"
+    shutil.copytree(routers[0], wide)
+    config = wide / "config.yaml"
+    config.write_text(config.read_text().replace("hidden: 8", "hidden: 16"))
+    with pytest.raises(UserError, match=r"study cell poisson: checkpoint .*wide.* belongs to another network or site"):
+        run(tmp_path, [*OPTIONS, f"study.routers.mine=[{wide}]"])
+
+
 # --- files ------------------------------------------------------------------------------------------------
+
+
+def test_cells_of_older_studies_lack_one_figure(finished, options, tmp_path):
+    """They were saved before choices were counted; all the rest is there."""
+    folder, study = finished
+    old = tmp_path / "old"
+    shutil.copytree(folder, old)
+    (cell,) = (old / "cells").iterdir()
+    content = json.loads(cell.read_text())
+    for of_rate in content["summaries"]:
+        for summary in of_rate.values():
+            del summary["expert_load"], summary["expert_choice"]
+    cell.write_text(json.dumps(content))
+    again = run(old, options)
+    assert verdicts(again) == verdicts(study)
+    page = write_study(again, old)["study.html"].read_text()
+    assert page.count("data:image/png;base64,") == 5
 
 
 def test_files(finished):
@@ -171,7 +214,7 @@ def test_files(finished):
     assert "## Routers against the best rule" in text
     assert "## Resource efficiency" in text
     page = written["study.html"].read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 6
     assert not re.search(r"https?://|<script|<link|src=\"(?!data:)", page)
 
 
@@ -208,7 +251,7 @@ def test_every_cell_composes(name):
         ("study.cells=[{name: a, overrides: ['workload=poison']}]", "study cell a: unknown workload poison"),
         ("study.cells=[{name: a, overrides: ['sede=1']}]", "study cell a: unknown option sede"),
         ("study.routers.mine=[]", "routers.mine is empty; name its runs"),
-        ("study.routers.mine=[nowhere]", "study cell poisson: checkpoint nowhere does not exist"),
+        ("study.routers.mine=[nowhere]", "study quick: checkpoint nowhere does not exist"),
         ("study.routers.random=[nowhere]", "routers.random has the name of another policy"),
         ("study.rules=[randon]", "did you mean random?"),
         ("study.planners=[oracle]", "planner oracle is unknown; choose from lookahead, clairvoyant"),

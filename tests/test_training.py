@@ -286,7 +286,8 @@ def test_records_are_on_the_host(judged):
     for records in judged[0].values():
         for field, column in zip(EpisodeRecords._fields, records, strict=True):
             assert type(column) is np.ndarray, field
-            per_request = field not in ("busy_seconds", "kv_token_seconds", "duration")
+            whole = ("busy_seconds", "kv_token_seconds", "duration", "load_counts", "choice_counts")
+            per_request = field not in whole
             assert column.shape[:2] == (seeds, requests) if per_request else column.shape[0] == seeds, field
         assert records.status.dtype == np.int8
         assert records.busy_seconds.shape == records.kv_token_seconds.shape == (seeds, 3)

@@ -3,7 +3,9 @@
 from jaxroute.evaluation.episodes import evaluate_policies
 from jaxroute.evaluation.evaluate import evaluate
 from jaxroute.evaluation.metrics import EpisodeRecords, summarise
-from jaxroute.evaluation.report import EvaluationResult, results_table, summary_text, write_all
+from jaxroute.evaluation.report import write_all
+from jaxroute.evaluation.result import EvaluationResult
+from jaxroute.evaluation.tables import results_table, summary_text
 
 __all__ = [
     "EpisodeRecords",

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
-from jaxroute.evaluation.metrics import COMPLETED, IN_FLIGHT, LOST, REJECTED, EpisodeRecords
+from jaxroute.env.types import Experts
+from jaxroute.evaluation.metrics import COMPLETED, IN_FLIGHT, LOADS, LOST, REJECTED, EpisodeRecords
 from jaxroute.policies import Policy
 from jaxroute.policies.planning import Situation
 
@@ -39,7 +40,8 @@ def evaluate_policies(
     once. `on_done` is called with each policy's name.
 
     Returns:
-        For each rate, each policy's records. Accelerator and wall time count from the arrival of request `warmup`.
+        For each rate, each policy's records. Accelerator and wall time, loads and choices count from the arrival of
+        request `warmup`.
     """
     episode_keys = jax.random.split(jax.random.key(seed), seeds)
     # The same keys at every rate: the same prompts come, only faster.
@@ -126,8 +128,11 @@ def _episodes(
         obs, state = env.reset(key_reset, params._replace(rate=rate))
         table = jnp.zeros((num_requests + 1, len(_Row._fields)), jnp.float32).at[:, 0].set(IN_FLIGHT)
         zeros = jnp.zeros(env.num_experts, jnp.float32)
+        none = jnp.zeros((env.num_experts, len(LOADS)), jnp.float32)
         fresh = jax.tree.map(jnp.asarray, memories)
-        episode = _Episode(obs, state, fresh, table, zeros, zeros, duration=jnp.float32(0.0))
+        episode = _Episode(
+            obs, state, fresh, table, zeros, zeros, duration=jnp.float32(0.0), load_counts=none, choice_counts=none
+        )
         return jax.random.split(key_steps, num_steps), episode
 
     def step(keys: PRNGKeyArray, rate: Float[Array, "2"], which: Int[Array, ""], at: _Episode) -> _Episode:
@@ -164,6 +169,8 @@ def _episodes(
         table = table.at[rows, : len(outcome)].set(jnp.stack(outcome, axis=-1))
 
         counts = (number >= warmup) & (number < num_requests)
+        at_load = counts * _at_load(at.obs.experts)
+        chosen = jnp.arange(env.num_experts) == action
         return _Episode(
             obs=obs,
             state=state,
@@ -172,6 +179,8 @@ def _episodes(
             busy_seconds=at.busy_seconds + counts * info["busy_seconds"],
             kv_token_seconds=at.kv_token_seconds + counts * info["kv_token_seconds"],
             duration=at.duration + counts * info["gap"],
+            load_counts=at.load_counts + at_load,
+            choice_counts=at.choice_counts + at_load * chosen[:, None],
         )
 
     step_keys, episodes = jax.vmap(begin)(keys, low_high)
@@ -189,8 +198,17 @@ def _episodes(
         "busy_seconds": episodes.busy_seconds,
         "kv_token_seconds": episodes.kv_token_seconds,
         "duration": episodes.duration,
+        "load_counts": episodes.load_counts,
+        "choice_counts": episodes.choice_counts,
     }
     return EpisodeRecords(**records)
+
+
+def _at_load(experts: Experts) -> Bool[Array, "expert load"]:
+    """Return in which bin of `LOADS` each expert is; in none if it is down."""
+    in_flight = experts.num_running + experts.num_waiting
+    reached = 100 * in_flight[:, None] >= jnp.array(LOADS) * experts.max_num_seqs[:, None]
+    return (reached.sum(1, keepdims=True) == 1 + jnp.arange(len(LOADS))) & experts.up[:, None]
 
 
 class _Row(NamedTuple):
@@ -217,3 +235,5 @@ class _Episode(NamedTuple):
     busy_seconds: Float[Array, "expert"]
     kv_token_seconds: Float[Array, "expert"]
     duration: Float[Array, ""]
+    load_counts: Float[Array, "expert load"]
+    choice_counts: Float[Array, "expert load"]

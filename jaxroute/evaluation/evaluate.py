@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from jaxroute.config import Config
 from jaxroute.evaluation.episodes import evaluate_policies
 from jaxroute.evaluation.metrics import summarise
-from jaxroute.evaluation.report import EvaluationResult
+from jaxroute.evaluation.result import EvaluationResult
 from jaxroute.policies import LEARNED, learned_policy, rules_named
 from jaxroute.scenarios import build_env, on_test_prompts
 from jaxroute.training import TrainedPolicy, load_policy

@@ -21,11 +21,14 @@ COMPLETED, REJECTED, IN_FLIGHT, LOST = 0, 1, 2, 3
 
 _PERCENTILES = (50, 95, 99)
 
+LOADS = (0, 25, 50, 75, 100)
+"""Where the bins of an expert's load start, its requests in flight in % of max_num_seqs; the last one is open."""
+
 
 class EpisodeRecords(NamedTuple):
     """What happened to every request of `seed` independent episodes of one policy at one load (NumPy).
 
-    The last three fields cover the time in which requests are counted. With a
+    The last five fields cover the time in which requests are counted. With a
     warm-up they are therefore measured from the arrival of the first counted
     request to the end of the episode; otherwise rates would be too low.
     Arrival is at the router and "back" is back there: the network counts both ways.
@@ -42,6 +45,8 @@ class EpisodeRecords(NamedTuple):
     busy_seconds: Float[np.ndarray, "seed expert"]  # accelerator-seconds spent in iterations
     kv_token_seconds: Float[np.ndarray, "seed expert"]  # KV tokens held, integrated over time
     duration: Float[np.ndarray, " seed"]  # simulated seconds
+    load_counts: Float[np.ndarray, "seed expert load"]  # decisions at which it was up, by its load as the router saw it
+    choice_counts: Float[np.ndarray, "seed expert load"]  # of them, those that chose it
 
 
 class Metric(NamedTuple):
@@ -133,6 +138,15 @@ METRICS: dict[str, Metric] = {
     "expert_utilisation": Metric(
         "Utilisation of an expert", "share of time", "Its busy accelerator-seconds / simulated seconds."
     ),
+    "expert_load": Metric(
+        "Load of an expert",
+        "per arrival",
+        "Decisions at which it was up and the router saw less than 25, 50, 75, 100 % of its max_num_seqs in flight, "
+        "or 100 % and more / arrivals.",
+    ),
+    "expert_choice": Metric(
+        "Choice of an expert", "per arrival", "Decisions at each of these loads that sent the request to it / arrivals."
+    ),
 }
 """Every metric of `summarise`, in the order of the reports."""
 
@@ -164,8 +178,9 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
 
     Returns:
         Metric name to values of shape (seed,), or (seed, expert) for `expert_share` and
-        `expert_utilisation`. A value is nan where there was nothing to measure: no request ended,
-        none was completed (quality, latencies), no time was spent.
+        `expert_utilisation`, or (seed, expert, load) for `expert_load` and `expert_choice`. A value is
+        nan where there was nothing to measure: no request ended, none was completed (quality,
+        latencies), no time was spent.
 
     Raises:
         UserError: if the warm-up leaves no request.
@@ -223,5 +238,7 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
         "preemptions_per_request": per_ended(np.where(ended, records.preemptions[:, warmup:], 0)),
         "expert_share": _divide(routed.sum(axis=1), number_ended[:, None]),
         "expert_utilisation": _divide(records.busy_seconds, duration[:, None]),
+        "expert_load": _divide(records.load_counts, total - warmup),
+        "expert_choice": _divide(records.choice_counts, total - warmup),
     }
     return summary

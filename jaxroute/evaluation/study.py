@@ -25,16 +25,42 @@ from rich.table import Table
 from jaxroute.config import Config, StudyCell, StudyConfig, load_config
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.errors import UserError
-from jaxroute.evaluation import report
 from jaxroute.evaluation.episodes import evaluate_policies
 from jaxroute.evaluation.evaluate import versions
+from jaxroute.evaluation.figures import (
+    REFERENCE_COLOUR,
+    STYLE,
+    expert_colours,
+    has_choices,
+    plot_expert_choice,
+    plot_expert_share,
+    plot_policy_comparison,
+    plot_qos_against_load,
+    plot_quality_latency,
+    png_bytes,
+    set_title,
+    subtitle_of,
+)
 from jaxroute.evaluation.metrics import summarise
-from jaxroute.evaluation.report import EvaluationResult, Summary
+from jaxroute.evaluation.report import (
+    CSV_COLUMNS,
+    base64_image,
+    csv_number,
+    csv_rows,
+    csv_text,
+    fill_template,
+    flat_settings,
+    jsonable,
+    load_content,
+    write_file,
+)
+from jaxroute.evaluation.result import EvaluationResult, Summary
 from jaxroute.evaluation.statistics import Interval, interquartile_mean, ranks
+from jaxroute.evaluation.tables import counted, fixed, markdown, markdown_table, plus_minus, verdict_of
 from jaxroute.policies import RULES, Policy, learned_policy, rules_named
 from jaxroute.policies.planning import clairvoyant, lookahead
 from jaxroute.scenarios import build_env, on_test_prompts
-from jaxroute.training import load_policy
+from jaxroute.training import check_fits, read_policy
 
 LOOKAHEAD, CLAIRVOYANT = "lookahead", "clairvoyant"
 PLANNERS = (LOOKAHEAD, CLAIRVOYANT)
@@ -209,20 +235,25 @@ def _parts(study: StudyConfig, overrides: Sequence[str]) -> list[_Part]:
             f"study {study.name}: cells {', '.join(without_data)} read published data and no data folder is set: "
             "set JAXROUTE_DATA or data_dir, or choose a study without them"
         )
+    try:
+        trained = {
+            _of_training_seed(label, index): read_policy(path)
+            for label, paths in study.routers.items()
+            for index, path in enumerate(paths)
+        }
+    except UserError as error:
+        raise UserError(f"study {study.name}: {error}") from None
+    routers = [learned_policy(found.network, found.params)._replace(name=name) for name, found in trained.items()]
     parts = []
     rules = rules_named(study.rules)
     for cell in study.cells:
         config = configs[cell.name]
         try:
             env, params = build_env(config)
-            trained = {
-                _of_training_seed(label, index): load_policy(path, env, params)
-                for label, paths in study.routers.items()
-                for index, path in enumerate(paths)
-            }
+            for found in trained.values():
+                check_fits(found, env, params)
         except UserError as error:
             raise UserError(f"study cell {cell.name}: {error}") from None
-        routers = [learned_policy(found.network, found.params)._replace(name=name) for name, found in trained.items()]
         part = _Part(
             name=cell.name,
             config=config,
@@ -281,7 +312,7 @@ def _file(run: Path, part: _Part) -> Path:
 
 def _save(run: Path, part: _Part, summaries: Sequence[Mapping[str, Summary]]) -> None:
     content = {"inputs": part.inputs(), "summaries": summaries}
-    report._write(_file(run, part), json.dumps(report._jsonable(content), allow_nan=False) + "\n")
+    write_file(_file(run, part), json.dumps(jsonable(content), allow_nan=False) + "\n")
 
 
 def _read(run: Path, part: _Part) -> list[dict[str, Summary]] | None:
@@ -290,7 +321,7 @@ def _read(run: Path, part: _Part) -> list[dict[str, Summary]] | None:
     if not path.is_file():
         return None
     content = json.loads(path.read_text())
-    if content["inputs"] != json.loads(json.dumps(report._jsonable(part.inputs()))):
+    if content["inputs"] != json.loads(json.dumps(jsonable(part.inputs()))):
         return None
     return [
         {
@@ -466,7 +497,7 @@ class StudyTable(NamedTuple):
 
 
 def _percent(share: float) -> str:
-    return report._text(100 * share, 0) + ("" if math.isnan(share) else " %")
+    return fixed(100 * share, 0) + ("" if math.isnan(share) else " %")
 
 
 def verdict_table(study: StudyResult) -> StudyTable:
@@ -480,11 +511,11 @@ def verdict_table(study: StudyResult) -> StudyTable:
                 v.cell,
                 f"{v.rate:.3g}",
                 v.router,
-                report._plus_minus(v.avg_qos, 3),
+                plus_minus(v.avg_qos, 3),
                 v.best_rule,
-                report._text(v.rule_avg_qos.mean, 3),
-                report._plus_minus(v.difference, 4, "+"),
-                f"{report._text(v.iqm, 3)} [{report._text(low, 3)}, {report._text(high, 3)}]",
+                fixed(v.rule_avg_qos.mean, 3),
+                plus_minus(v.difference, 4, "+"),
+                f"{fixed(v.iqm, 3)} [{fixed(low, 3)}, {fixed(high, 3)}]",
                 _percent(v.share_of_lookahead),
             ]
         )
@@ -496,7 +527,7 @@ def verdict_table(study: StudyResult) -> StudyTable:
         ["cell", "req/s", "router", "avg QoS", "best rule", "its QoS", "difference", "IQM", "of lookahead"],
         rows,
         coloured=6,
-        verdicts=[report._verdict(v.difference) for v in found],
+        verdicts=[verdict_of(v.difference) for v in found],
     )
 
 
@@ -506,7 +537,7 @@ def _rank_table(study: StudyResult) -> StudyTable:
         "By average QoS in every cell at every load; 1 is best.",
         ["policy", "mean rank", "best", "worst", "mean avg QoS"],
         [
-            [s.policy, f"{s.mean_rank:.2f}", f"{s.best_rank:g}", f"{s.worst_rank:g}", report._text(s.avg_qos, 3)]
+            [s.policy, f"{s.mean_rank:.2f}", f"{s.best_rank:g}", f"{s.worst_rank:g}", fixed(s.avg_qos, 3)]
             for s in standings(study)
         ],
     )
@@ -520,9 +551,9 @@ def _routers_table(study: StudyResult) -> StudyTable:
             for router in others:
                 difference = cell.result.paired(rate, reference, router)
                 qos = cell.result.interval(rate, router, "avg_qos")
-                texts = [report._plus_minus(qos, 3), report._plus_minus(difference, 4, "+")]
+                texts = [plus_minus(qos, 3), plus_minus(difference, 4, "+")]
                 rows.append([cell.cell, f"{rate:.3g}", router, *texts])
-                found.append(report._verdict(difference))
+                found.append(verdict_of(difference))
     return StudyTable(
         f"{reference} against the other routers",
         f"Difference: {reference} - the other, both means over training seeds, paired by episode.",
@@ -541,7 +572,7 @@ def _planner_table(study: StudyResult) -> StudyTable:
         for rate in cell.planned.rates:
             rule = _best_rule(study, cell.result, rate)
             columns = [rule, *study.routers, *study.planners]
-            texts = [report._plus_minus(cell.planned.interval(rate, policy, "avg_qos"), 3) for policy in columns]
+            texts = [plus_minus(cell.planned.interval(rate, policy, "avg_qos"), 3) for policy in columns]
             shares = [
                 _percent(_share(cell.planned, rate, router, rule, planner))
                 for router in reference
@@ -564,9 +595,9 @@ def _efficiency_table(study: StudyResult) -> StudyTable:
     found = verdicts(study)
     rows = []
     for v in found:
-        efficiencies = [report._plus_minus(v.efficiency, 3), v.best_rule, report._plus_minus(v.rule_efficiency, 3)]
+        efficiencies = [plus_minus(v.efficiency, 3), v.best_rule, plus_minus(v.rule_efficiency, 3)]
         relative = 100 * v.efficiency_difference.mean / v.rule_efficiency.mean
-        difference = report._plus_minus(v.efficiency_difference, 4, "+")
+        difference = plus_minus(v.efficiency_difference, 4, "+")
         rows.append([v.cell, f"{v.rate:.3g}", v.router, *efficiencies, difference, f"{relative:+.1f} %"])
     return StudyTable(
         "Resource efficiency",
@@ -574,7 +605,7 @@ def _efficiency_table(study: StudyResult) -> StudyTable:
         ["cell", "req/s", "router", "QoS/acc.-s", "best rule", "its QoS/acc.-s", "difference", "relative"],
         rows,
         coloured=6,
-        verdicts=[report._verdict(v.efficiency_difference) for v in found],
+        verdicts=[verdict_of(v.efficiency_difference) for v in found],
     )
 
 
@@ -611,10 +642,8 @@ def study_text(study: StudyResult) -> str:
     settings = sum(len(cell.result.rates) for cell in study.cells)
     sentences = []
     for router in study.routers:
-        found = [report._verdict(v.difference) for v in verdicts(study) if v.router == router]
-        sentences.append(
-            f"Against the best rule of each of {settings} settings, {router} is {report._counted(found, 'in')}."
-        )
+        found = [verdict_of(v.difference) for v in verdicts(study) if v.router == router]
+        sentences.append(f"Against the best rule of each of {settings} settings, {router} is {counted(found, 'in')}.")
     sentences.append(f"The best mean rank is that of {first.policy}, {first.mean_rank:.2f}.")
     return " ".join(sentences)
 
@@ -622,7 +651,7 @@ def study_text(study: StudyResult) -> str:
 # --- Figure and files ----------------------------------------------------------------------------------
 
 
-@mpl.rc_context(report._STYLE)
+@mpl.rc_context(STYLE)
 def plot_differences(study: StudyResult) -> Figure:
     """Plot every router's average QoS minus that of the best rule, with its interval and its training seeds."""
     found = verdicts(study)
@@ -648,26 +677,29 @@ def plot_differences(study: StudyResult) -> Figure:
     axes.set_xlabel("Average QoS above the best rule of each setting")
     if len(study.routers) > 1:
         figure.legend(loc="outside lower center", ncols=min(len(study.routers), 6))
-    report._title(axes, "Routers against the best rule", "bars: 95 % interval over episodes; ticks: training seeds")
+    set_title(axes, "Routers against the best rule", "bars: 95 % interval over episodes; ticks: training seeds")
     return figure
 
 
 def _router_colours(number: int) -> list[str]:
     """Return the reference's colour and others."""
-    others = [colour for colour in report._expert_colours(7) if colour != report._REFERENCE]
-    return [report._REFERENCE, *(others * number)][:number]
+    others = [colour for colour in expert_colours(7) if colour != REFERENCE_COLOUR]
+    return [REFERENCE_COLOUR, *(others * number)][:number]
 
 
 def _cell_figures(cell: CellResult) -> dict[str, Figure]:
-    """Draw the figures of a single evaluation, by what they show; the load's needs two loads."""
+    """Draw the figures of a single evaluation, by what they show; some need two loads, or what old cells lack."""
     plots = {
-        "Average QoS against the load": report.plot_qos_against_load,
-        "Average QoS, late and rejected requests": report.plot_policy_comparison,
-        "Quality and requests in time": report.plot_quality_latency,
-        "Share of each expert": report.plot_expert_share,
+        "Average QoS against the load": plot_qos_against_load,
+        "Average QoS, late and rejected requests": plot_policy_comparison,
+        "Quality and requests in time": plot_quality_latency,
+        "Share of each expert": plot_expert_share,
+        "Choice of an expert against its load": plot_expert_choice,
     }
     if len(cell.result.rates) == 1:
         del plots["Average QoS against the load"]
+    if not has_choices(cell.result):
+        del plots["Choice of an expert against its load"]
     return {name: plot(cell.result) for name, plot in plots.items()}
 
 
@@ -689,8 +721,8 @@ def _json(study: StudyResult) -> dict[str, Any]:
                 "requests": cell.result.requests,
                 "warmup": cell.result.warmup,
                 "experts": cell.result.expert_names,
-                "loads": [report._load(cell.result, rate) for rate in cell.result.rates],
-                "planners": cell.planned and [report._load(cell.planned, rate) for rate in cell.planned.rates],
+                "loads": [load_content(cell.result, rate) for rate in cell.result.rates],
+                "planners": cell.planned and [load_content(cell.planned, rate) for rate in cell.planned.rates],
             }
             for cell in study.cells
         ],
@@ -699,34 +731,34 @@ def _json(study: StudyResult) -> dict[str, Any]:
 
 
 def _csv_text(study: StudyResult) -> str:
-    lines = [["cell", "episodes", *report._CSV_COLUMNS]]
+    lines = [["cell", "episodes", *CSV_COLUMNS]]
     for cell in study.cells:
-        lines += [[cell.cell, "all", *row] for row in report._csv_rows(cell.result)]
+        lines += [[cell.cell, "all", *row] for row in csv_rows(cell.result)]
         if cell.planned is not None:
-            lines += [[cell.cell, "planners", *row] for row in report._csv_rows(cell.planned)]
+            lines += [[cell.cell, "planners", *row] for row in csv_rows(cell.planned)]
     for v in verdicts(study):
         for index, qos in enumerate(v.training_seeds):
             name = _of_training_seed(v.router, index)
-            lines.append([v.cell, "all", report._number(v.rate), name, "avg_qos", report._number(qos), ""])
-    return report._csv(lines)
+            lines.append([v.cell, "all", csv_number(v.rate), name, "avg_qos", csv_number(qos), ""])
+    return csv_text(lines)
 
 
 def _markdown_text(study: StudyResult) -> str:
     sections = [f"# Study {study.name}", study_text(study)]
     for table in tables(study):
-        sections += [f"## {table.title}", table.note, report._markdown(table.header, table.rows).rstrip()]
+        sections += [f"## {table.title}", table.note, markdown(table.header, table.rows).rstrip()]
     for cell in study.cells:
-        sections.append(f"## {cell.cell}: {report._subtitle(cell.result)}")
+        sections.append(f"## {cell.cell}: {subtitle_of(cell.result)}")
         for rate in cell.result.rates:
-            sections += [f"### {rate:.3g} requests per second", report.markdown_table(cell.result, rate).rstrip()]
+            sections += [f"### {rate:.3g} requests per second", markdown_table(cell.result, rate).rstrip()]
     return "\n\n".join(sections) + "\n"
 
 
 def _html(study: StudyResult) -> str:
     def image(figure: Figure) -> str:
-        return report._image(report._png(figure))
+        return base64_image(png_bytes(figure))
 
-    return report._page(
+    return fill_template(
         "study.html.jinja",
         study=study,
         summary=study_text(study),
@@ -735,12 +767,12 @@ def _html(study: StudyResult) -> str:
         cells=[
             {
                 "name": cell.cell,
-                "subtitle": report._subtitle(cell.result),
+                "subtitle": subtitle_of(cell.result),
                 "images": {name: image(figure) for name, figure in _cell_figures(cell).items()},
             }
             for cell in study.cells
         ],
-        settings=report._flat(study.settings),
+        settings=flat_settings(study.settings),
     )
 
 
@@ -748,11 +780,11 @@ def write_study(study: StudyResult, directory: str | Path) -> dict[str, Path]:
     """Write study.json, study.csv, study.md, study.html and, with routers, study.png; return file name to path."""
     directory = Path(directory)
     content: dict[str, str | bytes] = {
-        "study.json": json.dumps(report._jsonable(_json(study)), indent=2, allow_nan=False) + "\n",
+        "study.json": json.dumps(jsonable(_json(study)), indent=2, allow_nan=False) + "\n",
         "study.csv": _csv_text(study),
         "study.md": _markdown_text(study),
         "study.html": _html(study),
     }
     if study.routers:
-        content["study.png"] = report._png(plot_differences(study))
-    return {name: report._write(directory / name, text) for name, text in content.items()}
+        content["study.png"] = png_bytes(plot_differences(study))
+    return {name: write_file(directory / name, text) for name, text in content.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.env.types import Observation
@@ -226,7 +227,7 @@ RULES: dict[str, Policy] = {
     for policy in (
         Policy("random", random),
         Policy("weighted_random", weighted_random),
-        Policy("round_robin", round_robin, memory=jnp.int32(0)),
+        Policy("round_robin", round_robin, memory=np.int32(0)),
         Policy("shortest_queue", shortest_queue),
         Policy("vllm_dp", vllm_dp),
         Policy("least_kv", least_kv),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,10 +33,19 @@ def write_config(run: Path, config: Config) -> None:
     (run / CONFIG_FILE).write_text(config_yaml(config))
 
 
+def seed_runs(run: Path, config: Config) -> dict[Path, Config]:
+    """Return the run directory of each training seed with its configuration: `run` itself if there is only one."""
+    if config.train.num_seeds == 1:
+        return {run: config}
+    one = dataclasses.replace(config.train, num_seeds=1)
+    seeds = range(config.seed, config.seed + config.train.num_seeds)
+    return {run / f"seed{seed}": dataclasses.replace(config, seed=seed, train=one) for seed in seeds}
+
+
 def save_params(run: Path, step: int, params: Any) -> Path:
     """Save parameters under `checkpoints/<step>`; Orbax makes the folder appear only once it is complete."""
     path = (run / CHECKPOINTS / str(step)).resolve()
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(path, params, force=True)
     return path
 
@@ -45,6 +55,17 @@ def load_policy(path: str | Path, env: EdgeRouting, env_params: EnvParams) -> Tr
 
     Raises:
         UserError: there is none, it is damaged, or its network does not fit this site.
+    """
+    policy = read_policy(path)
+    check_fits(policy, env, env_params)
+    return policy
+
+
+def read_policy(path: str | Path) -> TrainedPolicy:
+    """Read the policy of a run directory (its latest checkpoint) or of one checkpoint, whatever site it is for.
+
+    Raises:
+        UserError: there is none, or it is damaged.
     """
     path = Path(path)
     if not path.exists():
@@ -58,18 +79,11 @@ def load_policy(path: str | Path, env: EdgeRouting, env_params: EnvParams) -> Tr
                 f"checkpoint {path}: no {CONFIG_FILE} beside it; give the run directory that train.py wrote"
             )
     config = read_config(run / CONFIG_FILE)
-    network = build_network(config.network)
-
-    def fresh(key: Any) -> Any:
-        return network.init(key, network.prepare(env.reset(key, env_params)[0]))
-
-    expected = jax.eval_shape(fresh, jax.random.key(0))
     try:
         params = _restore(checkpoint)
     except Exception as error:  # Orbax raises many kinds; to the user they all mean an unreadable checkpoint.
         raise UserError(f"checkpoint {checkpoint} cannot be read ({type(error).__name__}); is it complete?") from error
-    _check_fits(checkpoint, params, expected, env)
-    return TrainedPolicy(network, params, checkpoint)
+    return TrainedPolicy(build_network(config.network), params, checkpoint)
 
 
 def latest_checkpoint(run: Path) -> Path:
@@ -81,8 +95,16 @@ def latest_checkpoint(run: Path) -> Path:
     folder = run / CHECKPOINTS
     found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
     if not found:
+        if seeds := sorted(run.glob(f"seed*/{CONFIG_FILE}")):
+            raise UserError(f"run {run} trained {len(seeds)} seeds; name one of them, e.g. {seeds[0].parent}")
         raise UserError(f"run {run} holds no checkpoint under {CHECKPOINTS}/; it may have ended before the first")
     return max(found, key=lambda path: int(path.name))
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """A checkpointer that does not wait for other processes: only the first one writes and reads."""
+    alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="first")
+    return ocp.StandardCheckpointer(**{"multiprocessing_options": alone} if jax.process_count() > 1 else {})
 
 
 def _restore(checkpoint: Path) -> Any:
@@ -98,21 +120,30 @@ def _restore(checkpoint: Path) -> Any:
             report(unraisable)
 
     sys.unraisablehook = report_others
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         params = checkpointer.restore(checkpoint.resolve())
     sys.unraisablehook = report
     return params
 
 
-def _check_fits(checkpoint: Path, params: Any, expected: Any, env: EdgeRouting) -> None:
+def check_fits(policy: TrainedPolicy, env: EdgeRouting, env_params: EnvParams) -> None:
+    """Check that a policy can act in `env`.
+
+    Raises:
+        UserError: its network does not fit this site.
+    """
+
+    def fresh(key: Any) -> Any:
+        return policy.network.init(key, policy.network.prepare(env.reset(key, env_params)[0]))
+
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         return {jax.tree_util.keystr(key): leaf.shape for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
-    found, wanted = shapes(params), shapes(expected)
+    found, wanted = shapes(policy.params), shapes(jax.eval_shape(fresh, jax.random.key(0)))
     differing = sorted(set(found.items()) ^ set(wanted.items()))
     if differing:
         name = differing[0][0]
         raise UserError(
-            f"checkpoint {checkpoint} belongs to another network or site: {name} is {found.get(name, 'absent')}, but "
-            f"{wanted.get(name, 'absent')} is needed for {env.num_experts} experts"
+            f"checkpoint {policy.source} belongs to another network or site: {name} is {found.get(name, 'absent')}, "
+            f"but {wanted.get(name, 'absent')} is needed for {env.num_experts} experts"
         )

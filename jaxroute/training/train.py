@@ -6,10 +6,12 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -18,7 +20,8 @@ from jaxroute.errors import UserError
 from jaxroute.networks import build_network
 from jaxroute.ppo import make_ppo
 from jaxroute.scenarios import training_env
-from jaxroute.training.checkpoint import CHECKPOINTS, save_params, write_config
+from jaxroute.training.checkpoint import CHECKPOINTS, save_params, seed_runs, write_config
+from jaxroute.training.processes import is_first_process
 from jaxroute.training.tracking import METRICS_FILE, Tracker
 
 # Environments and total steps.
@@ -31,7 +34,7 @@ def with_default_sizes(config: Config) -> Config:
     ppo = config.ppo
     num_envs, total_steps = _SIZES_ON_CPU if jax.default_backend() == "cpu" else _SIZES_ON_ACCELERATORS
     if ppo.num_envs is None:
-        ppo = dataclasses.replace(ppo, num_envs=num_envs - num_envs % ppo.num_minibatches)
+        ppo = dataclasses.replace(ppo, num_envs=num_envs - num_envs % (ppo.num_minibatches * jax.device_count()))
     if ppo.total_steps is None:
         ppo = dataclasses.replace(ppo, total_steps=total_steps)
     return dataclasses.replace(config, ppo=ppo)
@@ -40,14 +43,17 @@ def with_default_sizes(config: Config) -> Config:
 def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[str, float]] | None = None) -> Any:
     """Train a router and return its parameters; `run` receives configuration, metrics and checkpoints.
 
-    `judge` is called at the end, and what it finds is noted with the run.
+    With several seeds the parameters have a leading axis for them, metrics are means over them, and each has a run
+    directory of its own in `run`. `judge` is called at the end, and what it finds is noted with the run. Of several
+    processes, only the first writes and judges.
 
     Raises:
         UserError: `run` holds a training already, the configuration's data is missing or malformed, or a metric is no
             longer finite.
     """
+    first = is_first_process()
     for written in (CHECKPOINTS, METRICS_FILE):
-        if (run / written).exists():
+        if first and (run / written).exists():
             raise UserError(f"{run} holds the {written} of another training; name another output_dir")
     config = with_default_sizes(config)
     env, env_params = training_env(config)
@@ -56,15 +62,20 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
     assert ppo.num_envs is not None
     assert ppo.total_steps is not None
     interval = _updates_per_call(ppo.total_steps // (ppo.num_envs * ppo.num_steps), config.train.log_interval)
-    learner = make_ppo(ppo, env, env_params, network, updates_per_call=interval)
+    seeds = [of_seed.seed for of_seed in seed_runs(run, config).values()]
+    learner = make_ppo(ppo, env, env_params, network, updates_per_call=interval, many_seeds=len(seeds) > 1)
     calls = learner.num_updates // interval
     steps_per_call = interval * learner.steps_per_update
     total = calls * steps_per_call
 
-    run.mkdir(parents=True, exist_ok=True)
-    write_config(run, config)
+    if first:
+        for folder, settings in ({run: config} | seed_runs(run, config)).items():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_config(folder, settings)
+    devices = f" ({jax.device_count()} devices)" if jax.device_count() > 1 else ""
+    several = f"{len(seeds)} seeds of " if len(seeds) > 1 else ""
     console.print(
-        f"Training on {jax.default_backend()}: {ppo.num_envs} environments, {total:,} steps, "
+        f"Training on {jax.default_backend()}{devices}: {several}{ppo.num_envs} environments, {total:,} steps, "
         f"rates {config.train.rates[0]:g} to {config.train.rates[1]:g} requests/s on {config.site.name}"
     )
     columns = (
@@ -76,27 +87,29 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Tracker(run, config, console.print) as tracker:
+    with Tracker(run, config, console.print) if first else nullcontext() as tracker:
         with Progress(*columns, console=console, refresh_per_second=2) as progress:
             task = progress.add_task("compiling", total=calls, speed="-", qos="-")
-            state = learner.init(jax.random.key(config.seed))
+            keys = [jax.random.key(seed) for seed in seeds]
+            state = learner.init(jnp.stack(keys) if len(seeds) > 1 else keys[0])
             for call in range(1, calls + 1):
                 started = time.perf_counter()
                 state, on_device = learner.update(state)
-                metrics = _readable(jax.device_get(on_device))
-                speed = steps_per_call / (time.perf_counter() - started)
+                metrics = _over_seeds(jax.device_get(on_device), seeds)
+                speed = len(seeds) * steps_per_call / (time.perf_counter() - started)
                 steps = call * steps_per_call
                 if not all(math.isfinite(value) for value in metrics.values()):
                     bad = next(name for name, value in metrics.items() if not math.isfinite(value))
                     raise UserError(
                         f"training diverged at step {steps:,}: {bad} is {metrics[bad]}; lower ppo.learning_rate"
                     )
-                tracker.log({"steps": steps, "train/steps_per_second": speed} | metrics)
+                if tracker:
+                    tracker.log({"steps": steps, "train/steps_per_second": speed} | metrics)
                 qos = f"{metrics['train/avg_qos']:.3f}" if "train/avg_qos" in metrics else "-"
                 progress.update(task, advance=1, description="training", speed=f"{speed:,.0f}", qos=qos)
                 if call == calls or call % max(1, calls // 4) == 0:
-                    save_params(run, steps, state.params)
-        if judge is not None:
+                    _save(run, config, steps, jax.device_get(state.params))
+        if tracker and judge is not None:
             tracker.summary(judge())
     return state.params
 
@@ -104,6 +117,29 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
 def _updates_per_call(num_updates: int, at_most: int) -> int:
     """Return the greatest divisor of the number of updates: calls are compiled for one length, and none is left out."""
     return max(size for size in range(1, max(1, min(num_updates, at_most)) + 1) if num_updates % size == 0)
+
+
+def _save(run: Path, config: Config, steps: int, params: Any) -> None:
+    """Save the parameters of each seed in its run directory."""
+    if not is_first_process():
+        return
+    runs = list(seed_runs(run, config))
+    for number, folder in enumerate(runs):
+        save_params(folder, steps, jax.tree.map(lambda leaf: leaf[number], params) if len(runs) > 1 else params)
+
+
+def _over_seeds(metrics: dict[str, Any], seeds: list[int]) -> dict[str, float]:
+    """Return means over seeds, where there are several, and the average QoS of each."""
+    if len(seeds) == 1:
+        return _readable(metrics)
+    of_each = [_readable({name: values[number] for name, values in metrics.items()}) for number in range(len(seeds))]
+    names = set.intersection(*(set(values) for values in of_each))
+    means = {name: math.fsum(values[name] for values in of_each) / len(seeds) for name in sorted(names)}
+    return means | {
+        f"train/avg_qos_seed{seed}": values["train/avg_qos"]
+        for seed, values in zip(seeds, of_each, strict=True)
+        if "train/avg_qos" in values
+    }
 
 
 def _readable(metrics: dict[str, Any]) -> dict[str, float]:

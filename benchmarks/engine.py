@@ -1,0 +1,169 @@
+"""Environment steps/s and simulated output tokens/s, and where the time of a step goes.
+
+`python -m benchmarks.engine [--quick]` prints medians of several runs and writes outputs/benchmarks/engine.json.
+One environment step is one routed request. Routing is random at a rate that keeps each site busy. The engine alone
+queues a request and advances the experts to the next; a whole step also draws requests, keeps the books, assesses the
+requests in flight for the reward, and observes: graph and impact estimates for every expert. The observation's share is
+what a step saves whose observation nobody reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from rich.progress import track
+from rich.table import Table
+
+import jaxroute
+from benchmarks.measure import busy_sites, compile_program, median_seconds, memory_limit
+from benchmarks.publish import publish
+from jaxroute.env import EdgeRouting, EnvParams, EnvState
+from jaxroute.serving import SiteState, SlotStatus, advance, can_accept, enqueue
+
+# Scenario and requests/s, by site.
+_BUSY = {"edge3": ("edge3-poisson", 5.0), "edge6": ("edge-poisson", 10.0), "edge16": ("edge16-poisson", 27.0)}
+
+# A run makes about this many steps in all, so that it takes about a second on two cores, within these numbers of steps
+# for each environment.
+_STEPS_PER_RUN = 2**15
+_FEWEST_STEPS, _MOST_STEPS = 2, 256
+
+
+def num_steps(num_envs: int) -> int:
+    """Return how many steps each environment makes in one run."""
+    return min(max(_STEPS_PER_RUN // num_envs, _FEWEST_STEPS), _MOST_STEPS)
+
+
+def env_steps(env: EdgeRouting, *, observed: bool) -> Callable[..., tuple[Array, Array]]:
+    """Return a program that steps environments under random routing and adds up the tokens of what ended."""
+
+    def program(params: EnvParams, state: EnvState, keys: PRNGKeyArray) -> tuple[Array, Array]:
+        (num_envs,) = state.step.shape
+
+        def step(state: EnvState, key: PRNGKeyArray) -> tuple[EnvState, tuple[Array, Array]]:
+            key_action, key_env = jax.random.split(key)
+            action = jax.random.randint(key_action, (num_envs,), 0, env.num_actions)
+            obs, state, reward, _, _, info = jax.vmap(env.step, in_axes=(0, 0, 0, None))(
+                jax.random.split(key_env, num_envs), state, action, params
+            )
+            # What is not used, the compiler leaves out.
+            read = sum(leaf.sum() for leaf in jax.tree.leaves(obs)) if observed else jnp.float32(0.0)
+            return state, (_completed_tokens(info["ended"], info["output_tokens"]), reward.sum() + read)
+
+        return jax.lax.scan(step, state, keys)[1]
+
+    return program
+
+
+def engine_steps(num_experts: int) -> Callable[..., Array]:
+    """Return a program that does the same with the engine alone."""
+
+    def program(params: EnvParams, state: SiteState, keys: PRNGKeyArray) -> Array:
+        num_envs = state.clock.shape[0]
+        site, bank = params.site, params.bank
+
+        def one(
+            state: SiteState, row: Int[Array, ""], action: Int[Array, ""], gap: Float[Array, ""]
+        ) -> tuple[SiteState, Array]:
+            prompt = jnp.broadcast_to(bank.prompt_tokens[row], (num_experts,))
+            output = bank.output_tokens[row]
+            chosen = (jnp.arange(num_experts) == action) & can_accept(site, state, prompt, output)
+            state, _ = enqueue(site, state, chosen, row, prompt, output)
+            state = advance(site, state, gap)
+            return state, _completed_tokens(state.slots.status == SlotStatus.ENDED, state.slots.output_tokens)
+
+        def step(state: SiteState, key: PRNGKeyArray) -> tuple[SiteState, Array]:
+            key_row, key_action, key_gap = jax.random.split(key, 3)
+            row = jax.random.randint(key_row, (num_envs,), 0, bank.prompt_tokens.shape[0])
+            action = jax.random.randint(key_action, (num_envs,), 0, num_experts)
+            gap = jax.random.exponential(key_gap, (num_envs,)) / params.rate[0]
+            state, tokens = jax.vmap(one)(state, row, action, gap)
+            return state, tokens.sum()
+
+        return jax.lax.scan(step, state, keys)[1]
+
+    return program
+
+
+def _completed_tokens(ended: Array, output_tokens: Array) -> Array:
+    return jnp.where(ended, output_tokens, 0).astype(jnp.float32).sum()
+
+
+def measure(env: EdgeRouting, params: EnvParams, num_envs: int, runs: int) -> dict[str, Any] | None:
+    """Return steps/s, tokens/s and shares of time for `num_envs` environments; None if memory does not allow them."""
+    _, state = busy_sites(env, params, num_envs)
+    keys = jax.random.split(jax.random.key(1), num_steps(num_envs))
+    arguments = {
+        "engine": (engine_steps(env.num_experts), (params, state.site, keys)),
+        "unobserved": (env_steps(env, observed=False), (params, state, keys)),
+        "step": (env_steps(env, observed=True), (params, state, keys)),
+    }
+    programs = {name: compile_program(program, *given) for name, (program, given) in arguments.items()}
+    if max(program.memory for program in programs.values()) > memory_limit():
+        return None
+    calls = {name: lambda name=name: programs[name].call(*arguments[name][1]) for name in programs}
+    seconds = median_seconds(calls, runs)
+    steps = num_envs * len(keys)
+    return {
+        "num_envs": num_envs,
+        "engine_steps_per_second": steps / seconds["engine"],
+        "engine_tokens_per_second": float(calls["engine"]().sum()) / seconds["engine"],
+        "env_steps_per_second": steps / seconds["step"],
+        "env_tokens_per_second": float(calls["step"]()[0].sum()) / seconds["step"],
+        "share": {
+            "advance": seconds["engine"] / seconds["step"],
+            "observation": 1 - seconds["unobserved"] / seconds["step"],
+            "rest": (seconds["unobserved"] - seconds["engine"]) / seconds["step"],
+        },
+        "compile_seconds": programs["step"].seconds,
+    }
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one small size")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--envs", type=int, nargs="+", default=[1, 64, 1024, 4096, 16384, 65536])
+    options = parser.parse_args()
+    sites, sizes, runs = list(_BUSY), options.envs, options.runs
+    if options.quick:
+        sites, sizes, runs = ["edge3"], [64], 2
+    rows = []
+    for site, num_envs in track([(site, num_envs) for site in sites for num_envs in sizes], "measuring"):
+        scenario, rate = _BUSY[site]
+        env, params = jaxroute.make(scenario, rate=rate)
+        row = measure(env, params, num_envs, runs)
+        if row is not None:
+            rows.append({"site": site} | row)
+
+    table = Table(
+        "site", "environments", "engine, requests/s", "env.step, steps/s", "tokens/s", "advance", "observation", "rest",
+        "compilation, s", title="simulated per second of wall time; where the time of env.step goes",
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row["site"],
+            f"{row['num_envs']:,}",
+            f"{row['engine_steps_per_second']:,.0f}",
+            f"{row['env_steps_per_second']:,.0f}",
+            f"{row['env_tokens_per_second']:,.0f}",
+            *(f"{share:.0%}" for share in row["share"].values()),
+            f"{row['compile_seconds']:.1f}",
+        )
+    main_figures = {}
+    for site in sites:
+        best = [row for row in rows if row["site"] == site]
+        main_figures[f"{site} engine, requests/s"] = max(row["engine_steps_per_second"] for row in best)
+        main_figures[f"{site} env.step, steps/s"] = max(row["env_steps_per_second"] for row in best)
+    remember = not options.quick and options.envs == parser.get_default("envs")
+    publish("engine", table, {"runs": runs, "rows": rows}, main_figures, remember=remember)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Several processes that train one router together."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+from jaxroute.errors import UserError
+
+# The others wait at their end for the first process, which still judges the router.
+_SHUTDOWN_TIMEOUT = 24 * 3600  # s
+
+
+def join_processes() -> None:
+    """Meet the other processes of this training; to be called before anything else of JAX.
+
+    Slurm, Open MPI, Kubernetes (with the package kubernetes) and TPUs say who they are; elsewhere
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
+
+    Raises:
+        UserError: who they are is not known, or they do not meet.
+    """
+    try:
+        given = {name: _number(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
+        jax.distributed.initialize(**given, shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT)
+    except (ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(
+            f"train.distributed: {reason}; set JAX_COORDINATOR_ADDRESS=<host>:<port>, JAX_NUM_PROCESSES and "
+            "JAX_PROCESS_ID for each process, or start them with srun"
+        ) from None
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that prints, logs and writes."""
+    return jax.process_index() == 0
+
+
+def _number(variable: str) -> int | None:
+    value = os.environ.get(variable)
+    if value is None:
+        return None
+    if not value.isdecimal():
+        raise UserError(f"{variable}={value} must be a number")
+    return int(value)

@@ -1,0 +1,120 @@
+"""The benchmarks as a user types them, at their smallest: they run, print a table and write their figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+
+from benchmarks import publish
+from benchmarks.history import draw, read_history
+
+ROOT = Path(__file__).resolve().parents[1]
+MAIN_FIGURES = {
+    "engine": ["edge3 engine, requests/s", "edge3 env.step, steps/s"],
+    "training": ["mlp, steps/s"],
+    "network": ["dense forward, ms", "segment forward, ms"],
+    "decision": ["jaxroute, ms", "lookahead, ms"],
+    "scaling": ["1 experts x 16 slots, µs", "6 experts x 4 slots, µs"],
+    "accelerator": ["whole training, minutes"],
+}
+
+
+def shell(name, *args, cwd):
+    """Run a benchmark as a new process, in a folder that takes what it writes."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", f"benchmarks.{name}", *args]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900, check=False)
+
+
+def written(folder, name):
+    return json.loads((folder / "outputs" / "benchmarks" / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """The folder in which `python -m benchmarks.accelerator --quick` has run all the others."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    done = shell("accelerator", "--quick", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def history(tmp_path, monkeypatch):
+    """An empty folder in the place of the committed history, and the current one for what is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(publish, "HISTORY", tmp_path / "history")
+    return tmp_path / "history"
+
+
+@pytest.mark.parametrize("name", MAIN_FIGURES)
+def test_each_benchmark_writes_its_figures_and_the_machine(everything, name):
+    result = written(everything, name)
+    assert set(MAIN_FIGURES[name]) <= set(result["main"])
+    assert all(isinstance(value, float) for value in result["main"].values())
+    assert result["machine"]["cores"] == os.cpu_count()
+    assert {"date", "version", "commit"} <= set(result)
+
+
+@pytest.mark.parametrize("name", ["engine", "training"])
+def test_shares_of_time_add_up(everything, name):
+    for row in written(everything, name)["rows"]:
+        assert sum(row["share"].values()) == pytest.approx(1)
+        assert row["compile_seconds"] > 0
+
+
+def test_training_takes_memory(everything):
+    assert written(everything, "training")["rows"][0]["peak_memory_bytes"] > 2**20
+
+
+def test_scaling_draws_its_figure_and_splits_the_cpu(everything):
+    assert (everything / "outputs" / "benchmarks" / "scaling.png").stat().st_size > 0
+    rows = written(everything, "scaling")["training"]
+    assert {(row["scaling"], row["devices"], row["num_envs"]) for row in rows} == {("strong", 2, 16), ("weak", 2, 32)}
+
+
+def test_comparison_with_plain_python_and_stable_baselines3(tmp_path):
+    pytest.importorskip("gymnasium")
+    pytest.importorskip("stable_baselines3")
+    done = shell("compare", "--quick", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = written(tmp_path, "compare")["rows"]
+    reference, ours = rows["reference simulator, one site"], rows["jaxroute.replay, one site"]
+    assert ours["mean_latency_seconds"] == pytest.approx(reference["mean_latency_seconds"], abs=1e-3)
+    assert rows["jaxroute PPO, mlp"]["ratio"] > 0
+
+
+def test_comparison_names_the_extra_if_it_is_missing(tmp_path):
+    # What Python finds first: a module that is not there.
+    (tmp_path / "gymnasium.py").write_text("raise ModuleNotFoundError(name='gymnasium')")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "benchmarks.compare"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines() == [
+        "error: module gymnasium is missing; at the top of a checkout, run pip install -e '.[benchmark]' first"
+    ]
+
+
+def test_a_slowdown_shows_in_the_history(history):
+    for speed, milliseconds in ((100.0, 1.0), (110.0, 1.0), (90.0, 1.0), (50.0, 0.5)):
+        figures = {"training, steps/s": speed, "decision, ms": milliseconds}
+        publish.publish("example", Table("figure"), {"rows": []}, figures, remember=True)
+    speed, latency = read_history(history)
+    assert (speed.figure, speed.values) == ("training, steps/s", [100.0, 110.0, 90.0, 50.0])
+    assert speed.gain == pytest.approx(0.5)
+    assert latency.gain == pytest.approx(2.0)
+    draw([speed, latency], history / "history.png")
+    assert (history / "history.png").stat().st_size > 0
+
+
+def test_a_run_not_to_be_remembered_leaves_no_line(history):
+    publish.publish("example", Table("figure"), {"rows": [1]}, {"training, steps/s": 1.0}, remember=False)
+    assert written(history.parent, "example")["rows"] == [1]
+    assert read_history(history) == []
