@@ -50,7 +50,8 @@ def _train(config: Config, console: Console, argv: Sequence[str]) -> None:
         console.print(f"Run directory: {run}")
         runs = [str(folder) for folder in seed_runs(run, config)]
         if len(runs) > 1:
-            console.print(f"Judge all seeds with: python eval.py study=main 'study.routers.jaxroute=[{','.join(runs)}]'")
+            every = f"study.routers.jaxroute=[{','.join(runs)}]"
+            console.print(f"Judge all seeds with: python eval.py study=main '{every}'", markup=False, soft_wrap=True)
         if not config.train.evaluate:
             console.print(f"Judge it with: python eval.py checkpoint={runs[0]}")
             return {}

@@ -23,7 +23,7 @@ from jaxroute.training import latest_checkpoint, load_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
-    "site=edge3", "ppo.num_envs=16", "ppo.num_steps=4", "ppo.num_minibatches=2", "ppo.total_steps=128",
+    "site=edge3", "ppo.num_envs=16", "ppo.num_steps=32", "ppo.num_minibatches=2", "ppo.total_steps=1024",
     "train.log_interval=1", "train.evaluate=false", "network=mlp",
 )  # fmt: skip
 
@@ -81,16 +81,14 @@ def alone(folder):
 
 def test_eight_devices_train_as_one(alone, folder):
     output = train(folder=folder / "devices", devices=8)
-    assert "Training on cpu (8 devices): 16 environments, 128 steps" in output
+    assert "Training on cpu (8 devices): 16 environments, 1,024 steps" in output
     assert_same_training(folder / "devices", alone)
 
 
 def test_environments_that_do_not_divide(folder):
     code, _, errors = finish(start("ppo.num_envs=18", folder=folder / "uneven", devices=8))
     assert code == 2
-    assert errors == (
-        "error: ppo: num_envs=18 must be a multiple of num_minibatches=2 times the 8 devices, 16\n"
-    )
+    assert errors == ("error: ppo: num_envs=18 must be a multiple of num_minibatches=2 times the 8 devices, 16\n")
     assert not (folder / "uneven").exists()
 
 
@@ -110,7 +108,7 @@ def test_two_processes_train_as_one(alone, folder):
     assert code == 0, errors
     assert other_code == 0, other_errors
     assert "Training on cpu (4 devices)" in output
-    assert other_output == ""
+    assert not [line for line in other_output.splitlines() if not line.startswith("[Gloo]")]
     assert_same_training(folder / "processes", alone)
 
 
@@ -130,7 +128,7 @@ def test_many_seeds_are_as_many_trainings(alone, folder):
     assert "2 seeds of 16 environments" in output
     assert f"study.routers.jaxroute=[{run}/seed0,{run}/seed1]" in output.replace("\n", "")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params_of(run / "seed0"), params_of(alone))
-    assert latest_checkpoint(run / "seed1").name == "128"
+    assert latest_checkpoint(run / "seed1").name == "1024"
     for line, of_first in zip(metrics_of(run), metrics_of(alone), strict=True):
         assert line["steps"] == of_first["steps"]
         of_seeds = [line[f"train/avg_qos_seed{seed}"] for seed in range(2)]

@@ -111,7 +111,7 @@ class Counting:
             **metrics,
         }
 
-    def __call__(self, config, env, env_params, network, updates_per_call=1):
+    def __call__(self, config, env, env_params, network, updates_per_call=1, many_seeds=False):
         def update(state):
             self.updates += updates_per_call
             return state, self.metrics

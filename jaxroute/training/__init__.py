@@ -1,6 +1,13 @@
 """The host loop around the compiled learner: progress, metrics, checkpoints."""
 
-from jaxroute.training.checkpoint import TrainedPolicy, check_fits, latest_checkpoint, load_policy, read_policy, seed_runs
+from jaxroute.training.checkpoint import (
+    TrainedPolicy,
+    check_fits,
+    latest_checkpoint,
+    load_policy,
+    read_policy,
+    seed_runs,
+)
 from jaxroute.training.processes import is_first_process, join_processes
 from jaxroute.training.train import train
 

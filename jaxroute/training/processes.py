@@ -22,8 +22,11 @@ def join_processes() -> None:
         UserError: who they are is not known, or they do not meet.
     """
     try:
-        given = {name: _number(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
-        jax.distributed.initialize(**given, shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT)
+        jax.distributed.initialize(
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+            shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
+        )
     except (ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(

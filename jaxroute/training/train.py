@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,9 @@ def _save(run: Path, config: Config, steps: int, params: Any) -> None:
     if not is_first_process():
         return
     runs = list(seed_runs(run, config))
-    for number, folder in enumerate(runs):
-        save_params(folder, steps, jax.tree.map(lambda leaf: leaf[number], params) if len(runs) > 1 else params)
+    of_seeds = [params] if len(runs) == 1 else [jax.tree.map(itemgetter(n), params) for n in range(len(runs))]
+    for folder, of_seed in zip(runs, of_seeds, strict=True):
+        save_params(folder, steps, of_seed)
 
 
 def _over_seeds(metrics: dict[str, Any], seeds: list[int]) -> dict[str, float]:
