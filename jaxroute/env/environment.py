@@ -8,13 +8,13 @@ False, and `truncated` marks the horizon, if one is set.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxroute.env.impact import Outlook, assess, estimate_impact
+from jaxroute.env.impact import assess, estimate_impact
 from jaxroute.env.types import (
     Arrival,
     Batch,
@@ -30,7 +30,19 @@ from jaxroute.env.types import (
     SlotTable,
     Snapshot,
 )
-from jaxroute.serving import Site, SlotStatus, advance, can_accept, enqueue, idle_site, running_and_waiting
+from jaxroute.serving import (
+    Site,
+    SiteState,
+    SlotStatus,
+    advance,
+    can_accept,
+    clear,
+    enqueue,
+    idle_site,
+    lanes_last,
+    positions,
+    running_and_waiting,
+)
 from jaxroute.workloads.arrivals import ArrivalProcess, first_arrival_state
 
 # The recent arrival rate is an exponential mean over this many gaps, the recent latency over this time.
@@ -98,9 +110,8 @@ class EdgeRouting:
             retries=retries,
             seen=None,
         )
-        seen = _look(state, params)
-        obs, _ = _observe(state, seen, params)
-        return obs, state._replace(seen=seen) if self.stale else state
+        # Nothing has been seen yet: whatever the age, the first look is at the present.
+        return self._observe(state, params, jnp.float32(0.0))
 
     def step(
         self, key: PRNGKeyArray, state: EnvState, action: Int[Array, ""], params: EnvParams
@@ -132,19 +143,7 @@ class EdgeRouting:
     def _step(
         self, key: PRNGKeyArray, state: EnvState, action: Int[Array, ""], params: EnvParams
     ) -> tuple[Observation, EnvState, Float[Array, ""], dict[str, Any]]:
-        site, request, retries, fleet = site_of(state, params), state.request, state.retries, state.fleet
-        prompt = jnp.broadcast_to(request.prompt_tokens, request.output_tokens.shape)
-        chosen = jnp.arange(self.num_experts) == action
-        accepted = chosen & state.up & can_accept(site, state.site, prompt, request.output_tokens)
-        site_state, placement = enqueue(site, state.site, accepted, request.number, prompt, request.output_tokens)
-        table = SlotTable(
-            quality=placement.put(state.table.quality, request.quality),
-            predicted_quality=placement.put(state.table.predicted_quality, request.predicted_quality),
-            predicted_output_tokens=placement.put(state.table.predicted_output_tokens, request.predicted_output_tokens),
-            latency_requirement=placement.put(state.table.latency_requirement, request.latency_requirement),
-        )
-        rejected = ~accepted.any()
-
+        request, retries, fleet = state.request, state.retries, state.fleet
         key_gap, key_request, key_rate = jax.random.split(key, 3)
         rate = state.rate
         if self.redraw_every:
@@ -152,14 +151,7 @@ class EdgeRouting:
         gap, arrivals = self.arrival_process(key_gap, state.arrivals, params.arrivals)
         gap = gap / rate
         mean_gap = state.mean_gap + (gap - state.mean_gap) / _ARRIVAL_WINDOW
-        age_before: Array | float = 0.0
         if retries is not None:
-            retries = retries._replace(
-                number=placement.put(retries.number, request.number),
-                row=placement.put(retries.row, request.row),
-                age=placement.put(retries.age, request.age),
-            )
-            age_before = retries.age
             # Requests given back are routed one after the other, at the moment of the failure and before the one that
             # arrives then: no time passes after them.
             passes = request.age == 0
@@ -169,85 +161,152 @@ class EdgeRouting:
                 (arrivals, rate, mean_gap),
                 (state.arrivals, state.rate, state.mean_gap),
             )
-        site_state = advance(site, site_state, gap)
-
-        slots = site_state.slots
-        ended = slots.status == SlotStatus.ENDED
-        lost = jnp.zeros_like(ended)
-        up, remaining = state.up, site_state
+        failed, up = jnp.zeros_like(state.up), state.up
         if self.outages != "none":
             failed, up = _outages(jax.random.fold_in(key, 3), up, gap, params, fleet)
-            lost = failed & (slots.status == SlotStatus.ACTIVE)
-            idle = idle_site(self.num_experts, self.num_slots)
-            remaining = jax.tree.map(lambda fresh, now: jnp.where(failed, fresh, now), idle, site_state)
+
+        served = _serve(
+            site_of(state, params), state.site, state.table, retries, state.up, failed, request, action, gap
+        )
+        retries = served.retries
         step = state.step + 1
         next_request = _draw_request(key_request, step, params, fleet)
         if retries is not None:
-            age = retries.age + site.network_delay - slots.ready
-            retries = retries._replace(marked=retries.marked | lost, age=jnp.where(lost, age, retries.age))
-            lost = jnp.zeros_like(lost)
             again = retries.marked.any()
-            retries, given_back = _take_first(retries, table, params, fleet)
+            retries, given_back = _take_first(retries, served.table, params, fleet)
             step = jnp.where(again, state.step, step)
             next_request = jax.tree.map(lambda old, new: jnp.where(again, old, new), given_back, next_request)
 
-        latency = slots.latency + site.network_delay + age_before
-        normalised = latency / jnp.maximum(slots.output_tokens, 1)
-        in_time = ended & (normalised <= table.latency_requirement)
-        qos = jnp.where(in_time, table.quality, 0.0)
         fade = jnp.exp(-gap / _LATENCY_WINDOW)
         new = EnvState(
-            site=remaining,
-            table=table,
+            site=served.site,
+            table=served.table,
             up=up,
             request=next_request,
             arrivals=arrivals,
             rate=rate,
             step=step,
             mean_gap=mean_gap,
-            latency_sum=state.latency_sum * fade + jnp.where(ended, normalised, 0.0).sum(0),
-            latency_count=state.latency_count * fade + ended.sum(0),
+            latency_sum=state.latency_sum * fade + served.latency_sum,
+            latency_count=state.latency_count * fade + served.num_ended,
             potential=state.potential,
             fleet=fleet,
             retries=retries,
             seen=state.seen,
         )
-        now = _look(new, params)
-        if state.seen is None:
-            obs, outlook = _observe(new, now, params)
-        else:
-            outlook, _ = assess(site, now.batch, by_expert(params.bank.log_length_error, fleet))
-            age = state.seen.age + gap
-            seen = jax.tree.map(
-                lambda new, old: jnp.where(age >= params.refresh_interval, new, old), now, state.seen._replace(age=age)
-            )
-            new = new._replace(seen=seen)
-            obs, _ = _observe(new, seen, params)
-        new = new._replace(potential=outlook.expected_qos.sum())
+        obs, new = self._observe(new, params, gap)
 
-        info = {
-            "ended": ended,
-            "request": slots.request,
-            "qos": qos,
-            "quality": table.quality,
-            "in_time": in_time,
-            "ttft": slots.ttft + site.network_delay + age_before,
-            "latency": latency,
-            "output_tokens": slots.output_tokens,
-            "latency_requirement": table.latency_requirement,
-            "preemptions": slots.preemptions,
-            "lost": lost,
-            "rejected": rejected,
-            "busy_seconds": site_state.busy_seconds,
-            "kv_token_seconds": site_state.kv_token_seconds,
-            "gap": gap,
-            "qos_sum": qos.sum(),
-            "num_completed": ended.sum(),
-            "num_late": (ended & ~in_time).sum(),
-            "num_lost": lost.sum(),
-        }
-        earned = jnp.where(in_time, table.predicted_quality, 0.0).sum() if self.expected_quality else info["qos_sum"]
+        info = served.info | {"gap": gap}
+        earned = served.expected_qos if self.expected_quality else info["qos_sum"]
         return obs, new, _reward(params, state.potential, new.potential, earned, info), info
+
+    def _observe(self, state: EnvState, params: EnvParams, gap: Float[Array, ""]) -> tuple[Observation, EnvState]:
+        """Return what the router sees, and the state with what is remembered of it."""
+        seen, potential, obs = _see(
+            site_of(state, params),
+            by_expert(params.bank.log_length_error, state.fleet),
+            state.site,
+            state.table,
+            state.retries,
+            state.up,
+            state.latency_sum / jnp.maximum(state.latency_count, 1e-6),
+            state.request,
+            state.mean_gap,
+            state.seen,
+            gap,
+            params.refresh_interval,
+        )
+        return obs, state._replace(potential=potential, seen=seen if self.stale else None)
+
+
+class _Served(NamedTuple):
+    """What a step did at the experts."""
+
+    site: SiteState
+    """Without what was lost."""
+    table: SlotTable
+    retries: Retries | None
+    latency_sum: Float[Array, "expert"]
+    """Normalised latencies of what ended."""
+    num_ended: Int[Array, "expert"]
+    expected_qos: Float[Array, ""]
+    """QoS of what ended, at its predicted quality."""
+    info: dict[str, Array]
+
+
+@lanes_last
+def _serve(
+    site: Site,
+    state: SiteState,
+    table: SlotTable,
+    retries: Retries | None,
+    up: Bool[Array, "expert"],
+    failed: Bool[Array, "expert"],
+    request: Request,
+    action: Int[Array, ""],
+    gap: Float[Array, ""],
+) -> _Served:
+    """Send the request to the chosen expert, if it takes it, and let `gap` pass, at whose end some experts fail."""
+    prompt = jnp.broadcast_to(request.prompt_tokens, request.output_tokens.shape)
+    accepted = (positions(up) == action) & up & can_accept(site, state, prompt, request.output_tokens)
+    state, placement = enqueue(site, state, accepted, request.number, prompt, request.output_tokens)
+    table = SlotTable(
+        quality=placement.put(table.quality, request.quality),
+        predicted_quality=placement.put(table.predicted_quality, request.predicted_quality),
+        predicted_output_tokens=placement.put(table.predicted_output_tokens, request.predicted_output_tokens),
+        latency_requirement=placement.put(table.latency_requirement, request.latency_requirement),
+    )
+    age_before: Array | float = 0.0
+    if retries is not None:
+        retries = retries._replace(
+            number=placement.put(retries.number, request.number),
+            row=placement.put(retries.row, request.row),
+            age=placement.put(retries.age, request.age),
+        )
+        age_before = retries.age
+    state = advance(site, state, gap)
+
+    slots = state.slots
+    ended = slots.status == SlotStatus.ENDED
+    lost = failed & (slots.status == SlotStatus.ACTIVE)
+    if retries is not None:
+        age = retries.age + site.network_delay - slots.ready
+        retries = retries._replace(marked=retries.marked | lost, age=jnp.where(lost, age, retries.age))
+        lost = jnp.zeros_like(lost)
+    latency = slots.latency + site.network_delay + age_before
+    normalised = latency / jnp.maximum(slots.output_tokens, 1)
+    in_time = ended & (normalised <= table.latency_requirement)
+    qos = jnp.where(in_time, table.quality, 0.0)
+    everywhere = (0, 1)
+    info = {
+        "ended": ended,
+        "request": slots.request,
+        "qos": qos,
+        "quality": table.quality,
+        "in_time": in_time,
+        "ttft": slots.ttft + site.network_delay + age_before,
+        "latency": latency,
+        "output_tokens": slots.output_tokens,
+        "latency_requirement": table.latency_requirement,
+        "preemptions": slots.preemptions,
+        "lost": lost,
+        "rejected": ~accepted.any(0),
+        "busy_seconds": state.busy_seconds,
+        "kv_token_seconds": state.kv_token_seconds,
+        "qos_sum": qos.sum(everywhere),
+        "num_completed": ended.sum(everywhere),
+        "num_late": (ended & ~in_time).sum(everywhere),
+        "num_lost": lost.sum(everywhere),
+    }
+    return _Served(
+        site=clear(state, failed),
+        table=table,
+        retries=retries,
+        latency_sum=jnp.where(ended, normalised, 0.0).sum(0),
+        num_ended=ended.sum(0),
+        expected_qos=jnp.where(in_time, table.predicted_quality, 0.0).sum(everywhere),
+        info=info,
+    )
 
 
 def _reward(
@@ -381,10 +440,27 @@ def _request(
     )
 
 
-def _look(state: EnvState, params: EnvParams) -> Snapshot:
-    """Return what there is to see of the experts now."""
-    site, slots, table = site_of(state, params), state.site.slots, state.table
-    running, waiting = running_and_waiting(state.site)
+@lanes_last
+def _see(
+    site: Site,
+    log_error: Float[Array, "expert"],
+    state: SiteState,
+    table: SlotTable,
+    retries: Retries | None,
+    up: Bool[Array, "expert"],
+    recent_latency: Float[Array, "expert"],
+    request: Request,
+    mean_gap: Float[Array, ""],
+    seen: Snapshot | None,
+    gap: Float[Array, ""],
+    refresh_interval: Float[Array, ""],
+) -> tuple[Snapshot, Float[Array, ""], Observation]:
+    """Return the latest look at the experts, their potential now, and what the router sees of both request and experts.
+
+    The look is at the present, unless that in `seen` is more recent than `refresh_interval`.
+    """
+    slots = state.slots
+    running, waiting = running_and_waiting(state)
     age = site.network_delay - slots.ready
     batch = Batch(
         running=running,
@@ -392,21 +468,20 @@ def _look(state: EnvState, params: EnvParams) -> Snapshot:
         prompt_tokens=slots.prompt_tokens.astype(jnp.float32),
         computed=slots.computed.astype(jnp.float32),
         generated=slots.generated.astype(jnp.float32),
-        age=age if state.retries is None else age + state.retries.age,
+        age=age if retries is None else age + retries.age,
         latency_requirement=table.latency_requirement,
         predicted_quality=table.predicted_quality,
         predicted_output_tokens=table.predicted_output_tokens,
     )
-    recent_latency = state.latency_sum / jnp.maximum(state.latency_count, 1e-6)
-    return Snapshot(batch, recent_latency, state.up, age=jnp.float32(0.0))
-
-
-def _observe(state: EnvState, seen: Snapshot, params: EnvParams) -> tuple[Observation, Outlook]:
-    """Return what the router sees: the arriving request as it is, the experts as in `seen`."""
-    site, request, batch = site_of(state, params), state.request, seen.batch
-    running, waiting = batch.running, batch.waiting
-    log_error = by_expert(params.bank.log_length_error, state.fleet)
     outlook, load = assess(site, batch, log_error)
+    potential = outlook.expected_qos.sum(0)
+    look = Snapshot(batch, recent_latency, up, age=jnp.zeros_like(mean_gap))
+    if seen is not None:
+        old = seen._replace(age=seen.age + gap)
+        look = jax.tree.map(lambda new, old: jnp.where(seen.age + gap >= refresh_interval, new, old), look, old)
+        batch = look.batch
+        outlook, load = assess(site, batch, log_error)
+
     prompt_tokens = request.prompt_tokens.astype(jnp.float32)
     impact = estimate_impact(
         site,
@@ -420,9 +495,9 @@ def _observe(state: EnvState, seen: Snapshot, params: EnvParams) -> tuple[Observ
         request.predicted_output_tokens,
         request.age,
     )
-    num_waiting = waiting.sum(0)
+    num_waiting = batch.waiting.sum(0)
     experts = Experts(
-        num_running=running.sum(0).astype(jnp.float32),
+        num_running=batch.running.sum(0).astype(jnp.float32),
         num_waiting=num_waiting.astype(jnp.float32),
         max_num_seqs=site.max_num_seqs.astype(jnp.float32),
         max_waiting=site.max_waiting.astype(jnp.float32),
@@ -434,19 +509,19 @@ def _observe(state: EnvState, seen: Snapshot, params: EnvParams) -> tuple[Observ
         weight_load=site.weight_load,
         compute_per_token=site.compute_per_token,
         network_delay=site.network_delay,
-        recent_latency=seen.recent_latency,
+        recent_latency=look.recent_latency,
         expected_qos=outlook.expected_qos,
-        up=seen.up,
+        up=look.up,
         # The true length is unknown to the router, so that a request too long for the memory is found out late.
-        available=seen.up & (num_waiting < site.max_waiting) & (request.prompt_tokens < site.kv_capacity),
+        available=look.up & (num_waiting < site.max_waiting) & (request.prompt_tokens < site.kv_capacity),
     )
-    active = running | waiting
+    active = batch.running | batch.waiting
 
     def per_expert(value: Array) -> Array:
-        return jnp.where(active, value, 0.0).T
+        return jnp.swapaxes(jnp.where(active, value, 0.0), 0, 1)
 
     obs = Observation(
-        arrival=Arrival(prompt_tokens, request.latency_requirement, 1 / state.mean_gap, request.age),
+        arrival=Arrival(prompt_tokens, request.latency_requirement, 1 / mean_gap, request.age),
         experts=experts,
         candidates=Candidates(request.predicted_quality, request.predicted_output_tokens, impact),
         in_flight=InFlight(
@@ -460,7 +535,7 @@ def _observe(state: EnvState, seen: Snapshot, params: EnvParams) -> tuple[Observ
             remaining_tokens=per_expert(outlook.remaining_tokens),
             in_time=per_expert(outlook.in_time),
         ),
-        running=running.T,
-        waiting=waiting.T,
+        running=jnp.swapaxes(batch.running, 0, 1),
+        waiting=jnp.swapaxes(batch.waiting, 0, 1),
     )
-    return obs, outlook
+    return look, potential, obs

@@ -15,7 +15,7 @@ from jax.scipy.special import ndtr
 from jaxtyping import Array, Float
 
 from jaxroute.env.types import Batch, Impact
-from jaxroute.serving import Site
+from jaxroute.serving import Site, positions
 
 # Relative error (standard deviation) of the frozen batch's iteration time over the life of a request.
 RATE_ERROR = 0.25
@@ -120,7 +120,7 @@ def assess(site: Site, batch: Batch, log_error: Float[Array, "expert"]) -> tuple
     pending_output = (active * remaining).sum(0)
     departure_time = time * pending_output / per_request / jnp.maximum(num_seqs, 1.0)
     # Queue position, first in line = 1; running requests have been served already.
-    position = jnp.arange(active.shape[0], dtype=jnp.float32)[:, None]
+    position = positions(active)
     head = jnp.where(batch.waiting, position, jnp.inf).min(0)
     wait = jnp.where(batch.waiting, jnp.maximum(position - head + 1 - seats, 0.0) * departure_time, 0.0)
     elapsed = batch.age + site.network_delay + wait + _prefill_stall(site, prefill, num_seqs)

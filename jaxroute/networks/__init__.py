@@ -19,8 +19,8 @@ class NetworkConfig:
 
     kind: str = "han"
     """han, or mlp for the flat ablation."""
-    hidden: int = 64
-    heads: int = 4
+    hidden: int = 32
+    heads: int = 2
     dense: bool = True
     semantic_attention: bool = True
     use_impact: bool = True

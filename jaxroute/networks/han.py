@@ -102,8 +102,8 @@ class SemanticAttention(nn.Module):
 class HAN(nn.Module):
     """Actor and critic over the heterogeneous graph."""
 
-    hidden: int = 64
-    heads: int = 4
+    hidden: int = 32
+    heads: int = 2
     dense: bool = True
     """The dense formulation; False takes jraph's segment operations. Same parameters, same result."""
     semantic_attention: bool = True

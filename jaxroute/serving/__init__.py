@@ -9,12 +9,14 @@ from jaxroute.serving.engine import (
     SlotStatus,
     advance,
     can_accept,
+    clear,
     enqueue,
     idle_site,
     num_waiting,
     running_and_waiting,
     with_output_tokens,
 )
+from jaxroute.serving.lanes import lanes_last, positions
 from jaxroute.serving.replay import Outcomes, Requests, replay
 from jaxroute.serving.site import ExpertConfig, Site, SiteConfig, build_site
 
@@ -30,9 +32,12 @@ __all__ = [
     "advance",
     "build_site",
     "can_accept",
+    "clear",
     "enqueue",
     "idle_site",
+    "lanes_last",
     "num_waiting",
+    "positions",
     "replay",
     "running_and_waiting",
     "with_output_tokens",

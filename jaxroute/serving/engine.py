@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from jaxroute.serving.lanes import lanes_last, positions
 from jaxroute.serving.site import Site
 
 # Finite, so that no product with it is NaN, and above every time that can be asked for.
@@ -144,10 +144,16 @@ def idle_site(num_experts: int, num_slots: int) -> SiteState:
     )
 
 
+def clear(state: SiteState, failed: Bool[Array, "*lanes"]) -> SiteState:
+    """Return the state with failed experts as idle ones, at which nothing has arrived."""
+    # At an idle expert, all slots are alike.
+    return jax.tree.map(lambda idle, now: jnp.where(failed, idle.ravel()[0], now), idle_site(1, 1), state)
+
+
 def running_and_waiting(state: SiteState) -> tuple[Bool[Array, "slot *lanes"], Bool[Array, "slot *lanes"]]:
     """Return which slots hold a running and which a waiting request."""
     active = state.slots.status == SlotStatus.ACTIVE
-    admitted = _positions(active) < state.num_admitted
+    admitted = positions(active) < state.num_admitted
     return active & admitted, active & ~admitted
 
 
@@ -178,7 +184,7 @@ def enqueue(
         The new state, and the placement, with which a caller keeps a table of its own beside the slots.
     """
     slots = state.slots
-    position = _positions(slots.status)
+    position = positions(slots.status)
     active = slots.status == SlotStatus.ACTIVE
     num_slots = position.shape[0]
     tail = jnp.where(active, position + 1, 0).max(0)
@@ -230,28 +236,26 @@ def advance(site: Site, state: SiteState, gap: Float[Array, ""]) -> SiteState:
     Afterwards each expert has applied exactly the iterations that ended at or before the new now, and the
     schedule of the iteration that began before it is fixed. Requests that completed are marked
     `SlotStatus.ENDED` with `ttft` and `latency` set.
-
-    Under `vmap`, states batched along their last axis (`in_axes=-1`) are advanced without a transposition.
     """
-    return _advance(site, state, jnp.broadcast_to(gap, state.clock.shape))
+    return _advance(site, state, gap)
 
 
-# Environments are only more lanes. A while_loop under vmap would select old or new for each environment, in every
-# array and every round.
-@custom_vmap
-def _advance(site: Site, state: SiteState, until: Float[Array, "*lanes"]) -> SiteState:
-    lanes = until.shape
-    flat = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[: leaf.ndim - len(lanes)], -1), (site, state, until))
-    return jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:-1], *lanes), _advance_lanes(*flat))
+@lanes_last
+def _advance(site: Site, state: SiteState, gap: Float[Array, "*lanes"]) -> SiteState:
+    """Treat all axes behind the slots as one: experts of all environments are independent of each other."""
+    lanes = jnp.broadcast_shapes(
+        gap.shape, *(leaf.shape for leaf in state[1:]), *(leaf.shape[1:] for leaf in state.slots)
+    )
 
+    def flat(leaf: Array, ndim: int) -> Array:
+        front = leaf.shape[: leaf.ndim - ndim]
+        return jnp.broadcast_to(leaf, (*front, *lanes)).reshape(*front, -1)
 
-@_advance.def_vmap
-def _advance_batched(axis_size: int, in_batched: list, *arguments: Any) -> tuple:
-    def innermost(leaf: Array, batched: bool) -> Array:
-        return jnp.moveaxis(leaf, 0, -1) if batched else jnp.broadcast_to(leaf[..., None], (*leaf.shape, axis_size))
-
-    new = _advance(*jax.tree.map(innermost, arguments, tuple(in_batched)))
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0), new), jax.tree.map(lambda _: True, new)
+    site = jax.tree.map(lambda leaf: flat(leaf, leaf.ndim), site)
+    slots = Slots(*(flat(leaf, leaf.ndim - 1) for leaf in state.slots))
+    state = SiteState(slots, *(flat(leaf, leaf.ndim) for leaf in state[1:]))
+    state = _advance_lanes(site, state, flat(gap, gap.ndim))
+    return jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:-1], *lanes), state)
 
 
 def _advance_lanes(site: Site, state: SiteState, until: Float[Array, "lane"]) -> SiteState:
@@ -285,9 +289,7 @@ def _advance_lanes(site: Site, state: SiteState, until: Float[Array, "lane"]) ->
     return _decode_until(site, state, until)
 
 
-def _until_no_event(
-    site: Site, state: SiteState, event: Int[Array, "lane"], until: Float[Array, "lane"]
-) -> SiteState:
+def _until_no_event(site: Site, state: SiteState, event: Int[Array, "lane"], until: Float[Array, "lane"]) -> SiteState:
     """Let events happen until no lane has another one before `until`."""
 
     def one_each(carry: tuple[SiteState, Array]) -> tuple[SiteState, Array]:
@@ -346,7 +348,7 @@ def _next_event(site: Site, state: SiteState, event: Int[Array, "lane"], until: 
     # The next one is scheduled: running requests first, in order of admission, then the queue, up to the first for whom
     # there is no room. Slots are in this order, so sums over those before tell what is left for each.
     active = status == SlotStatus.ACTIVE
-    running = active & (_positions(status) < state.num_admitted)
+    running = active & (positions(status) < state.num_admitted)
     need = jnp.where(active, slots.prompt_tokens + generated - computed, 0)
     # No more than the budget, so that the sums are exact in float32.
     wanted = jnp.minimum(need, site.max_num_batched_tokens)
@@ -489,7 +491,3 @@ def _iterations_within(
     k += _elapsed(k + 1, duration, growth) <= time
     k -= (_elapsed(k, duration, growth) > time) & (k > 0)
     return k
-
-
-def _positions(like: Int[Array, "slot *lanes"]) -> Int[Array, "slot *ones"]:
-    return jnp.arange(like.shape[0], dtype=jnp.int32).reshape(-1, *(1,) * (like.ndim - 1))
