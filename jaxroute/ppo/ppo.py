@@ -35,10 +35,10 @@ class PPOConfig:
     """Environments side by side; null takes what fits the backend (256 on a CPU, 8192 on an accelerator)."""
     num_steps: int = 32
     """Steps of each environment per update."""
-    num_epochs: int = 2
+    num_epochs: int = 1
     num_minibatches: int = 8
     total_steps: int | None = None
-    """Environment steps in all; null takes 786,432 on a CPU, 100,663,296 on an accelerator."""
+    """Environment steps in all; null takes 1,572,864 on a CPU, 100,663,296 on an accelerator."""
     learning_rate: float = 1e-3
     anneal: bool = True
     """Lower the learning rate linearly to zero."""

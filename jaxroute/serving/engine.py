@@ -6,9 +6,12 @@ nobody can be admitted, any number of iterations is applied in closed form.
 
 Two choices keep this small. *One ordered list per expert*: its slots hold the running requests in order of
 admission, then the waiting ones in queue order, so that admission and preemption only move the border
-between them (`num_admitted`), and one pass over the slots applies an iteration and schedules the next. Requests
-that end leave holes; `enqueue` closes one when it needs room. *Times are relative to now*: `advance` ends by shifting
-them, so float32 stays exact in an endless run.
+between them (`num_admitted`), and sums over the slots before one tell what is left for it. Requests that end leave
+holes; `enqueue` closes one when it needs room. *Times are relative to now*: `advance` ends by shifting them, so float32
+stays exact in an endless run.
+
+Most experts only go on decoding from one arrival to the next, which is one formula (`_decode_until`). The few whose
+schedule changes before that are gathered, and taken from event to event until none has another (`_next_event`).
 
 Slots are the leading axis; the axes behind it (`*lanes`: experts, and environments when batched) are
 independent of each other. So scalars of a lane broadcast, and reductions over slots are sums of long vectors.
@@ -271,8 +274,7 @@ def _advance_lanes(site: Site, state: SiteState, until: Float[Array, "lane"]) ->
     if num_lanes < _FEW_LANES:
         return _decode_until(site, _until_no_event(site, state, event, until), until)
 
-    # Between two arrivals, most experts only go on decoding. The others are gathered: a quarter of the lanes, and
-    # with the next few rounds among a third of all there is seldom need for a second helping.
+    # About a quarter has an event on a busy site, so there is seldom need for a second helping.
     together = num_lanes // 3
 
     def some(carry: tuple[SiteState, Array]) -> tuple[SiteState, Array]:
