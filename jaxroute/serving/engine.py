@@ -173,6 +173,7 @@ def can_accept(
     return fits & (num_waiting(state) < site.max_waiting)
 
 
+@lanes_last
 def enqueue(
     site: Site,
     state: SiteState,
