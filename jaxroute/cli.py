@@ -14,13 +14,15 @@ from typing import get_type_hints
 import jax
 from rich.console import Console
 
-from jaxroute.config import Config, config_folder, config_yaml, load_config
+from jaxroute.config import Config, config_folder, config_yaml, load_config, read_config
 from jaxroute.errors import UserError
 from jaxroute.evaluation import EvaluationResult, evaluate, results_table, summary_text, write_all
 from jaxroute.evaluation.study import run_study, study_text, terminal_table, verdict_table, write_study
+from jaxroute.evaluation.viewer import view_episode
 from jaxroute.policies import LEARNED, rules_named
 from jaxroute.scenarios import build_env, on_test_prompts
-from jaxroute.training import is_first_process, join_processes, seed_runs, train
+from jaxroute.training import is_first_process, join_processes, run_of, seed_runs, split_cpu, train
+from jaxroute.training.checkpoint import CONFIG_FILE
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +39,8 @@ def _train(config: Config, console: Console, argv: Sequence[str]) -> None:
     if config.train.distributed:
         join_processes()
         console.quiet = not is_first_process()
+    else:
+        split_cpu(config)
     command = _command("train.py", argv)
     if config.study is not None:
         raise UserError(f"study={config.study.name} is for eval.py; train.py trains one router")
@@ -44,7 +48,8 @@ def _train(config: Config, console: Console, argv: Sequence[str]) -> None:
     rules_named(config.policies)
     if config.train.evaluate:
         build_env(on_test_prompts(config))
-    run = _new_run(config, f"train-{config.workload.name}-seed{config.seed}")
+    resumed = Path(config.resume) if config.resume else None
+    run = resumed or _new_run(config, f"train-{config.workload.name}-seed{config.seed}")
 
     def judge() -> dict[str, float]:
         console.print(f"Run directory: {run}")
@@ -64,8 +69,17 @@ def _train(config: Config, console: Console, argv: Sequence[str]) -> None:
 
 def _eval(config: Config, console: Console, argv: Sequence[str]) -> None:
     command = _command("eval.py", argv)
+    if config.resume or config.fork:
+        raise UserError("resume and fork are for train.py; eval.py takes checkpoint=<run>")
     if config.study is not None:
+        if config.view is not None:
+            raise UserError(
+                f"view={config.view} shows one episode and study={config.study.name} judges many; choose one"
+            )
         _study(config, config.study.name, console, argv, command)
+        return
+    if config.view is not None:
+        _view(config, console, command)
         return
     run = _new_run(config, f"eval-{config.workload.name}-{config.bank.kind}")
     result = evaluate(config, console, command=command)
@@ -86,6 +100,12 @@ def _study(config: Config, name: str, console: Console, argv: Sequence[str], com
     console.print(study_text(study))
     console.print(f"Report: {written['study.html']}")
     console.print(f"Tables: {written['study.md']}")
+
+
+def _view(config: Config, console: Console, command: str) -> None:
+    run = _new_run(config, f"view-{config.view}-{config.workload.name}")
+    page = view_episode(config, console, run, command=command)
+    console.print(f"Open in a browser: {page}")
 
 
 def _main_figures(result: EvaluationResult) -> dict[str, float]:
@@ -133,15 +153,50 @@ def _run(
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         if "--cfg" in argv:
-            print(config_yaml(load_config([flag for flag in argv if flag != "--cfg"])), end="")
+            print(config_yaml(_config([flag for flag in argv if flag != "--cfg"])), end="")
             return 0
-        config = load_config(argv)
+        config = _config(argv)
         use_compilation_cache()
         main(config, console, argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+# What does not change a training, and may differ when it is resumed.
+_HARMLESS = (
+    "resume=",
+    "train.evaluate=",
+    "train.save_interval=",
+    "train.keep=",
+    "wandb.",
+    "eval.",
+    "policies=",
+    "data_dir=",
+)
+
+
+def _config(argv: Sequence[str]) -> Config:
+    """Return the configuration of a command line, which starts from that of the run that it resumes or forks."""
+    config = load_config(argv)
+    if config.resume is None and config.fork is None:
+        return config
+    if config.resume is not None and config.fork is not None:
+        raise UserError("resume goes on with a run as it is, fork starts another one from it; choose one of them")
+    if config.fork is not None:
+        of_run = read_config(run_of(Path(config.fork), "fork") / CONFIG_FILE)
+        return load_config(argv, replace(of_run, output_dir=None))
+    assert config.resume is not None
+    if changed := [option for option in argv if not option.startswith(_HARMLESS)]:
+        raise UserError(
+            f"{changed[0]}: a resumed run keeps its options, but for {', '.join(_HARMLESS[1:])}; "
+            f"to change others, start a new run with fork={config.resume}"
+        )
+    run = run_of(Path(config.resume), "resume")
+    if run != Path(config.resume):
+        raise UserError(f"resume={config.resume} is a part of a run; resume={run} goes on with it")
+    return load_config(argv, read_config(run / CONFIG_FILE))
 
 
 def use_compilation_cache() -> None:

@@ -103,11 +103,15 @@ class TrainConfig:
     """Several processes train together; each is started with the same options."""
     evaluate: bool = True
     """Judge the trained router against the rules at the end."""
+    save_interval: int = 10
+    """Most looks from the host between two saves of the whole state, from which a run can go on."""
+    keep: int = 2
+    """Latest states to keep, beside the one of the best average QoS."""
 
     def __post_init__(self) -> None:
         if len(self.rates) != 2 or not 0 < self.rates[0] <= self.rates[1] < float("inf"):
             raise UserError(f"train: rates={list(self.rates)} must be two numbers, 0 < least <= greatest")
-        for name in ("redraw_every", "log_interval", "num_seeds"):
+        for name in ("redraw_every", "log_interval", "num_seeds", "save_interval", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train: {name}={getattr(self, name)} must be at least 1")
         if self.arrivals is not None and self.arrivals not in PROCESSES:
@@ -239,6 +243,13 @@ class Config:
     """eval.py: a run directory or one of its checkpoints; without it the rules are compared alone."""
     policies: list[str] | None = None
     """Rules to judge; all by default."""
+    resume: str | None = None
+    """train.py: a run directory, whose training goes on as if it had not been interrupted, with its own options."""
+    fork: str | None = None
+    """train.py: a run directory or one of its states or checkpoints, to start a new run from, with the run's options
+    unless the command line changes them."""
+    view: str | None = None
+    """eval.py: instead of judging, record one episode of this policy, jaxroute or a rule, to watch in a browser."""
 
     def __post_init__(self) -> None:
         _check_seed("", self.seed)
@@ -266,8 +277,8 @@ def register_schema() -> None:
 _OPEN = ("bank.models.", "bank.models=", "study.routers.", "study.routers=")
 
 
-def load_config(overrides: Sequence[str] = ()) -> Config:
-    """Compose and check the configuration that these Hydra overrides describe.
+def load_config(overrides: Sequence[str] = (), base: Config | None = None) -> Config:
+    """Compose and check the configuration that these Hydra overrides describe; what they leave open is as in `base`.
 
     Raises:
         UserError: an unknown key or group, a wrong type, a value out of range.
@@ -286,9 +297,18 @@ def load_config(overrides: Sequence[str] = ()) -> Config:
                 raise UserError(f"unknown option {option}; every option exists already, so leave out the +")
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
             composed = compose("config", overrides=overrides)
-        return typed(composed)
+        return typed(composed if base is None else _changed(base, composed, overrides))
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(_explain(error)) from None
+
+
+def _changed(base: Config, composed: Any, overrides: Sequence[str]) -> Any:
+    """Return `base` with what the overrides name as it is in `composed`."""
+    changed = OmegaConf.structured(base)
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        OmegaConf.update(changed, key, OmegaConf.select(composed, key), merge=False)
+    return changed
 
 
 def read_config(path: Path) -> Config:

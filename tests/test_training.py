@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -20,7 +21,7 @@ from jaxroute.errors import UserError
 from jaxroute.evaluation import EpisodeRecords, episodes, evaluate_policies
 from jaxroute.evaluation.metrics import COMPLETED, IN_FLIGHT, REJECTED
 from jaxroute.policies import rules_named
-from jaxroute.ppo import Learner
+from jaxroute.ppo import Learner, PPOState
 from jaxroute.scenarios import build_env, on_test_prompts
 from jaxroute.training import latest_checkpoint, load_policy, train
 from jaxroute.training.train import with_default_sizes
@@ -118,9 +119,8 @@ class Counting:
 
         self.updates, self.asked = 0, config
         steps = config.num_envs * config.num_steps
-        return Learner(
-            lambda key: SimpleNamespace(params={"w": np.zeros(2)}), update, steps, config.total_steps // steps
-        )
+        state = PPOState({"w": jnp.zeros(2)}, (), (), (), jax.random.key(0), jnp.int32(0))
+        return Learner(lambda key: state, update, steps, config.total_steps // steps)
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ from jaxroute.training.checkpoint import (
     latest_checkpoint,
     load_policy,
     read_policy,
+    run_of,
     seed_runs,
 )
-from jaxroute.training.processes import is_first_process, join_processes
+from jaxroute.training.processes import is_first_process, join_processes, split_cpu
 from jaxroute.training.train import train
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "latest_checkpoint",
     "load_policy",
     "read_policy",
+    "run_of",
     "seed_runs",
+    "split_cpu",
     "train",
 ]

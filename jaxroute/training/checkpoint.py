@@ -68,22 +68,28 @@ def read_policy(path: str | Path) -> TrainedPolicy:
         UserError: there is none, or it is damaged.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"checkpoint {path} does not exist; give a run directory, e.g. checkpoint=outputs/<run>")
-    if (path / CONFIG_FILE).is_file():
-        run, checkpoint = path, latest_checkpoint(path)
-    else:
-        run, checkpoint = path.parent.parent, path
-        if not (run / CONFIG_FILE).is_file():
-            raise UserError(
-                f"checkpoint {path}: no {CONFIG_FILE} beside it; give the run directory that train.py wrote"
-            )
+    run = run_of(path)
+    checkpoint = latest_checkpoint(path) if path == run else path
     config = read_config(run / CONFIG_FILE)
     try:
-        params = _restore(checkpoint)
+        params = restore(checkpoint)
     except Exception as error:  # Orbax raises many kinds; to the user they all mean an unreadable checkpoint.
         raise UserError(f"checkpoint {checkpoint} cannot be read ({type(error).__name__}); is it complete?") from error
     return TrainedPolicy(build_network(config.network), params, checkpoint)
+
+
+def run_of(path: Path, option: str = "checkpoint") -> Path:
+    """Return the run directory that `path` is, or is a checkpoint or state of.
+
+    Raises:
+        UserError: it is neither; `option` is what the user gave it as.
+    """
+    if not path.exists():
+        raise UserError(f"{option} {path} does not exist; give a run directory, e.g. {option}=outputs/<run>")
+    for run in (path, path.parent.parent):
+        if (run / CONFIG_FILE).is_file():
+            return run
+    raise UserError(f"{option} {path}: no {CONFIG_FILE} beside it; give the run directory that train.py wrote")
 
 
 def latest_checkpoint(run: Path) -> Path:
@@ -107,8 +113,8 @@ def _checkpointer() -> ocp.StandardCheckpointer:
     return ocp.StandardCheckpointer(**{"multiprocessing_options": alone} if jax.process_count() > 1 else {})
 
 
-def _restore(checkpoint: Path) -> Any:
-    """Read parameters, without stack traces on the terminal if that fails.
+def restore(checkpoint: Path) -> Any:
+    """Read what Orbax has written, without stack traces on the terminal if that fails.
 
     Orbax gives up at the first read that fails. Those still under way report to its event loop, which is closed by
     then: from other threads, and perhaps after this has returned, so that the hook stays where it failed.
@@ -121,9 +127,9 @@ def _restore(checkpoint: Path) -> Any:
 
     sys.unraisablehook = report_others
     with _checkpointer() as checkpointer:
-        params = checkpointer.restore(checkpoint.resolve())
+        restored = checkpointer.restore(checkpoint.resolve())
     sys.unraisablehook = report
-    return params
+    return restored
 
 
 def check_fits(policy: TrainedPolicy, env: EdgeRouting, env_params: EnvParams) -> None:

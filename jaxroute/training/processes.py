@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 import jax
 
+from jaxroute.config import Config
 from jaxroute.errors import UserError
+
+# Environments of a training on a CPU, unless the user says otherwise.
+ENVS_ON_CPU = 256
 
 # The others wait at their end for the first process, which still judges the router.
 _SHUTDOWN_TIMEOUT = 24 * 3600  # s
@@ -33,6 +38,20 @@ def join_processes() -> None:
             f"train.distributed: {reason}; set JAX_COORDINATOR_ADDRESS=<host>:<port>, JAX_NUM_PROCESSES and "
             "JAX_PROCESS_ID for each process, or start them with srun"
         ) from None
+
+
+def split_cpu(config: Config) -> None:
+    """Make two devices of a CPU, on which training is half as fast again; to be called before anything else of JAX.
+
+    Most of a step's programs are too short for JAX to share one among cores. Does nothing for few environments, where
+    the user has said how many devices there are, or where JAX runs already.
+    """
+    num_envs = config.ppo.num_envs or ENVS_ON_CPU
+    pays = num_envs >= ENVS_ON_CPU and num_envs % (2 * config.ppo.num_minibatches) == 0
+    asked = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if pays and not asked and (os.cpu_count() or 1) > 1:
+        with suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", 2)
 
 
 def is_first_process() -> bool:

@@ -16,10 +16,12 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Tracker:
-    """Write each set of metrics to metrics.jsonl and, by configuration, to W&B."""
+    """Write each set of metrics to metrics.jsonl, after those of the first `steps`, and, by configuration, to W&B."""
 
-    def __init__(self, run: Path, config: Config, warn: Callable[[str], None]) -> None:
-        self._file = (run / METRICS_FILE).open("w", buffering=1)
+    def __init__(self, run: Path, config: Config, warn: Callable[[str], None], steps: int = 0) -> None:
+        _keep_lines(run / METRICS_FILE, steps)
+        self._file = (run / METRICS_FILE).open("a", buffering=1)
+        self._warn = warn
         self._wandb: Any = None
         if config.wandb.mode != "disabled":
             self._wandb = _start_wandb(run, config, warn)
@@ -27,13 +29,11 @@ class Tracker:
     def log(self, metrics: dict[str, float]) -> None:
         """Add one line."""
         self._file.write(json.dumps(metrics) + "\n")
-        if self._wandb is not None:
-            self._wandb.log(metrics)
+        self._tell_wandb(lambda wandb: wandb.log(metrics))
 
     def summary(self, values: dict[str, float]) -> None:
         """Note final results with the run in W&B."""
-        if self._wandb is not None:
-            self._wandb.summary.update(values)
+        self._tell_wandb(lambda wandb: wandb.summary.update(values))
 
     def __enter__(self) -> Tracker:
         return self
@@ -42,8 +42,29 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+        self._tell_wandb(lambda wandb: wandb.finish(exit_code=0 if kind is None else 1))
+
+    def _tell_wandb(self, tell: Callable[[Any], None]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            tell(self._wandb)
+        except Exception as error:  # Whatever it is, training goes on.
+            self._wandb = None
+            self._warn(f"W&B: {_reason(error)}; going on without W&B")
+
+
+def _keep_lines(path: Path, steps: int) -> None:
+    """Leave the metrics of the first `steps`, which a resumed run goes on from."""
+    lines = path.read_text().splitlines(keepends=True) if steps and path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["steps"] <= steps]
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(kept))
+    beside.replace(path)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _start_wandb(run: Path, config: Config, warn: Callable[[str], None]) -> Any:
@@ -65,7 +86,7 @@ def _start_wandb(run: Path, config: Config, warn: Callable[[str], None]) -> Any:
             config=dataclasses.asdict(config),
         )
         started.define_metric("*", step_metric="steps")
-    except wandb.Error as error:
-        warn(f"W&B: {str(error).splitlines()[0]}; going on without W&B")
+    except Exception as error:  # W&B and what is below it raise many kinds.
+        warn(f"W&B: {_reason(error)}; going on without W&B")
         return None
     return started

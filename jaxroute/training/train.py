@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,12 +23,17 @@ from jaxroute.networks import build_network
 from jaxroute.ppo import make_ppo
 from jaxroute.scenarios import training_env
 from jaxroute.training.checkpoint import CHECKPOINTS, save_params, seed_runs, write_config
-from jaxroute.training.processes import is_first_process
+from jaxroute.training.interrupts import Interrupts
+from jaxroute.training.memory import check_memory, memory_advice
+from jaxroute.training.processes import ENVS_ON_CPU, is_first_process
+from jaxroute.training.states import STATES, StateWriter, forget_others, forked, read_state, resumed
 from jaxroute.training.tracking import METRICS_FILE, Tracker
 
 # Environments and total steps.
-_SIZES_ON_CPU = (256, 96 * 256 * 32)
+_SIZES_ON_CPU = (ENVS_ON_CPU, 192 * ENVS_ON_CPU * 32)
 _SIZES_ON_ACCELERATORS = (8192, 384 * 8192 * 32)
+# Losses are of the order of one.
+_GREATEST_LOSS = 1e6
 
 
 def with_default_sizes(config: Config) -> Config:
@@ -46,15 +52,19 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
 
     With several seeds the parameters have a leading axis for them, metrics are means over them, and each has a run
     directory of its own in `run`. `judge` is called at the end, and what it finds is noted with the run. Of several
-    processes, only the first writes and judges.
+    processes, only the first writes and judges. With `config.resume`, the training in `run` goes on; with
+    `config.fork`, the new one starts from another's parameters. SIGINT and SIGTERM end it after the call under way.
 
     Raises:
-        UserError: `run` holds a training already, the configuration's data is missing or malformed, or a metric is no
-            longer finite.
+        UserError: `run` holds a training already, the configuration's data is missing or malformed, memory does not
+            suffice, there is nothing sound to go on from, or training diverges.
+        SystemExit: a signal came, and the state is saved.
     """
     first = is_first_process()
+    if config.train.distributed and (config.resume or config.fork):
+        raise UserError("resume and fork are for one process; leave out train.distributed=true")
     for written in (CHECKPOINTS, METRICS_FILE):
-        if first and (run / written).exists():
+        if first and not config.resume and (run / written).exists():
             raise UserError(f"{run} holds the {written} of another training; name another output_dir")
     config = with_default_sizes(config)
     env, env_params = training_env(config)
@@ -68,8 +78,15 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
     calls = learner.num_updates // interval
     steps_per_call = interval * learner.steps_per_update
     total = calls * steps_per_call
+    keys = [jax.random.key(seed) for seed in seeds]
+    key = jnp.stack(keys) if len(seeds) > 1 else keys[0]
+    check_memory(ppo, jax.eval_shape(learner.init, key), len(seeds))
 
-    if first:
+    saved = 0
+    if config.resume:
+        saved, leaves = read_state(run, console.print)
+        forget_others(run, saved)
+    elif first:
         for folder, settings in ({run: config} | seed_runs(run, config)).items():
             folder.mkdir(parents=True, exist_ok=True)
             write_config(folder, settings)
@@ -88,28 +105,50 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Tracker(run, config, console.print) if first else nullcontext() as tracker:
-        with Progress(*columns, console=console, refresh_per_second=2) as progress:
-            task = progress.add_task("compiling", total=calls, speed="-", qos="-")
-            keys = [jax.random.key(seed) for seed in seeds]
-            state = learner.init(jnp.stack(keys) if len(seeds) > 1 else keys[0])
-            for call in range(1, calls + 1):
+    with Tracker(run, config, console.print, saved) if first else nullcontext() as tracker:
+        with (
+            memory_advice(ppo),
+            Interrupts(not config.train.distributed) as interrupts,
+            nullcontext() if config.train.distributed else StateWriter(run, config.train.keep) as states,
+            Progress(*columns, console=console, refresh_per_second=2) as progress,
+        ):
+            done = saved // steps_per_call
+            task = progress.add_task("compiling", total=calls, completed=done, speed="-", qos="-")
+            state = learner.init(key)
+            if config.resume:
+                state = resumed(state, leaves, run)
+            elif config.fork:
+                state = forked(state, Path(config.fork), console.print)
+            for call in range(done + 1, calls + 1):
                 started = time.perf_counter()
                 state, on_device = learner.update(state)
                 metrics = _over_seeds(jax.device_get(on_device), seeds)
                 speed = len(seeds) * steps_per_call / (time.perf_counter() - started)
                 steps = call * steps_per_call
-                if not all(math.isfinite(value) for value in metrics.values()):
-                    bad = next(name for name, value in metrics.items() if not math.isfinite(value))
+                if bad := _diverging(metrics):
                     raise UserError(
-                        f"training diverged at step {steps:,}: {bad} is {metrics[bad]}; lower ppo.learning_rate"
+                        f"training diverged at step {steps:,}: {bad} is {metrics[bad]:g}; lower ppo.learning_rate"
+                        + (f", from the last good state: fork={run / STATES / str(saved)}" if saved else "")
                     )
                 if tracker:
                     tracker.log({"steps": steps, "train/steps_per_second": speed} | metrics)
                 qos = f"{metrics['train/avg_qos']:.3f}" if "train/avg_qos" in metrics else "-"
                 progress.update(task, advance=1, description="training", speed=f"{speed:,.0f}", qos=qos)
-                if call == calls or call % max(1, calls // 4) == 0:
+                is_quarter = call == calls or call % max(1, calls // 4) == 0
+                if is_quarter:
                     _save(run, config, steps, jax.device_get(state.params))
+                stop = interrupts.received is not None
+                if states and (is_quarter or call % config.train.save_interval == 0 or stop):
+                    states.save(steps, state, metrics)
+                    saved = steps
+                if stop:
+                    break
+        if interrupts.received:
+            go_on = f"python train.py resume={shlex.quote(str(run))}"
+            console.print(
+                f"{interrupts.received.name} at step {saved:,}; go on with: {go_on}", markup=False, soft_wrap=True
+            )
+            raise SystemExit(128 + interrupts.received)
         if tracker and judge is not None:
             tracker.summary(judge())
     return state.params
@@ -128,6 +167,14 @@ def _save(run: Path, config: Config, steps: int, params: Any) -> None:
     of_seeds = [params] if len(runs) == 1 else [jax.tree.map(itemgetter(n), params) for n in range(len(runs))]
     for folder, of_seed in zip(runs, of_seeds, strict=True):
         save_params(folder, steps, of_seed)
+
+
+def _diverging(metrics: dict[str, float]) -> str | None:
+    """Return the first metric that is not finite, or loss that has exploded."""
+    for name, value in metrics.items():
+        if not math.isfinite(value) or (name.startswith("loss/") and abs(value) > _GREATEST_LOSS):
+            return name
+    return None
 
 
 def _over_seeds(metrics: dict[str, Any], seeds: list[int]) -> dict[str, float]:

@@ -1,0 +1,354 @@
+"""The episode viewer: one episode of one policy, recorded decision by decision, as a page that plays it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from rich.console import Console
+
+from jaxroute.config import Config
+from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
+from jaxroute.env.environment import site_of
+from jaxroute.env.types import Candidates, Request
+from jaxroute.errors import UserError
+from jaxroute.evaluation.evaluate import versions
+from jaxroute.evaluation.report import fill_template, jsonable, write_file
+from jaxroute.policies import LEARNED, RULES, Policy, learned_policy
+from jaxroute.scenarios import build_env, on_test_prompts
+from jaxroute.serving import Site, running_and_waiting
+from jaxroute.training import load_policy
+
+SHOWN = 200
+"""Requests that the page plays, at most: some twenty seconds at the default rate."""
+
+# How a request's stay at an expert ends.
+IN_TIME, LATE, REJECTED, LOST, GIVEN_BACK, IN_FLIGHT = range(6)
+# What a request at an expert is doing.
+WAITING, PREFILL, DECODE = range(3)
+
+
+def view_episode(config: Config, console: Console, run: Path, *, command: str) -> Path:
+    """Record an episode of the policy `config.view` and write `view.html`.
+
+    It is the first one of an evaluation with the same options, at the workload's rate.
+
+    Raises:
+        UserError: an unknown policy, missing data, a checkpoint that does not exist or does not fit.
+    """
+    name = config.view
+    if name != LEARNED and name not in RULES:
+        near = difflib.get_close_matches(str(name), [LEARNED, *RULES], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose {LEARNED} or a rule: {', '.join(RULES)}"
+        raise UserError(f"view={name} is unknown; {hint}")
+    if name == LEARNED and config.checkpoint is None:
+        raise UserError(f"view={LEARNED} needs a trained router; add checkpoint=outputs/<run>")
+    config = on_test_prompts(config)
+    env, params = build_env(config)
+    network = None
+    checkpoint = "none"
+    if name == LEARNED:
+        trained = load_policy(str(config.checkpoint), env, params)
+        policy, network = learned_policy(trained.network, trained.params), trained.network
+        checkpoint = str(trained.source)
+    else:
+        policy = RULES[str(name)]
+    settings = config.eval
+    shown = min(SHOWN, settings.requests)
+    console.print(
+        f"Recording {policy.name} on {config.workload.name}, bank {config.bank.kind}, site {config.site.name}: "
+        f"{shown} requests after {settings.warmup}"
+    )
+    recording = record_episode(
+        env, params, policy, seed=settings.seed, requests=shown, warmup=settings.warmup, network=network
+    )
+    labels = [expert.model if env.random_sites else expert.label for expert in config.site.experts]
+    content = {
+        "workload": config.workload.name,
+        "site": config.site.name,
+        "bank": config.bank.kind,
+        "policy": policy.name,
+        "rate": float(params.rate[0]),
+        **episode_content(recording, labels, first=settings.warmup, last=settings.warmup + shown - 1),
+    }
+    about = {"command": command, "checkpoint": checkpoint, **versions(), "seed": str(settings.seed)}
+    return write_file(run / "view.html", view_html(content, about))
+
+
+def view_html(content: dict[str, Any], about: dict[str, str]) -> str:
+    """Return the page that plays an episode, `episode_content` and what it is of; it needs no other file."""
+    return fill_template("viewer.html.jinja", content=jsonable(content), about=about)
+
+
+# --- Recording -----------------------------------------------------------------------------------------
+
+
+class Decision(NamedTuple):
+    """What there is to see at one decision, and what happens until the next one."""
+
+    step: Int[Array, ""]
+    """Number of the latest arrival."""
+    request: Request
+    """Another one than the latest arrival where an expert has given it back."""
+    candidates: Candidates
+    """As the router sees them."""
+    available: Bool[Array, "expert"]
+    """Whether an expert would take the request, as the router sees it."""
+    probability: Float[Array, "expert"]
+    """That a learned router gives each expert; nan for a rule."""
+    expert: Int[Array, ""]
+    rejected: Bool[Array, ""]
+    up: Bool[Array, "expert"]
+    running: Bool[Array, "slot expert"]
+    waiting: Bool[Array, "slot expert"]
+    slot_number: Int[Array, "slot expert"]
+    """Number of the request in each slot."""
+    prompt_tokens: Int[Array, "slot expert"]
+    computed: Int[Array, "slot expert"]
+    generated: Int[Array, "slot expert"]
+    preemptions: Int[Array, "slot expert"]
+    gap: Float[Array, ""]
+    """Time until the next decision, s."""
+    info: dict[str, Array]
+    """Per slot, after the gap: which request ended or was lost, and how."""
+
+
+_INFO = ("ended", "lost", "request", "in_time", "ttft", "latency", "preemptions")
+
+
+class Recording(NamedTuple):
+    """An episode, as NumPy arrays."""
+
+    decisions: Decision
+    """Leading axis decision."""
+    site: Site
+    column: Int[np.ndarray, "expert"]
+    """Which of the configured LLMs each expert serves."""
+
+
+def record_episode(
+    env: EdgeRouting,
+    params: EnvParams,
+    policy: Policy,
+    *,
+    seed: int,
+    requests: int,
+    warmup: int,
+    network: nn.Module | None = None,
+) -> Recording:
+    """Run the first episode that `evaluate_policies` would run with these arguments, and keep every decision.
+
+    `network` is a learned policy's own, which gives the probabilities.
+    """
+    key_reset, key_steps = jax.random.split(jax.random.split(jax.random.key(seed), 1)[0])
+    num_steps = requests + 2 * warmup
+    keys = jax.random.split(key_steps, num_steps)
+    carry = (*_begin(env, params, key_reset), jax.tree.map(jnp.asarray, policy.memory))
+    first = carry[1]
+    chunks = []
+    # Once is enough, unless requests are retried, which takes decisions of their own.
+    while int(carry[1].step) < num_steps:
+        carry, decisions = _play(env, policy.act, network, params, keys, policy.params, carry)
+        chunks.append(jax.device_get(decisions))
+    decisions = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+    decisions = jax.tree.map(lambda column: column[decisions.step < num_steps], decisions)
+    column = np.arange(env.num_experts) if first.fleet is None else np.asarray(first.fleet.column)
+    return Recording(decisions, jax.device_get(site_of(first, params)), column)
+
+
+_begin = jax.jit(lambda env, params, key: env.reset(key, params), static_argnums=0)
+
+
+@partial(jax.jit, static_argnames=("env", "act", "network"))
+def _play(
+    env: EdgeRouting,
+    act: Callable,
+    network: nn.Module | None,
+    params: EnvParams,
+    keys: PRNGKeyArray,
+    policy_params: Any,
+    carry: tuple[Observation, EnvState, Any],
+) -> tuple[tuple[Observation, EnvState, Any], Decision]:
+    """Take as many decisions as there are keys, which are those of the steps."""
+
+    def step(carry: tuple[Observation, EnvState, Any], xs: None) -> tuple[tuple[Observation, EnvState, Any], Decision]:
+        obs, state, memory = carry
+        key_action, key_env = jax.random.split(keys[state.step])
+        if env.outages == "retried":
+            key_action = jax.random.fold_in(key_action, state.request.number)
+        action, new_memory = act(policy_params, obs, key_action, memory)
+        new_memory = jax.tree.map(lambda new, old: new.astype(old.dtype), new_memory, memory)
+        probability = jnp.full(env.num_experts, jnp.nan)
+        if network is not None:
+            logits, _ = network.apply(policy_params, network.prepare(obs))
+            probability = jax.nn.softmax(logits)
+        new_obs, new_state, _, _, _, info = env.step(key_env, state, action, params)
+        running, waiting = running_and_waiting(state.site)
+        slots = state.site.slots
+        decision = Decision(
+            step=state.step,
+            request=state.request,
+            candidates=obs.candidates,
+            available=obs.experts.available,
+            probability=probability,
+            expert=action,
+            rejected=info["rejected"],
+            up=state.up,
+            running=running,
+            waiting=waiting,
+            slot_number=slots.request,
+            prompt_tokens=slots.prompt_tokens,
+            computed=slots.computed,
+            generated=slots.generated,
+            preemptions=slots.preemptions,
+            gap=info["gap"],
+            info={name: info[name] for name in _INFO},
+        )
+        return (new_obs, new_state, new_memory), decision
+
+    return jax.lax.scan(step, carry, length=keys.shape[0])
+
+
+# --- What the page is given ----------------------------------------------------------------------------
+
+
+def episode_content(recording: Recording, labels: list[str], *, first: int, last: int) -> dict[str, Any]:
+    """Return what the page plays: from the arrival of request `first` to that of request `last`.
+
+    Times are in s after the first one. A *stay* is a request's time at one expert, from its routing to its answer back
+    at the router; its samples are taken at the decisions from number `sampled_from` on. A retried request has several
+    stays. How they end is taken from the whole episode, beyond the last decision shown.
+    """
+    decisions = recording.decisions
+    begin, end = (int(np.argmax(decisions.request.number == number)) for number in (first, last))
+    gaps = np.asarray(decisions.gap, np.float64)
+    time = np.concatenate([[0.0], np.cumsum(gaps)])[:-1]
+    time -= time[begin]
+
+    stays = _stays(decisions, time, range(begin, end + 1))
+    impact = decisions.candidates.impact
+    columns = {
+        "time": time,
+        "number": decisions.request.number,
+        "expert": decisions.expert,
+        "prompt_tokens": decisions.request.prompt_tokens,
+        "requirement": decisions.request.latency_requirement,
+        "probability": decisions.probability,
+        "quality": decisions.candidates.predicted_quality,
+        "output_tokens": decisions.candidates.predicted_output_tokens,
+        "ttft": impact.ttft,
+        "latency": impact.normalised_latency,
+        "in_time": impact.in_time,
+        "qos": impact.qos,
+        "qos_loss": impact.qos_loss,
+        "available": decisions.available,
+        "up": decisions.up,
+        "kv": np.where(decisions.running | decisions.waiting, decisions.computed, 0).sum(1),
+    }
+    site = recording.site
+    return {
+        "experts": [
+            {
+                "label": labels[column],
+                "max_num_seqs": site.max_num_seqs[expert],
+                "max_waiting": site.max_waiting[expert],
+                "kv_capacity": site.kv_capacity[expert],
+            }
+            for expert, column in enumerate(recording.column)
+        ],
+        "decisions": {name: _rounded(values[begin : end + 1]) for name, values in columns.items()},
+        "stays": [stay for stay in stays if stay["routed"] >= 0 or stay["end"] is None or stay["end"] > 0],
+    }
+
+
+def _stays(decisions: Decision, time: Float[np.ndarray, "decision"], sampled: range) -> list[dict[str, Any]]:
+    """List every stay up to the last of the `sampled` decisions, in order of routing."""
+    stays: list[dict[str, Any]] = []
+    latest: dict[int, dict[str, Any]] = {}
+    arrival: dict[int, float] = {}
+    for k in range(len(time)):
+        number, expert = int(decisions.request.number[k]), int(decisions.expert[k])
+        if k in sampled:
+            _sample(decisions, k, latest, k - sampled.start)
+        before = latest.pop(number, None)
+        if before is not None:
+            before |= {"outcome": GIVEN_BACK, "end": time[k]}
+        request = decisions.request
+        stay = {
+            "number": number,
+            "expert": expert,
+            "routed": time[k],
+            "arrival": arrival.setdefault(number, time[k]),
+            "prompt_tokens": request.prompt_tokens[k],
+            "output_tokens": request.output_tokens[k, expert],
+            "requirement": _rounded(request.latency_requirement[k]),
+            "quality": _rounded(request.quality[k, expert]),
+            "outcome": IN_FLIGHT,
+            "end": None,
+            "ttft": None,
+            "preemptions": 0,
+            "sampled_from": None,
+            "samples": {"phase": [], "generated": [], "computed": [], "preemptions": []},
+        }
+        if decisions.rejected[k]:
+            stay |= {"outcome": REJECTED, "end": time[k]}
+        else:
+            latest[number] = stay
+        if k <= sampled[-1]:
+            stays.append(stay)
+        _end(decisions.info, k, time[k] + decisions.gap[k], latest)
+    for stay in stays:
+        stay |= {name: _rounded(stay[name]) for name in ("routed", "arrival", "end", "ttft") if stay[name] is not None}
+    return stays
+
+
+def _sample(decisions: Decision, k: int, latest: dict[int, dict[str, Any]], sample: int) -> None:
+    """Note what each request in flight is doing at decision `k`."""
+    for slot, expert in np.argwhere(decisions.running[k] | decisions.waiting[k]):
+        at = (k, slot, expert)
+        stay = latest[int(decisions.slot_number[at])]
+        if stay["sampled_from"] is None:
+            stay["sampled_from"] = sample
+        computed, generated = decisions.computed[at], decisions.generated[at]
+        # A decoding request has everything in its KV cache but the latest token.
+        decodes = decisions.prompt_tokens[at] + generated - computed == 1
+        phase = (DECODE if decodes else PREFILL) if decisions.running[at] else WAITING
+        values = {
+            "phase": phase,
+            "generated": generated,
+            "computed": computed,
+            "preemptions": decisions.preemptions[at],
+        }
+        for name, value in values.items():
+            stay["samples"][name].append(value)
+
+
+def _end(info: dict[str, Any], k: int, now: float, latest: dict[int, dict[str, Any]]) -> None:
+    """Note what ended after decision `k`."""
+    for slot, expert in np.argwhere(info["ended"][k] | info["lost"][k]):
+        at = (k, slot, expert)
+        stay = latest.pop(int(info["request"][at]))
+        stay["preemptions"] = info["preemptions"][at]
+        if info["lost"][at]:
+            stay |= {"outcome": LOST, "end": now}
+        else:
+            stay |= {
+                "outcome": IN_TIME if info["in_time"][at] else LATE,
+                "end": stay["arrival"] + float(info["latency"][at]),
+                "ttft": float(info["ttft"][at]),
+            }
+
+
+def _rounded(values: Any) -> Any:
+    """Keep what can be seen of floating-point numbers, so that the page is small."""
+    values = np.asarray(values)
+    # By way of float64: rounded float32 numbers are long in decimals.
+    return np.round(values.astype(np.float64), 5) if np.issubdtype(values.dtype, np.floating) else values

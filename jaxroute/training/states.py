@@ -1,0 +1,185 @@
+"""The whole state of a training on disk: a run goes on from it exactly, and another can start from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from jaxroute.errors import UserError
+from jaxroute.ppo import PPOState
+from jaxroute.training.checkpoint import read_policy, restore
+
+STATES = "states"
+_SCORE, _CHECKSUM = "train/avg_qos", "checksum"
+
+# Leaves by name, such as "params/params/query/kernel": containers of any kind look the same.
+Leaves: TypeAlias = Mapping[str, np.ndarray]
+
+
+class StateWriter:
+    """Write `states/<steps>` in the background; of those, the last few and the one of the best average QoS stay."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        score = itemgetter(_SCORE)
+        kept = AnyPreservationPolicy([LatestN(keep), BestN(get_metric_fn=score, n=1)])
+        # Without best_fn, Orbax would not write the metrics.
+        options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=score)
+        self._manager = ocp.CheckpointManager((run / STATES).resolve(), options=options)
+
+    def save(self, steps: int, state: PPOState, metrics: Mapping[str, float]) -> None:
+        """Start to write; what is written is copied first, so that training can go on."""
+        plain = jax.device_get(_plain(state))
+        # Orbax does not notice every damage by itself.
+        notes = {_SCORE: metrics.get(_SCORE, 0.0), _CHECKSUM: _checksum(_by_name(plain))}
+        self._manager.save(steps, args=ocp.args.Composite(state=ocp.args.StandardSave(plain)), metrics=notes)
+
+    def __enter__(self) -> StateWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._manager.close()  # waits for what is being written
+
+
+def read_state(run: Path, warn: Callable[[str], None]) -> tuple[int, Leaves]:
+    """Return the steps and the leaves of the run's latest sound state; what is skipped is named.
+
+    Raises:
+        UserError: there is none.
+    """
+    folders = sorted(_folders(run), key=lambda path: int(path.name), reverse=True)
+    for folder in folders:
+        try:
+            return int(folder.name), _read(folder)
+        except UserError as error:
+            warn(f"{error}; trying the one before")
+    raise UserError(f"run {run} holds no {'sound ' if folders else ''}state under {STATES}/ to go on from")
+
+
+def forget_others(run: Path, steps: int) -> None:
+    """Delete what a run that goes on from these steps has no use for.
+
+    That is states after them, which it writes anew, and what is left of those that were being written or deleted.
+    """
+    for path in (run / STATES).iterdir():
+        if not path.name.isdigit() or int(path.name) > steps or not _is_sound(path):
+            shutil.rmtree(path)
+
+
+def resumed(fresh: PPOState, leaves: Leaves, source: Path) -> PPOState:
+    """Return a saved state in place of a fresh one, on the same devices.
+
+    Raises:
+        UserError: it is that of another training.
+    """
+    return _placed(fresh, leaves, source)
+
+
+def forked(fresh: PPOState, source: Path, warn: Callable[[str], None]) -> PPOState:
+    """Return a fresh state with the parameters of a run, a state or a checkpoint, and its optimiser if it is there.
+
+    The schedule of the learning rate starts over.
+
+    Raises:
+        UserError: there is none, it is damaged, or its network is another.
+    """
+    if source.parent.name == STATES:
+        leaves = _read(source)
+    elif _folders(source):
+        leaves = read_state(source, warn)[1]
+    else:
+        leaves = _by_name({"params": read_policy(source).params})
+    state = fresh._replace(params=_placed({"params": fresh.params}, leaves, source)["params"])
+    if any(name.startswith("optimiser/") for name in leaves):
+        optimiser = _placed({"optimiser": fresh.optimiser}, leaves, source)["optimiser"]
+        state = state._replace(optimiser=jax.tree.map(_keep_schedule, fresh.optimiser, optimiser, is_leaf=_is_schedule))
+    return state
+
+
+def _is_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
+
+
+def _keep_schedule(fresh: Any, saved: Any) -> Any:
+    return fresh if _is_schedule(fresh) else saved
+
+
+def _folders(run: Path) -> list[Path]:
+    """Return the run's complete states: Orbax gives a folder its name last."""
+    folder = run / STATES
+    return [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+
+
+def _read(folder: Path) -> Leaves:
+    try:
+        notes = json.loads((folder / "metrics" / "metrics").read_text())
+        leaves = _by_name(restore(folder / "state"))
+        sound = notes[_CHECKSUM] == _checksum(leaves)
+    except Exception as error:  # As for checkpoints: many kinds, one meaning.
+        raise UserError(f"state {folder} cannot be read ({type(error).__name__})") from error
+    if not sound:
+        raise UserError(f"state {folder} is damaged: its checksum is another")
+    return leaves
+
+
+def _is_sound(folder: Path) -> bool:
+    try:
+        _read(folder)
+    except UserError:
+        return False
+    return True
+
+
+def _placed(fresh: Any, leaves: Leaves, source: Path) -> Any:
+    """Return `fresh` with what is saved under the same names, on the same devices."""
+
+    def place(path: Any, leaf: jax.Array) -> jax.Array:
+        name = _name(path)
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        wanted = jax.eval_shape(jax.random.key_data, leaf).shape if is_key else leaf.shape
+        saved = leaves.get(name)
+        if saved is None or saved.shape != wanted:
+            found = "absent" if saved is None else saved.shape
+            raise UserError(f"{source} belongs to another network or site: {name} is {found}, but {wanted} is needed")
+        value = jax.random.wrap_key_data(jnp.asarray(saved), impl=jax.random.key_impl(leaf)) if is_key else saved
+        return jax.device_put(value, leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(place, fresh)
+
+
+def _plain(state: PPOState) -> PPOState:
+    """Replace random keys by their data, which can be written."""
+
+    def plain(leaf: Any) -> Any:
+        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+    return jax.tree.map(plain, state)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _by_name(tree: Any) -> Leaves:
+    return {_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _checksum(leaves: Leaves) -> int:
+    checksum = 0
+    for name in sorted(leaves):
+        checksum = zlib.crc32(leaves[name].tobytes(), zlib.crc32(name.encode(), checksum))
+    return checksum

@@ -1,0 +1,190 @@
+"""The episode viewer: what is recorded agrees with the evaluation, and the page stands alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+
+import jaxroute
+from jaxroute.cli import eval_main
+from jaxroute.config import load_config
+from jaxroute.evaluation.episodes import evaluate_policies
+from jaxroute.evaluation.metrics import COMPLETED
+from jaxroute.evaluation.metrics import LOST as RECORD_LOST
+from jaxroute.evaluation.metrics import REJECTED as RECORD_REJECTED
+from jaxroute.evaluation.viewer import (
+    DECODE,
+    GIVEN_BACK,
+    IN_FLIGHT,
+    IN_TIME,
+    LATE,
+    LOST,
+    REJECTED,
+    WAITING,
+    episode_content,
+    record_episode,
+    view_html,
+)
+from jaxroute.networks import build_network
+from jaxroute.policies import RULES, learned_policy
+
+SEED, WARMUP, REQUESTS = 5, 20, 80
+LABELS = ["a", "b </script> & <b>", "c"]
+# Busy enough that requests are late, rejected and preempted; experts fail often.
+RATE = 6.0
+OUTAGES = ("dynamics.mean_uptime=4", "dynamics.mean_downtime=2")
+
+
+def recorded(outages="none"):
+    env, params = jaxroute.make("edge3-poisson", rate=RATE, overrides=(f"dynamics.outages={outages}", *OUTAGES))
+    policy = RULES["round_robin"]
+    recording = record_episode(env, params, policy, seed=SEED, requests=REQUESTS, warmup=WARMUP)
+    content = episode_content(recording, LABELS, first=WARMUP, last=WARMUP + REQUESTS - 1)
+    return env, params, policy, recording, content
+
+
+@pytest.fixture(scope="module", params=["none", "lost", "retried"])
+def episode(request):
+    return request.param, *recorded(request.param)
+
+
+def test_every_request_is_there_and_ends_once(episode):
+    outages, *_, content = episode
+    stays = content["stays"]
+    shown = [stay for stay in stays if stay["number"] >= WARMUP]
+    assert {stay["number"] for stay in shown} == set(range(WARMUP, WARMUP + REQUESTS))
+    # A request has one end; what comes before is only given back, where experts that fail do that.
+    ends = Counter(stay["number"] for stay in stays if stay["outcome"] != GIVEN_BACK)
+    assert set(ends.values()) == {1}
+    outcomes = {stay["outcome"] for stay in stays}
+    assert {IN_TIME, LATE, REJECTED} <= outcomes
+    assert (LOST in outcomes) == (outages == "lost")
+    assert (GIVEN_BACK in outcomes) == (outages == "retried")
+    for stay in stays:
+        assert (stay["end"] is None) == (stay["outcome"] == IN_FLIGHT)
+        assert (stay["ttft"] is not None) == (stay["outcome"] in (IN_TIME, LATE))
+
+
+def test_outcomes_are_those_of_an_evaluation(episode):
+    _, env, params, policy, _, content = episode
+    records = evaluate_policies(env, params, [policy], [RATE], seed=SEED, seeds=1, requests=REQUESTS, warmup=WARMUP)[
+        RATE
+    ]["round_robin"]
+    status = {IN_TIME: COMPLETED, LATE: COMPLETED, REJECTED: RECORD_REJECTED, LOST: RECORD_LOST}
+    for stay in content["stays"]:
+        number = stay["number"]
+        if stay["outcome"] in (IN_FLIGHT, GIVEN_BACK):
+            continue
+        assert status[stay["outcome"]] == records.status[0, number]
+        assert stay["expert"] == records.expert[0, number]
+        assert stay["quality"] == pytest.approx(records.quality[0, number], abs=1e-4)
+        if stay["ttft"] is not None:
+            latency, requirement = records.latency[0, number], records.latency_requirement[0, number]
+            assert stay["end"] - stay["arrival"] == pytest.approx(latency, abs=1e-3)
+            assert stay["ttft"] == pytest.approx(records.ttft[0, number], abs=1e-4)
+            assert stay["preemptions"] == records.preemptions[0, number]
+            assert (stay["outcome"] == IN_TIME) == (latency / stay["output_tokens"] <= requirement)
+
+
+def test_samples_are_of_the_time_at_the_expert(episode):
+    *_, recording, content = episode
+    time = content["decisions"]["time"]
+    in_flight = np.zeros(len(time), int)
+    kv = np.zeros((len(time), 3))
+    for stay in content["stays"]:
+        samples = stay["samples"]
+        count = len(samples["phase"])
+        if not count:
+            continue
+        at = slice(stay["sampled_from"], stay["sampled_from"] + count)
+        in_flight[at] += 1
+        kv[at, stay["expert"]] += samples["computed"]
+        assert (time[at] >= stay["routed"]).all()
+        if stay["end"] is not None:
+            assert (time[at] <= stay["end"] + 1e-4).all()
+        assert (np.diff(samples["generated"]) >= 0).all()
+        assert (np.diff(samples["preemptions"]) >= 0).all()
+        assert samples["generated"][-1] < stay["output_tokens"]
+        for phase, generated, computed in zip(samples["phase"], samples["generated"], samples["computed"], strict=True):
+            if phase == WAITING:
+                assert computed == 0
+            if phase == DECODE:
+                assert computed == stay["prompt_tokens"] + generated - 1
+    decisions = recording.decisions
+    begin = int(np.argmax(decisions.request.number == WARMUP))
+    active = (decisions.running | decisions.waiting)[begin : begin + len(time)]
+    assert (in_flight == active.sum((1, 2))).all()
+    assert (kv == content["decisions"]["kv"]).all()
+
+
+def test_probabilities_are_those_of_the_network():
+    env, params = jaxroute.make("edge3-poisson", rate=RATE)
+    network = build_network(load_config().network)
+    obs, _ = env.reset(jax.random.key(0), params)
+    policy = learned_policy(network, network.init(jax.random.key(1), network.prepare(obs)))
+    recording = record_episode(env, params, policy, seed=SEED, requests=10, warmup=0, network=network)
+    probability = recording.decisions.probability
+    assert np.allclose(probability.sum(1), 1, atol=1e-5)
+    assert (probability.argmax(1) == recording.decisions.expert).all()
+
+
+def page_json(page):
+    (text,) = re.findall(r'<script type="application/json" id="episode">(.*?)</script>', page, re.DOTALL)
+    return json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("viewer")
+    arguments = ["view=slo_headroom", "site=edge3", "workload.rate=4", "eval.requests=30", "eval.warmup=5"]
+    assert eval_main([*arguments, f"output_dir={folder}"]) == 0
+    return (folder / "view.html").read_text()
+
+
+def test_page_stands_alone(page):
+    assert "http://" not in page
+    assert "https://" not in page
+    assert not re.search(r"<(script|img|iframe)[^>]*\ssrc=|@import|url\(|fetch\(|XMLHttpRequest", page)
+    assert re.findall(r"<link[^>]*href=\"([^\"]*)\"", page) == ["data:,"]
+
+
+def test_page_holds_the_episode(page):
+    episode = page_json(page)
+    decisions = episode["decisions"]
+    assert decisions["number"] == list(range(5, 35))
+    assert decisions["time"][0] == 0
+    for column in decisions.values():
+        assert len(column) == 30
+    assert decisions["probability"][0] == [None] * 3
+    assert len(episode["experts"]) == 3
+
+
+def test_text_from_outside_is_escaped():
+    *_, content = recorded()
+    page = view_html(
+        {"workload": "<i>", "site": "s", "bank": "b", "policy": "p", "rate": 1.0, **content}, {"seed": "0"}
+    )
+    assert page_json(page)["experts"][1]["label"] == LABELS[1]
+    assert "<i>" not in page.split("<body>")[1].split("</header>")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["view=slo_headrom"], "view=slo_headrom is unknown; did you mean slo_headroom?"),
+        (["view=true"], "view=True is unknown; choose jaxroute or a rule: random,"),
+        (["view=jaxroute"], "view=jaxroute needs a trained router; add checkpoint=outputs/<run>"),
+        (["view=random", "study=quick"], "view=random shows one episode"),
+    ],
+)
+def test_mistakes_in_one_line(arguments, message, capsys, tmp_path):
+    assert eval_main([*arguments, f"output_dir={tmp_path / 'run'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
