@@ -24,7 +24,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from jaxroute.errors import UserError
 from jaxroute.networks import NetworkConfig
-from jaxroute.ppo import PPOConfig
+from jaxroute.ppo import PPOConfig, WarmStartConfig
 from jaxroute.serving import SiteConfig
 from jaxroute.workloads import PROCESSES, BankConfig, WorkloadConfig
 
@@ -227,6 +227,7 @@ class Config:
     bank: BankConfig = MISSING
     network: NetworkConfig = MISSING
     ppo: PPOConfig = MISSING
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

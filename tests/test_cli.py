@@ -32,7 +32,8 @@ EVAL = (
 PPO = (
     "ppo.num_envs=8", "ppo.num_steps=8", "ppo.num_minibatches=4", "ppo.total_steps=128", "train.log_interval=1",
 )  # fmt: skip
-TINY = ("site=edge3", *PPO, *EVAL)
+WARM_START = ("warm_start.num_states=16", "warm_start.horizon=3", "warm_start.num_epochs=2")
+TINY = ("site=edge3", *PPO, *WARM_START, *EVAL)
 
 
 def shell(program, *args, cwd):

@@ -23,7 +23,8 @@ from jaxroute.training import latest_checkpoint, load_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
-    "site=edge3", "ppo.num_envs=16", "ppo.num_steps=32", "ppo.num_minibatches=2", "ppo.total_steps=1024",
+    "site=edge3", "warm_start.num_states=0",
+    "ppo.num_envs=16", "ppo.num_steps=32", "ppo.num_minibatches=2", "ppo.total_steps=1024",
     "train.log_interval=1", "train.evaluate=false", "network=mlp",
 )  # fmt: skip
 

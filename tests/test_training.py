@@ -28,7 +28,8 @@ from jaxroute.training.train import with_default_sizes
 
 # The sizes of test_cli.py, so that programs that it has compiled are found in the cache.
 TINY = (
-    "site=edge3", "ppo.num_envs=8", "ppo.num_steps=8", "ppo.num_minibatches=4", "ppo.total_steps=128",
+    "site=edge3", "warm_start.num_states=0",
+    "ppo.num_envs=8", "ppo.num_steps=8", "ppo.num_minibatches=4", "ppo.total_steps=128",
     "train.log_interval=1",
 )  # fmt: skip
 TRAIN = importlib.import_module("jaxroute.training.train")  # the module; the package exports the function

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import flax.linen as nn
 
 from jaxroute.errors import UserError
-from jaxroute.networks.han import HAN
+from jaxroute.networks.han import HAN, INITIAL_LOG_TRUST
 from jaxroute.networks.mlp import FlatMLP
 
-__all__ = ["HAN", "FlatMLP", "NetworkConfig", "build_network"]
+__all__ = ["HAN", "INITIAL_LOG_TRUST", "FlatMLP", "NetworkConfig", "build_network"]
 
 
 @dataclass

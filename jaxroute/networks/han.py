@@ -24,7 +24,7 @@ from jaxroute.networks.features import Features, features_of
 from jaxroute.networks.graph import EXPERT_TO_ARRIVAL, RUNNING_TO_EXPERT, WAITING_TO_EXPERT, as_graphs
 
 # Attention weight of the estimator in the first policy: exp(4.5) = 90, nearly greedy in it.
-_INITIAL_LOG_TRUST = 4.5
+INITIAL_LOG_TRUST = 4.5
 _MASKED = -1e9
 
 
@@ -167,7 +167,7 @@ def _heads(
     score = jnp.tanh(nn.Dense(hidden, name="score_hidden")(score))
     logits = _last_layer("score")(score)[..., 0]
     if module.use_impact:
-        trust = module.param("log_trust", nn.initializers.constant(_INITIAL_LOG_TRUST), ())
+        trust = module.param("log_trust", nn.initializers.constant(INITIAL_LOG_TRUST), ())
         logits = logits + jnp.exp(trust) * features.expected_gain
     value = jnp.tanh(nn.Dense(hidden, name="value_hidden")(context))
     return mask_ineligible(logits, features.eligible), _last_layer("value")(value)[..., 0]

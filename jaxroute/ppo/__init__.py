@@ -1,6 +1,15 @@
-"""The compiled PPO loop."""
+"""How a router learns: the warm start, and the compiled PPO loop."""
 
 from jaxroute.ppo.gae import generalised_advantages
 from jaxroute.ppo.ppo import Learner, PPOConfig, PPOState, make_ppo
+from jaxroute.ppo.warm_start import WarmStartConfig, make_warm_start
 
-__all__ = ["Learner", "PPOConfig", "PPOState", "generalised_advantages", "make_ppo"]
+__all__ = [
+    "Learner",
+    "PPOConfig",
+    "PPOState",
+    "WarmStartConfig",
+    "generalised_advantages",
+    "make_ppo",
+    "make_warm_start",
+]

@@ -14,13 +14,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxroute.config import Config
+from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.errors import UserError
 from jaxroute.networks import build_network
-from jaxroute.ppo import make_ppo
+from jaxroute.ppo import make_ppo, make_warm_start
 from jaxroute.scenarios import training_env
 from jaxroute.training.checkpoint import CHECKPOINTS, save_params, seed_runs, write_config
 from jaxroute.training.interrupts import Interrupts
@@ -29,22 +32,29 @@ from jaxroute.training.processes import ENVS_ON_CPU, is_first_process
 from jaxroute.training.states import STATES, StateWriter, forget_others, forked, read_state, resumed
 from jaxroute.training.tracking import METRICS_FILE, Tracker
 
-# Environments and total steps.
-_SIZES_ON_CPU = (ENVS_ON_CPU, 192 * ENVS_ON_CPU * 32)
-_SIZES_ON_ACCELERATORS = (8192, 384 * 8192 * 32)
+# Environments, total steps, and states to label in the warm start.
+_SIZES_ON_CPU = (ENVS_ON_CPU, 96 * ENVS_ON_CPU * 32, 110 * ENVS_ON_CPU)
+_SIZES_ON_ACCELERATORS = (8192, 384 * 8192 * 32, 32 * 8192)
 # Losses are of the order of one.
 _GREATEST_LOSS = 1e6
+
+# Sets the warm start's random numbers apart from PPO's.
+_WARM_START = 1
 
 
 def with_default_sizes(config: Config) -> Config:
     """Fill in the sizes that depend on the backend."""
     ppo = config.ppo
-    num_envs, total_steps = _SIZES_ON_CPU if jax.default_backend() == "cpu" else _SIZES_ON_ACCELERATORS
+    on_cpu = jax.default_backend() == "cpu"
+    num_envs, total_steps, num_states = _SIZES_ON_CPU if on_cpu else _SIZES_ON_ACCELERATORS
     if ppo.num_envs is None:
         ppo = dataclasses.replace(ppo, num_envs=num_envs - num_envs % (ppo.num_minibatches * jax.device_count()))
     if ppo.total_steps is None:
         ppo = dataclasses.replace(ppo, total_steps=total_steps)
-    return dataclasses.replace(config, ppo=ppo)
+    warm_start = config.warm_start
+    if warm_start.num_states is None:
+        warm_start = dataclasses.replace(warm_start, num_states=num_states)
+    return dataclasses.replace(config, ppo=ppo, warm_start=warm_start)
 
 
 def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[str, float]] | None = None) -> Any:
@@ -119,6 +129,9 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
                 state = resumed(state, leaves, run)
             elif config.fork:
                 state = forked(state, Path(config.fork), console.print)
+            elif config.warm_start.num_states:
+                params = _warm_start(config, env, env_params, network, state.params, seeds, progress, interrupts)
+                state = state._replace(params=params)
             for call in range(done + 1, calls + 1):
                 started = time.perf_counter()
                 state, on_device = learner.update(state)
@@ -152,6 +165,51 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
         if tracker and judge is not None:
             tracker.summary(judge())
     return state.params
+
+
+def _warm_start(
+    config: Config,
+    env: EdgeRouting,
+    env_params: EnvParams,
+    network: Any,
+    params: Any,
+    seeds: list[int],
+    progress: Progress,
+    interrupts: Interrupts,
+) -> Any:
+    """Return the parameters after the warm start, of each seed by itself."""
+    num_envs, num_states = config.ppo.num_envs, config.warm_start.num_states
+    assert num_envs is not None
+    assert num_states is not None
+    begin, label, fit = make_warm_start(config.warm_start, env, env_params, network, num_envs)
+    calls = math.ceil(num_states / num_envs)
+    task = progress.add_task("warm start", total=calls * len(seeds), speed="-", qos="-")
+    several = len(seeds) > 1
+    fitted = []
+    for number, seed in enumerate(seeds):
+        own = jax.tree.map(itemgetter(number), params) if several else params
+        key_begin, key_fit, key_label = jax.random.split(jax.random.fold_in(jax.random.key(seed), _WARM_START), 3)
+        environments = begin(key_begin)
+        labelled = []
+        for call in range(calls):
+            started = time.perf_counter()
+            environments, labels = label(own, environments, jax.random.fold_in(key_label, call))
+            labelled.append(multihost_utils.process_allgather(labels, tiled=True))
+            speed = num_envs / (time.perf_counter() - started)
+            progress.update(task, advance=1, speed=f"{speed:,.0f} labelled")
+            if interrupts.received:
+                progress.console.print("Stopped in the warm start; there is nothing to save yet")
+                raise SystemExit(128 + interrupts.received)
+        data = jax.tree.map(lambda *parts: np.concatenate(parts), *labelled)
+        own, errors = jax.device_get(fit(jax.device_get(own), data, key_fit))
+        progress.console.print(
+            f"Warm start: {len(data.values):,} states labelled; mean squared error of the experts' values "
+            f"{errors[0]:.5f} in the first epoch, {errors[-1]:.5f} in the last"
+        )
+        fitted.append(own)
+    progress.remove_task(task)
+    whole = jax.tree.map(lambda *parts: np.stack(parts), *fitted) if several else fitted[0]
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), whole, params)
 
 
 def _updates_per_call(num_updates: int, at_most: int) -> int:
