@@ -68,7 +68,7 @@ PLANNERS = (LOOKAHEAD, CLAIRVOYANT)
 # Options that do not change what the policies meet; the number and the length of the episodes are noted apart.
 _NO_INPUTS = {
     "network", "ppo", "train", "eval", "wandb", "study", "seed", "data_dir", "output_dir", "checkpoint", "policies",
-    "view",
+    "view", "warm_start", "resume", "fork",
 }  # fmt: skip
 
 
