@@ -10,6 +10,7 @@ import pytest
 import jaxroute
 from jaxroute.errors import UserError
 from jaxroute.networks import NetworkConfig, build_network
+from jaxroute.policies import RULES
 from jaxroute.policies.planning import BASE, drawn_values
 from jaxroute.ppo import WarmStartConfig, make_warm_start
 from jaxroute.ppo.warm_start import Labelled
@@ -23,15 +24,15 @@ def labelled():
     """The environments and the labels of two calls, with what made them."""
     env, env_params = jaxroute.make("edge3-poisson", rate=6.0)
     network = build_network(NetworkConfig(hidden=16, heads=2))
-    begin, label, fit = make_warm_start(CONFIG, env, env_params, network, NUM_ENVS)
-    environments = begin(jax.random.key(0))
+    warm_start = make_warm_start(CONFIG, env, env_params, network, NUM_ENVS)
+    environments = warm_start.begin(jax.random.key(0))
     first = jax.tree.map(lambda leaf: leaf[0], jax.vmap(network.prepare)(environments[0]))
     params = network.init(jax.random.key(1), first)
     calls = []
     for number in range(2):
-        environments, labels = label(params, environments, jax.random.key(number))
+        environments, labels = warm_start.label(params, jnp.bool_(False), environments, jax.random.key(number))
         calls.append(labels)
-    return env, env_params, network, params, environments, calls, (begin, label, fit)
+    return env, env_params, network, params, environments, calls, warm_start
 
 
 def test_labels_are_values_of_drawn_futures(labelled):
@@ -47,22 +48,43 @@ def test_labels_are_values_of_drawn_futures(labelled):
 
 
 def test_the_same_keys_give_the_same_labels(labelled):
-    _, _, _, params, _, calls, (begin, label, _) = labelled
-    again = label(params, begin(jax.random.key(0)), jax.random.key(0))[1]
+    _, _, _, params, _, calls, warm_start = labelled
+    again = warm_start.label(params, jnp.bool_(False), warm_start.begin(jax.random.key(0)), jax.random.key(0))[1]
     jax.tree.map(np.testing.assert_array_equal, again, calls[0])
+
+
+def test_later_rounds_follow_the_network_after_the_first_decision(labelled):
+    env, env_params, _, params, _, _, warm_start = labelled
+    # With a learned score of nothing and all trust in the estimator, the network is impact_greedy.
+    trusting = jax.tree.map(jnp.zeros_like, params)
+    trusting["params"]["log_trust"] = jnp.full_like(params["params"]["log_trust"], 6.0)
+    beginning = warm_start.begin(jax.random.key(0))
+    environments, labels = warm_start.label(trusting, jnp.bool_(True), beginning, jax.random.key(0))
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, 16))(jax.random.split(jax.random.key(0), NUM_ENVS))
+
+    def values(base):
+        of_one = lambda state, key: drawn_values(env, env_params, state, base, key, CONFIG.horizon)  # noqa: E731
+        return jax.jit(jax.vmap(of_one))(environments[1], keys)
+
+    np.testing.assert_allclose(labels.values, values(BASE), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(labels.values, values(RULES["round_robin"]))
 
 
 def test_the_regression_finds_known_values(labelled):
     """Values that have nothing to do with the estimator's: the learned score has to make up for it."""
-    _, _, _, params, _, calls, (_, _, fit) = labelled
+    _, _, _, params, _, calls, warm_start = labelled
     obs = jax.tree.map(lambda *leaves: jnp.concatenate([*leaves] * 128), *[labels.obs for labels in calls])
     predicted_quality = obs.candidates[..., 0]
-    _, errors = fit(params, Labelled(obs, predicted_quality), jax.random.key(2))
+    fit, errors = warm_start.begin_fit(params), []
+    for _ in range(60):
+        fit, error = warm_start.fit(fit, Labelled(obs, predicted_quality), jnp.int32(60))
+        errors.append(error)
     assert errors[-1] < 0.3 * errors[0]
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("num_states", -1), ("horizon", 0), ("num_epochs", 0), ("learning_rate", float("nan"))]
+    ("name", "value"),
+    [("num_states", -1), ("num_rounds", 0), ("horizon", 0), ("num_epochs", 0), ("learning_rate", float("nan"))],
 )
 def test_mistakes_are_named(name, value):
     with pytest.raises(UserError, match=name):

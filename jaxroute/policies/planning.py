@@ -9,6 +9,7 @@ network pass.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -89,19 +90,24 @@ def action_values(
     """
     nothing = jnp.float32(0.0)
     params = params._replace(reward=RewardParams(violation_penalty=nothing, rejection_penalty=nothing, shaping=nothing))
+    # What the base would do first does not count: the first step is in the loop because compiling another takes long.
+    seen = jax.eval_shape(env.step, step_keys[0], state, jnp.int32(0), params)[0]
+    nothing_seen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seen)
 
     def value_of(expert: Int[Array, ""]) -> Float[Array, ""]:
-        obs, first, earned, *_ = env.step(step_keys[0], state, expert, params)
-
-        def step(carry: tuple, keys: tuple) -> tuple[tuple, Float[Array, ""]]:
+        def step(carry: tuple, given: tuple) -> tuple[tuple, Float[Array, ""]]:
             obs, state, memory = carry
-            action, memory = base.act(base.params, obs, keys[1], memory)
-            obs, state, reward, *_ = env.step(keys[0], state, action, params)
+            number, key_env, key_base = given
+            chosen, next_memory = base.act(base.params, obs, key_base, memory)
+            action, memory = jax.tree.map(
+                partial(jnp.where, number == 0), (expert, memory), (chosen.astype(expert.dtype), next_memory)
+            )
+            obs, state, reward, *_ = env.step(key_env, state, action, params)
             return (obs, state, memory), reward
 
-        keys = (step_keys[1:], jax.random.split(key, step_keys.shape[0] - 1))
-        (_, last, _), rewards = jax.lax.scan(step, (obs, first, base.memory), keys)
-        return earned + rewards.sum() + last.potential
+        given = (jnp.arange(len(step_keys)), step_keys, jax.random.split(key, len(step_keys)))
+        (_, last, _), rewards = jax.lax.scan(step, (nothing_seen, state, base.memory), given)
+        return rewards.sum() + last.potential
 
     return jax.vmap(value_of)(jnp.arange(env.num_experts))
 

@@ -39,7 +39,7 @@ class PPOConfig:
     num_minibatches: int = 8
     total_steps: int | None = None
     """Environment steps in all; null takes 786,432 on a CPU, 100,663,296 on an accelerator."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     anneal: bool = True
     """Lower the learning rate linearly to zero."""
     discount: float = 0.985

@@ -1,10 +1,10 @@
-"""Warm start: what `lookahead` would value, distilled into the network before PPO (one round of expert iteration).
+"""Warm start: what `lookahead` would value, distilled into the network before PPO (expert iteration).
 
-In states that the first policy meets, one drawn future of `horizon` decisions is played for every expert, the same for
-all, with `impact_greedy` deciding from the second decision on. The differences between the experts' values are noisy
-labels, and unbiased: regression on many of them averages the noise away. PPO learns of one action at a time, with the
-noise of all that follows in its advantage. A logit is the value in QoS times a constant, that of the residual head at
-its start.
+In states that the policy meets, one drawn future of `horizon` decisions is played for every expert, the same for all,
+with a base policy deciding from the second decision on: `impact_greedy` in the first round, in later ones the router
+as the rounds before have left it. The differences between the experts' values are noisy labels, and unbiased:
+regression on many of them averages the noise away. PPO learns of one action at a time, with the noise of all that
+follows in its advantage. A logit is the value in QoS times a constant, that of the residual head at its start.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.errors import UserError
 from jaxroute.networks import INITIAL_LOG_TRUST
+from jaxroute.policies import Policy, learned_policy
 from jaxroute.policies.planning import BASE, drawn_values
+from jaxroute.policies.protocol import Memory, Params
 
 # Steps between two labelled states of one environment, which would otherwise be nearly the same.
 _STEPS_APART = 16
@@ -39,7 +41,9 @@ class WarmStartConfig:
     """The warm start's settings."""
 
     num_states: int | None = None
-    """States to label; 0 leaves the warm start out, null takes 28,160 on a CPU, 262,144 on an accelerator."""
+    """States to label in a round; 0 leaves the warm start out, null takes 28,160 on a CPU, 262,144 elsewhere."""
+    num_rounds: int = 2
+    """Rounds of labelling; each ends with a regression on the labels of all rounds so far."""
     horizon: int = 30
     """Decisions that the drawn future of a label lasts."""
     num_epochs: int = 30
@@ -49,7 +53,7 @@ class WarmStartConfig:
     def __post_init__(self) -> None:
         if self.num_states is not None and self.num_states < 0:
             raise UserError(f"warm_start: num_states={self.num_states} must not be negative; 0 leaves it out")
-        for name in ("horizon", "num_epochs"):
+        for name in ("num_rounds", "horizon", "num_epochs"):
             if getattr(self, name) < 1:
                 raise UserError(f"warm_start: {name}={getattr(self, name)} must be at least 1")
         if not 0 < self.learning_rate < float("inf"):
@@ -63,15 +67,26 @@ class Labelled(NamedTuple):
     values: Float[Array, "state expert"]
 
 
+class Fit(NamedTuple):
+    """A regression under way."""
+
+    params: Any
+    optimiser: optax.OptState
+
+
 class WarmStart(NamedTuple):
     """The functions of the warm start."""
 
     begin: Callable[[PRNGKeyArray], Any]
     """Draw environments."""
-    label: Callable[[Any, Any, PRNGKeyArray], tuple[Any, Labelled]]
-    """`(params, environments, key)`: let time pass, and label the state of each environment."""
-    fit: Callable[[Any, Labelled, PRNGKeyArray], tuple[Any, Float[Array, "epoch"]]]
-    """`(params, labelled, key)`: regress, and return the parameters and the mean squared error of each epoch."""
+    label: Callable[[Any, Bool[Array, ""], Any, PRNGKeyArray], tuple[Any, Labelled]]
+    """`(params, own_base, environments, key)`: let time pass, and label the state of each environment, with the network
+    as the base policy, or `impact_greedy`."""
+    begin_fit: Callable[[Any], Fit]
+    """Start a regression from these parameters."""
+    fit: Callable[[Fit, Labelled, Int[Array, ""]], tuple[Fit, Float[Array, ""]]]
+    """`(regression, labelled, num_passes)`: one of so many passes, over these states in their order; returns the mean
+    squared error. Devices have equal shares of the states."""
 
 
 def make_warm_start(
@@ -96,8 +111,22 @@ def make_warm_start(
     def reset(keys: PRNGKeyArray) -> Any:
         return jax.vmap(env.reset, in_axes=(0, None))(keys, env_params)
 
-    @partial(on_devices, in_specs=(everywhere, spread, spread), out_specs=(spread, spread))
-    def label_share(params: Any, environments: Any, keys: PRNGKeyArray) -> tuple[Any, Labelled]:
+    @partial(on_devices, in_specs=(everywhere, everywhere, spread, spread), out_specs=(spread, spread))
+    def label_share(
+        params: Any, own_base: Bool[Array, ""], environments: Any, keys: PRNGKeyArray
+    ) -> tuple[Any, Labelled]:
+        # One program for both bases: of the two, only the one that is asked for runs.
+        def act(_: Params, obs: Any, key: PRNGKeyArray, memory: Memory) -> tuple[Int[Array, ""], Memory]:
+            def of_network() -> Int[Array, ""]:
+                return learned_policy(network, params).act(params, obs, key, memory)[0]
+
+            def of_rule() -> Int[Array, ""]:
+                return BASE.act(BASE.params, obs, key, memory)[0]
+
+            return jax.lax.cond(own_base, of_network, of_rule), memory
+
+        base = Policy("base", act)
+
         def step(environments: Any, number: Array) -> tuple[Any, None]:
             obs, state = environments
             of_step = jax.vmap(partial(jax.random.fold_in, data=number))(keys)
@@ -107,7 +136,7 @@ def make_warm_start(
 
         environments, _ = jax.lax.scan(step, environments, jnp.arange(_STEPS_APART))
         obs, state = environments
-        values = jax.vmap(lambda state, key: drawn_values(future_env, env_params, state, BASE, key, config.horizon))(
+        values = jax.vmap(lambda state, key: drawn_values(future_env, env_params, state, base, key, config.horizon))(
             state, jax.vmap(partial(jax.random.fold_in, data=_STEPS_APART))(keys)
         )
         return environments, Labelled(jax.vmap(network.prepare)(obs), values)
@@ -118,35 +147,34 @@ def make_warm_start(
         errors = _centred(logits / _SCALE, eligible) - _centred(labelled.values, eligible)
         return jnp.square(errors).sum() / jnp.maximum(eligible.sum(), 1)
 
-    def fit(params: Any, labelled: Labelled, key: PRNGKeyArray) -> tuple[Any, Float[Array, "epoch"]]:
-        num_states = labelled.values.shape[0]
-        batch = min(_BATCH, num_states)
-        num_batches = num_states // batch
-        schedule = optax.cosine_decay_schedule(config.learning_rate, config.num_epochs * num_batches)
-        optimiser = optax.adam(schedule)
+    @partial(on_devices, in_specs=(everywhere, spread, everywhere), out_specs=(everywhere, everywhere))
+    def fit_share(fit: Fit, labelled: Labelled, num_passes: Int[Array, ""]) -> tuple[Fit, Float[Array, ""]]:
+        num_batches = max(1, len(labelled.values) * mesh.size // _BATCH)
 
-        def minibatch(carry: tuple, chosen: Array) -> tuple[tuple, Array]:
-            params, state = carry
-            error, gradients = jax.value_and_grad(loss)(params, jax.tree.map(lambda leaf: leaf[chosen], labelled))
-            updates, state = optimiser.update(gradients, state, params)
-            return (optax.apply_updates(params, updates), state), error
+        def minibatch(fit: Fit, batch: Labelled) -> tuple[Fit, Float[Array, ""]]:
+            error, gradients = jax.lax.pmean(jax.value_and_grad(loss)(fit.params, batch), "device")
+            updates, optimiser = optax.scale_by_adam().update(gradients, fit.optimiser)
+            progress = (optimiser.count - 1) / (num_passes * num_batches)
+            rate = config.learning_rate * (1 + jnp.cos(jnp.pi * progress)) / 2
+            return Fit(optax.apply_updates(fit.params, optax.tree.scale(-rate, updates)), optimiser), error
 
-        def epoch(carry: tuple, key: PRNGKeyArray) -> tuple[tuple, Array]:
-            order = jax.random.permutation(key, num_states)[: num_batches * batch].reshape(num_batches, batch)
-            carry, errors = jax.lax.scan(minibatch, carry, order)
-            return carry, errors.mean()
-
-        keys = jax.random.split(key, config.num_epochs)
-        (params, _), errors = jax.lax.scan(epoch, (params, optimiser.init(params)), keys)
-        return params, errors
+        batches = jax.tree.map(
+            lambda leaf: leaf[: len(leaf) // num_batches * num_batches].reshape(num_batches, -1, *leaf.shape[1:]),
+            labelled,
+        )
+        fit, errors = jax.lax.scan(minibatch, fit, batches)
+        return fit, errors.mean()
 
     return WarmStart(
         begin=jax.jit(lambda key: reset(jax.random.split(key, num_envs))),
         label=jax.jit(
-            lambda params, environments, key: label_share(params, environments, jax.random.split(key, num_envs)),
-            donate_argnums=1,
+            lambda params, own_base, environments, key: label_share(
+                params, own_base, environments, jax.random.split(key, num_envs)
+            ),
+            donate_argnums=2,
         ),
-        fit=jax.jit(fit),
+        begin_fit=lambda params: Fit(params, optax.scale_by_adam().init(params)),
+        fit=jax.jit(fit_share, donate_argnums=0),
     )
 
 

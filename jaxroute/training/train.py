@@ -132,6 +132,7 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
             elif config.warm_start.num_states:
                 params = _warm_start(config, env, env_params, network, state.params, seeds, progress, interrupts)
                 state = state._replace(params=params)
+                _save(run, config, 0, jax.device_get(params))
             for call in range(done + 1, calls + 1):
                 started = time.perf_counter()
                 state, on_device = learner.update(state)
@@ -181,31 +182,43 @@ def _warm_start(
     num_envs, num_states = config.ppo.num_envs, config.warm_start.num_states
     assert num_envs is not None
     assert num_states is not None
-    begin, label, fit = make_warm_start(config.warm_start, env, env_params, network, num_envs)
-    calls = math.ceil(num_states / num_envs)
-    task = progress.add_task("warm start", total=calls * len(seeds), speed="-", qos="-")
+    warm_start = make_warm_start(config.warm_start, env, env_params, network, num_envs)
+    calls, epochs = math.ceil(num_states / num_envs), config.warm_start.num_epochs
+    task = progress.add_task("warm start", total=calls * config.warm_start.num_rounds * len(seeds), speed="-", qos="-")
     several = len(seeds) > 1
     fitted = []
     for number, seed in enumerate(seeds):
-        own = jax.tree.map(itemgetter(number), params) if several else params
+        first = own = jax.device_get(jax.tree.map(itemgetter(number), params) if several else params)
         key_begin, key_fit, key_label = jax.random.split(jax.random.fold_in(jax.random.key(seed), _WARM_START), 3)
-        environments = begin(key_begin)
+        generator = np.random.default_rng(jax.random.key_data(key_fit))
+        environments = warm_start.begin(key_begin)
         labelled = []
-        for call in range(calls):
+        for call in range(calls * config.warm_start.num_rounds):
             started = time.perf_counter()
-            environments, labels = label(own, environments, jax.random.fold_in(key_label, call))
+            environments, labels = warm_start.label(
+                own, jnp.bool_(call >= calls), environments, jax.random.fold_in(key_label, call)
+            )
             labelled.append(multihost_utils.process_allgather(labels, tiled=True))
             speed = num_envs / (time.perf_counter() - started)
             progress.update(task, advance=1, speed=f"{speed:,.0f} labelled")
             if interrupts.received:
                 progress.console.print("Stopped in the warm start; there is nothing to save yet")
                 raise SystemExit(128 + interrupts.received)
-        data = jax.tree.map(lambda *parts: np.concatenate(parts), *labelled)
-        own, errors = jax.device_get(fit(jax.device_get(own), data, key_fit))
-        progress.console.print(
-            f"Warm start: {len(data.values):,} states labelled; mean squared error of the experts' values "
-            f"{errors[0]:.5f} in the first epoch, {errors[-1]:.5f} in the last"
-        )
+            rounds, within = divmod(call + 1, calls)
+            if within == 0:
+                data = jax.tree.map(lambda *parts: np.concatenate(parts), *labelled)
+                fit, errors = warm_start.begin_fit(first), []
+                for _ in range(epochs):
+                    # As many states a pass in every round, so that one program serves all.
+                    for chosen in generator.permutation(len(data.values)).reshape(rounds, -1):
+                        states = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], data)
+                        fit, error = warm_start.fit(fit, states, jnp.int32(epochs * rounds))
+                        errors.append(error)
+                own = jax.device_get(fit.params)
+                progress.console.print(
+                    f"Warm start: {len(data.values):,} states labelled; mean squared error of the experts' values "
+                    f"{np.mean(errors[:rounds]):.5f} in the first epoch, {np.mean(errors[-rounds:]):.5f} in the last"
+                )
         fitted.append(own)
     progress.remove_task(task)
     whole = jax.tree.map(lambda *parts: np.stack(parts), *fitted) if several else fitted[0]
