@@ -190,7 +190,7 @@ def _warm_start(
     for number, seed in enumerate(seeds):
         first = own = jax.device_get(jax.tree.map(itemgetter(number), params) if several else params)
         key_begin, key_fit, key_label = jax.random.split(jax.random.fold_in(jax.random.key(seed), _WARM_START), 3)
-        generator = np.random.default_rng(jax.random.key_data(key_fit))
+        generator = np.random.default_rng(np.asarray(jax.random.key_data(key_fit)))
         environments = warm_start.begin(key_begin)
         labelled = []
         for call in range(calls * config.warm_start.num_rounds):
