@@ -212,6 +212,8 @@ class WandbConfig:
     """disabled, offline (needs no account) or online."""
     project: str = "jaxroute"
     group: str | None = None
+    """Runs that belong together, such as the seeds of one setting."""
+    tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.mode not in ("disabled", "offline", "online"):

@@ -21,6 +21,9 @@ SCENARIOS: dict[str, dict[str, str]] = {
 }
 """Named scenarios; "edge" is the site edge6."""
 
+# Requests per second. Beyond, gaps and times at the experts are too far apart for float32.
+_LEAST_RATE, _GREATEST_RATE = 1e-6, 1e6
+
 
 def make(
     name: str,
@@ -82,8 +85,10 @@ def build_env(
     if rate is None:
         rate = workload.rate
     low, high = rate if isinstance(rate, tuple) else (rate, rate)
-    if not 0 < low <= high:
-        raise UserError(f"rate={rate} must be above 0 requests per second")
+    if not _LEAST_RATE <= low <= high <= _GREATEST_RATE:
+        raise UserError(
+            f"rate={rate} must be from {_LEAST_RATE:g} to {_GREATEST_RATE:g} requests per second, the least first"
+        )
     weights, dynamics = config.reward, config.dynamics
     env = EdgeRouting(
         num_experts=site.num_experts,

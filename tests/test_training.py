@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import chex
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import jaxroute
 from jaxroute.config import load_config
 from jaxroute.errors import UserError
 from jaxroute.evaluation import EpisodeRecords, episodes, evaluate_policies
@@ -24,6 +26,7 @@ from jaxroute.policies import rules_named
 from jaxroute.ppo import Learner, PPOState
 from jaxroute.scenarios import build_env, on_test_prompts
 from jaxroute.training import latest_checkpoint, load_policy, train
+from jaxroute.training.tracking import Tracker
 from jaxroute.training.train import with_default_sizes
 
 # The sizes of test_cli.py, so that programs that it has compiled are found in the cache.
@@ -177,13 +180,47 @@ def test_a_folder_that_holds_a_training_is_left_alone(watch, tmp_path):
         before = {path: content for path, content in before.items() if path.exists()}
 
 
-def test_what_the_judge_finds_is_noted_in_wandb(watch, monkeypatch):
-    logged, summary, codes = [], {}, []
-    started = SimpleNamespace(log=logged.append, summary=summary, finish=lambda exit_code: codes.append(exit_code))
+def test_wandb_is_given_what_the_run_has_led_to(watch, tmp_path, monkeypatch):
+    logged, summary, codes, artifacts = [], {}, [], []
+    started = SimpleNamespace(
+        id="abc",
+        log=logged.append,
+        summary=summary,
+        log_artifact=artifacts.append,
+        finish=lambda exit_code: codes.append(exit_code),
+    )
     monkeypatch.setattr("jaxroute.training.tracking._start_wandb", lambda *args: started)
-    lines, _ = watch("wandb.mode=offline", judge=lambda: {"eval/avg_qos": 0.5})
-    assert logged == lines
+
+    def judge():
+        (tmp_path / "run" / "results.csv").write_text("policy,mean\njaxroute,0.5\n")
+        return {"eval/avg_qos": 0.5}
+
+    lines, _ = watch("wandb.mode=offline", judge=judge)
+    assert logged[:-1] == lines
+    assert logged[-1]["eval/results"].data == [["jaxroute", "0.5"]]
     assert (summary, codes) == ({"eval/avg_qos": 0.5}, [0])
+    (router,) = artifacts
+    assert router.type == "model"
+    assert "config.yaml" in router.manifest.entries
+    assert any(name.startswith("checkpoints/") for name in router.manifest.entries)
+
+
+def test_a_resumed_run_goes_on_with_its_wandb_run(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr("wandb.init", lambda **options: begun.append(options) or MagicMock())
+    config = load_config(["site=edge3", "wandb.mode=online", "wandb.tags=[a,b]", "wandb.group=g"])
+    for _ in range(2):
+        with Tracker(tmp_path, config, pytest.fail):
+            pass
+    first, second = begun
+    assert first == second
+    assert (first["resume"], first["tags"], first["group"]) == ("allow", ["a", "b"], "g")
+    assert first["config"]["jaxroute_version"] == jaxroute.__version__
+    (tmp_path / "other").mkdir()
+    with Tracker(tmp_path / "other", config, pytest.fail):
+        pass
+    assert begun[2]["id"] != first["id"]
 
 
 def test_divergence_is_reported(watch, tmp_path):

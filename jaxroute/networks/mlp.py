@@ -11,6 +11,11 @@ from jaxroute.networks.features import Features, features_of
 from jaxroute.networks.han import mask_ineligible
 
 
+def flatten(features: Features) -> Float[Array, "feature"]:
+    """Return the arriving request's features and each expert's, as one vector."""
+    return jnp.concatenate([features.arrival, features.experts.reshape(-1), features.candidates.reshape(-1)], axis=-1)
+
+
 class FlatMLP(nn.Module):
     """Actor and critic without graph, estimator or residual."""
 
@@ -23,10 +28,7 @@ class FlatMLP(nn.Module):
     @nn.compact
     def __call__(self, features: Features) -> tuple[Float[Array, "expert"], Float[Array, ""]]:
         """Return the logits of the experts, ineligible ones masked, and the value."""
-        flat = jnp.concatenate(
-            [features.arrival, features.experts.reshape(-1), features.candidates.reshape(-1)], axis=-1
-        )
-        hidden = flat
+        hidden = flatten(features)
         for layer in range(2):
             hidden = jnp.tanh(nn.Dense(self.hidden, name=f"hidden_{layer}")(hidden))
         small = nn.initializers.orthogonal(0.01)

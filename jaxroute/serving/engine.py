@@ -248,7 +248,9 @@ def advance(site: Site, state: SiteState, gap: Float[Array, ""]) -> SiteState:
 def _advance(site: Site, state: SiteState, gap: Float[Array, "*lanes"]) -> SiteState:
     """Treat all axes behind the slots as one: experts of all environments are independent of each other."""
     lanes = jnp.broadcast_shapes(
-        gap.shape, *(leaf.shape for leaf in state[1:]), *(leaf.shape[1:] for leaf in state.slots)
+        gap.shape,
+        *(leaf.shape for leaf in (*jax.tree.leaves(site), *state[1:])),
+        *(leaf.shape[1:] for leaf in state.slots),
     )
 
     def flat(leaf: Array, ndim: int) -> Array:
@@ -484,7 +486,8 @@ def _iterations_within(
     time: Float[Array, "*lanes"], duration: Float[Array, "*lanes"], growth: Float[Array, "*lanes"]
 ) -> Int[Array, "*lanes"]:
     """The most iterations that end within `time`: the root of _elapsed(k) = time, rounded down."""
-    time = jnp.clip(time, 0.0, 1e6)
+    # Longer than any gap, and short enough that nothing below overflows where there is no iteration.
+    time = jnp.clip(time, 0.0, 1e9)
     linear = duration - growth / 2
     # duration >= 2 growth, so linear is positive. Its square would overflow where there is no iteration.
     ratio = time / linear

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jaxroute
 from jaxroute.config import Config
+from jaxroute.training.checkpoint import CONFIG_FILE, latest_checkpoint, seed_runs
 
 METRICS_FILE = "metrics.jsonl"
+# Name of the run at W&B, which a resumed training goes on with.
+_ID_FILE = "wandb_id"
 
 
 class Tracker:
@@ -21,7 +27,7 @@ class Tracker:
     def __init__(self, run: Path, config: Config, warn: Callable[[str], None], steps: int = 0) -> None:
         _keep_lines(run / METRICS_FILE, steps)
         self._file = (run / METRICS_FILE).open("a", buffering=1)
-        self._warn = warn
+        self._run, self._config, self._warn = run, config, warn
         self._wandb: Any = None
         if config.wandb.mode != "disabled":
             self._wandb = _start_wandb(run, config, warn)
@@ -31,9 +37,9 @@ class Tracker:
         self._file.write(json.dumps(metrics) + "\n")
         self._tell_wandb(lambda wandb: wandb.log(metrics))
 
-    def summary(self, values: dict[str, float]) -> None:
-        """Note final results with the run in W&B."""
-        self._tell_wandb(lambda wandb: wandb.summary.update(values))
+    def finish(self, figures: dict[str, float]) -> None:
+        """Give W&B what the run has led to: final figures, the evaluation's table and plots, and the router."""
+        self._tell_wandb(lambda wandb: _log_results(wandb, self._run, self._config, figures))
 
     def __enter__(self) -> Tracker:
         return self
@@ -67,8 +73,27 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def _log_results(started: Any, run: Path, config: Config, figures: dict[str, float]) -> None:
+    import wandb
+
+    started.summary.update(figures)
+    results: dict[str, Any] = {f"eval/{plot.stem}": wandb.Image(str(plot)) for plot in sorted(run.glob("*.png"))}
+    if (table := run / "results.csv").exists():
+        with table.open(newline="") as file:
+            header, *rows = map(list[Any], csv.reader(file))
+        results["eval/results"] = wandb.Table(columns=header, data=rows)
+    if results:
+        started.log(results)
+    router = wandb.Artifact(f"router-{started.id}", type="model", metadata=figures)
+    router.add_file(str(run / CONFIG_FILE))
+    # Of several seeds the first, which is the one that is judged.
+    checkpoint = latest_checkpoint(next(iter(seed_runs(run, config))))
+    router.add_dir(str(checkpoint), name=f"checkpoints/{checkpoint.name}")
+    started.log_artifact(router)
+
+
 def _start_wandb(run: Path, config: Config, warn: Callable[[str], None]) -> Any:
-    """Start a W&B run; if that fails (no key, no network), say so once and go on without."""
+    """Start the run's W&B run, or go on with it; if that fails (no key, no network), say so once and go on without."""
     # Imported here: it takes a second, and most runs do without.
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
@@ -76,16 +101,23 @@ def _start_wandb(run: Path, config: Config, warn: Callable[[str], None]) -> Any:
     if config.wandb.mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
         warn("W&B: no API key (run `wandb login` or set WANDB_API_KEY); going on without W&B")
         return None
+    id_file = run / _ID_FILE
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:8])
     try:
         started = wandb.init(
             mode=config.wandb.mode,  # type: ignore[arg-type]
             project=config.wandb.project,
             group=config.wandb.group,
+            tags=config.wandb.tags,
             name=run.name,
+            id=id_file.read_text(),
+            resume="allow" if config.wandb.mode == "online" else None,  # offline, `wandb sync --append` joins the parts
             dir=str(run),
-            config=dataclasses.asdict(config),
+            config=dataclasses.asdict(config) | {"jaxroute_version": jaxroute.__version__},
         )
         started.define_metric("*", step_metric="steps")
+        started.define_metric("train/avg_qos", step_metric="steps", summary="max")
     except Exception as error:  # W&B and what is below it raise many kinds.
         warn(f"W&B: {_reason(error)}; going on without W&B")
         return None

@@ -164,7 +164,7 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
             )
             raise SystemExit(128 + interrupts.received)
         if tracker and judge is not None:
-            tracker.summary(judge())
+            tracker.finish(judge())
     return state.params
 
 
