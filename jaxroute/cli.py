@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import get_type_hints
 
 import jax
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from rich.console import Console
 
-from jaxroute.config import Config, config_folder, config_yaml, load_config, read_config
+from jaxroute.config import Config, config_yaml, load_config, read_config
 from jaxroute.errors import UserError
 from jaxroute.evaluation import EvaluationResult, evaluate, results_table, summary_text, write_all
 from jaxroute.evaluation.study import run_study, study_text, terminal_table, verdict_table, write_study
 from jaxroute.evaluation.viewer import view_episode
+from jaxroute.options import groups, options
 from jaxroute.policies import LEARNED, rules_named
 from jaxroute.scenarios import build_env, on_test_prompts
 from jaxroute.training import is_first_process, join_processes, run_of, seed_runs, split_cpu, train
@@ -146,8 +151,8 @@ def _run(
     program: str, purpose: str, main: Callable[[Config, Console, Sequence[str]], None], argv: Sequence[str] | None
 ) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if any(flag in ("-h", "--help") for flag in argv):
-        print(_help(program, purpose))
+    if asked := [flag for flag in argv if flag in ("-h", "--help", "--help=all")]:
+        print(_help(program, purpose, everything="--help=all" in asked))
         return 0
     # A plain, wide console where nobody watches, so that logs hold whole lines.
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -155,13 +160,45 @@ def _run(
         if "--cfg" in argv:
             print(config_yaml(_config([flag for flag in argv if flag != "--cfg"])), end="")
             return 0
-        config = _config(argv)
+        # All of them are checked before the first begins.
+        runs = [(_config(options), options) for options in _runs(argv)]
         use_compilation_cache()
-        main(config, console, argv)
+        for config, options in runs:
+            if len(runs) > 1:
+                console.rule(shlex.join(options))
+            main(config, console, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _runs(argv: Sequence[str]) -> list[list[str]]:
+    """Return the options of each run: one, or with Hydra's --multirun one for each combination of listed values.
+
+    Of several, each gets a folder of its own, named after what it differs in.
+
+    Raises:
+        UserError: an option that Hydra cannot parse.
+    """
+    given = [option for option in argv if option not in ("-m", "--multirun")]
+    if len(given) == len(argv):
+        return [given]
+    try:
+        parsed = OverridesParser.create().parse_overrides(given)
+    except HydraException as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    listed = [option for option in parsed if option.is_sweep_override()]
+    fixed = [str(option.input_line) for option in parsed if option not in listed]
+    base = next((option.value() for option in parsed if option.key_or_group == "output_dir"), None)
+    folder = Path(str(base)) if base else Path("outputs") / f"{time.strftime('%Y%m%d-%H%M%S')}-multirun"
+    choices = [[f"{option.get_key_element()}={value}" for value in option.sweep_string_iterator()] for option in listed]
+    fixed = [option for option in fixed if not option.startswith("output_dir=")]
+    runs = []
+    for chosen in itertools.product(*choices):
+        name = re.sub(r"[^\w.,=+-]", "_", ",".join(chosen))
+        runs.append([*fixed, *chosen, f"output_dir='{folder / name}'"])
+    return runs
 
 
 # What does not change a training, and may differ when it is resumed.
@@ -211,19 +248,55 @@ def use_compilation_cache() -> None:
             jax.config.update(option, value)
 
 
-def _help(program: str, purpose: str) -> str:
-    groups = {
-        group.name: ", ".join(sorted(path.stem for path in group.glob("[!_]*.yaml")))
-        for group in sorted(config_folder().iterdir())
-        if group.is_dir()
-    }
-    lines = [purpose, "", f"usage: python {program} [option=value ...] [--cfg] [--help]", "", "Choices:"]
-    lines += [f"  {name}={choices}" for name, choices in groups.items()]
-    lines += ["", "Options (defaults in configs/; --cfg prints the configuration that results):"]
-    for entry, hint in get_type_hints(Config).items():
-        if is_dataclass(hint):
-            names = [field.name for field in fields(hint)]
-            lines.append(f"  {entry}.{{{', '.join(names)}}}")
-        else:
-            lines.append(f"  {entry}")
+# What people set most.
+_COMMON = {
+    "train.py": (
+        "workload.rate",
+        "ppo.num_envs",
+        "ppo.total_steps",
+        "warm_start.num_states",
+        "train.rates",
+        "train.num_seeds",
+        "seed",
+        "output_dir",
+        "resume",
+        "fork",
+        "wandb.mode",
+    ),
+    "eval.py": (
+        "checkpoint",
+        "policies",
+        "workload.rate",
+        "eval.seeds",
+        "eval.loads",
+        "eval.requests",
+        "view",
+        "output_dir",
+    ),
+}
+
+
+def _help(program: str, purpose: str, everything: bool) -> str:
+    lines = [
+        purpose,
+        "",
+        f"usage: python {program} [option=value ...] [--cfg] [--multirun] [--help | --help=all]",
+        "",
+        "Choices:",
+    ]
+    lines += [f"  {group}={', '.join(choices)}" for group, choices in groups().items()]
+    shown = [option for option in options() if everything or option.name in _COMMON[program]]
+    if not everything:
+        shown.sort(key=lambda option: _COMMON[program].index(option.name))
+    lines += ["", "Options:" if everything else "Options used most:"]
+    for option in shown:
+        default = f" (default {option.default.strip('`')})" if option.default else ""
+        lines.append(f"  {option.name}{default}")
+        lines += textwrap.wrap(option.meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    if not everything:
+        lines += [
+            "",
+            "--help=all and docs/options.md list every option; --cfg prints the configuration that results.",
+            "--multirun (-m) runs every combination of listed values: -m seed=0,1,2 ppo.discount=0.98,0.99",
+        ]
     return "\n".join(lines)

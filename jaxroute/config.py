@@ -137,6 +137,7 @@ class EvalConfig:
     loads: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5])
     """Multiples of the workload's rate to judge at; 1 is always among them."""
     seed: int = 1_000_000
+    """Of the episodes; the same seed gives every policy the same ones."""
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.requests < 1 or self.warmup < 0:
@@ -166,7 +167,9 @@ class StudyConfig:
     """A study as written in configs/study: routers and rules judged in many settings."""
 
     name: str = MISSING
+    """Names the folder outputs/study-<name>."""
     cells: list[StudyCell] = field(default_factory=list)
+    """The settings."""
     routers: dict[str, list[str]] = field(default_factory=dict)
     """Label of a trained router to its runs, one per training seed. The first is compared with all others."""
     rules: list[str] | None = None
@@ -174,8 +177,11 @@ class StudyConfig:
     planners: list[str] = field(default_factory=list)
     """lookahead, clairvoyant: judged apart, beside rules and routers, because a decision takes them long."""
     planner_seeds: int = 8
+    """Episodes of planners."""
     planner_requests: int = 200
+    """Requests in them that count."""
     planner_warmup: int = 100
+    """Requests before, that do not."""
     planner_futures: int = 12
     """Futures that lookahead draws for a decision."""
     planner_horizon: int = 40
@@ -211,9 +217,11 @@ class WandbConfig:
     mode: str = "disabled"
     """disabled, offline (needs no account) or online."""
     project: str = "jaxroute"
+    """Project at W&B."""
     group: str | None = None
     """Runs that belong together, such as the seeds of one setting."""
     tags: list[str] = field(default_factory=list)
+    """Words to find the run by."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("disabled", "offline", "online"):
@@ -238,6 +246,7 @@ class Config:
     study: StudyConfig | None = None
     """eval.py: judge in many settings instead of one."""
     seed: int = 0
+    """Of everything random in training."""
     data_dir: str | None = None
     """Folder of real traces and banks; the environment variable JAXROUTE_DATA by default."""
     output_dir: str | None = None

@@ -6,6 +6,8 @@ import dataclasses
 import re
 from typing import get_args, get_origin, get_type_hints
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -32,7 +34,7 @@ def no_data(monkeypatch):
 
 
 def needs_data(config):
-    return config.bank.kind != "embedded" or config.workload.arrivals == "trace"
+    return config.bank.kind in ("zeroeval", "mmlu_pro") or config.workload.arrivals == "trace"
 
 
 def line_of(call, *args):
@@ -89,7 +91,8 @@ def test_what_is_committed_are_the_defaults():
     # The largest site needs the most of a bank.
     [f"site={site}" for site in CHOICES["site"]]
     + [f"site=edge3 workload={workload}" for workload in CHOICES["workload"] if workload != "poisson"]
-    + [f"site=edge16 bank={bank}" for bank in CHOICES["bank"] if bank != "embedded"],
+    # A table is the user's own: tests/test_bank_table.py builds one.
+    + [f"site=edge16 bank={bank}" for bank in CHOICES["bank"] if bank not in ("embedded", "table")],
 )
 def test_every_choice_builds(choices, request, monkeypatch, no_data):
     config = load_config(choices.split())
@@ -99,6 +102,19 @@ def test_every_choice_builds(choices, request, monkeypatch, no_data):
     assert env.num_experts == len(config.site.experts) == params.bank.quality.shape[1]
     assert float(params.rate[0]) == pytest.approx(load_config(SHORT).workload.rate, rel=0.1)  # so that results compare
     np.testing.assert_allclose(np.asarray(params.share).sum(), 1, rtol=1e-6)
+
+    def episode(key):
+        def step(state, key):
+            obs, state, reward, *_ = env.step(key, state, jnp.int32(0), params)
+            return state, (obs, reward)
+
+        return jax.lax.scan(step, env.reset(key, params)[1], jax.random.split(key, 3))
+
+    # Compiled in half the time: it runs once.
+    quickly = {"xla_backend_optimization_level": 0}
+    state, seen = jax.jit(episode, compiler_options=quickly)(jax.random.key(0))
+    assert state.step == 3
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(seen))
 
 
 @pytest.mark.parametrize("choice", CHOICES["network"])

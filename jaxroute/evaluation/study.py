@@ -283,7 +283,7 @@ def _parts(study: StudyConfig, overrides: Sequence[str]) -> list[_Part]:
 
 def _needs_data(config: Config) -> bool:
     trace = config.workload.trace if config.workload.arrivals == "trace" else None
-    return config.bank.kind != "embedded" or (trace is not None and not Path(trace).is_absolute())
+    return config.bank.kind in ("zeroeval", "mmlu_pro") or (trace is not None and not Path(trace).is_absolute())
 
 
 def _of_training_seed(label: str, index: int) -> str:

@@ -20,10 +20,15 @@ class NetworkConfig:
     kind: str = "han"
     """han, or mlp for the flat ablation."""
     hidden: int = 32
+    """Width of the embeddings."""
     heads: int = 2
+    """Attention heads, which share the width."""
     dense: bool = True
+    """Use that every expert has as many slots, which is faster; false follows the edges with jraph."""
     semantic_attention: bool = True
+    """Weigh the edge types by attention; false takes their mean."""
     use_impact: bool = True
+    """See what the estimator says of each choice, and correct it; false learns without."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("han", "mlp"):

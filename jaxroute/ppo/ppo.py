@@ -36,18 +36,27 @@ class PPOConfig:
     num_steps: int = 32
     """Steps of each environment per update."""
     num_epochs: int = 1
+    """Passes over each update's steps."""
     num_minibatches: int = 8
+    """Gradient steps a pass, each on whole environments."""
     total_steps: int | None = None
     """Environment steps in all; null takes 786,432 on a CPU, 100,663,296 on an accelerator."""
     learning_rate: float = 1e-4
+    """Of Adam. After the warm start; without one, 1e-3 is better."""
     anneal: bool = True
     """Lower the learning rate linearly to zero."""
     discount: float = 0.985
+    """Gamma, per request."""
     gae_lambda: float = 0.95
+    """Lambda of generalised advantage estimation."""
     clip: float = 0.2
+    """Ratio of probabilities, to either side of 1, beyond which there is nothing more to gain."""
     entropy_bonus: float = 0.0
+    """Weight of the policy's entropy."""
     value_weight: float = 0.5
+    """Weight of the critic's loss."""
     max_grad_norm: float = 0.5
+    """Gradients beyond are scaled down to it."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_epochs", "num_minibatches", "total_steps"):

@@ -47,6 +47,7 @@ class WarmStartConfig:
     horizon: int = 30
     """Decisions that the drawn future of a label lasts."""
     num_epochs: int = 30
+    """Passes of a regression over all labels."""
     learning_rate: float = 1e-3
     """Of the regression; it falls to zero along a cosine."""
 

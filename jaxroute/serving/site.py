@@ -96,7 +96,9 @@ class ExpertConfig:
     """One expert as written in configs/site; seconds and tokens, as in `Site`."""
 
     model: str
+    """Name by which the request bank knows the LLM."""
     accelerator: str
+    """What it runs on."""
     iteration_overhead: float
     weight_load: float
     compute_per_token: float
@@ -119,7 +121,9 @@ class SiteConfig:
     """A site as written in configs/site."""
 
     name: str
+    """Name of the site."""
     experts: list[ExpertConfig] = field(default_factory=list)
+    """The experts."""
 
     def __post_init__(self) -> None:
         if not self.experts:

@@ -227,9 +227,11 @@ class RequirementConfig:
     """One class of service: what per-token latency its requests demand, and how common they are."""
 
     name: str
+    """Name of the class."""
     latency: float
     """Limit on the normalised latency, s per output token."""
     share: float
+    """Weight of the class among all."""
 
 
 @dataclass
@@ -237,6 +239,7 @@ class WorkloadConfig:
     """A workload as written in configs/workload: when requests come and how soon they must be served."""
 
     name: str
+    """Name of the workload."""
     arrivals: str
     """poisson, gamma, mmpp, diurnal, mixed or trace."""
     requirements: list[RequirementConfig]

@@ -1,36 +1,33 @@
 """Request banks: tables of prompts with what every LLM would answer and what a router can predict of it.
 
-Three kinds. `embedded` is generated from figures fitted to a public evaluation and needs no download;
-`zeroeval` and `mmlu_pro` are the published evaluations themselves. A bank holds outcomes (quality, length),
-which the router must not see, and predictions, which it may. The predictions are outcomes seen through noise
-of such strength that they are as good as those of a predictor measured on the real prompts (a TF-IDF ridge
-regression).
+Four kinds. `embedded` is generated from figures fitted to a public evaluation and needs no download;
+`zeroeval` and `mmlu_pro` are the published evaluations themselves; `table` is an evaluation of the user's own.
+A bank holds outcomes (quality, length), which the router must not see, and predictions, which it may. The
+predictions are a real predictor's (`bank.predictions`), or outcomes seen through noise of such strength that
+they are as good as those of a predictor measured on the real prompts (a TF-IDF ridge regression).
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxroute.errors import UserError
+from jaxroute.workloads.bank_table import Predictions, Table, close, read_predictions, read_table, split_of_rows
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("embedded", "zeroeval", "mmlu_pro")
+KINDS = ("embedded", "zeroeval", "mmlu_pro", "table")
 SPLITS = ("train", "test", "all")
 
-# Codes of the published tables (shared by both evaluations).
-RIGHT, WRONG, NO_ANSWER, MISSING = 1, 0, 2, 255
-MISSING_LENGTH = 65535
 MIN_ROWS = 100  # fewer prompts cannot carry the calibration of the predictions
 
 
@@ -39,9 +36,10 @@ class RequestBank(NamedTuple):
 
     Attributes:
         prompt_tokens: length of the prompt, tokens.
-        quality: 1 if the expert answers correctly, else 0; real tables and generated ones alike.
+        quality: 1 if the expert answers correctly, else 0; a user's own table may grade in between.
         output_tokens: true length of the expert's answer, tokens, at least 1. Unknown to the router.
-        predicted_quality: calibrated probability that the expert answers correctly. The router sees it.
+        predicted_quality: expected quality; where answers are right or wrong, the probability that the
+            expert answers correctly. The router sees it.
         predicted_output_tokens: predicted median of the length, exp(predicted log length), tokens. The router
             sees it.
         log_length_error: standard deviation of log(output_tokens) around log(predicted_output_tokens): what
@@ -65,7 +63,9 @@ class PredictorConfig:
     LLM does better. The two are separate figures: the second decides what routing by quality alone can gain.
 
     Attributes:
-        quality_auc: area under the ROC curve of predicted quality.
+        quality_auc: area under the ROC curve of predicted quality. Where quality is graded: of two answers
+            of different quality, how often the better one has the higher prediction (which is the same for
+            quality 0 or 1).
         quality_own_r2: R2 of the predicted quality's deviation from the prompt's mean over LLMs.
         length_r2: R2 of the predicted log length.
         length_own_r2: R2 of the predicted log length's deviation from the prompt's mean over LLMs.
@@ -149,7 +149,11 @@ class BankConfig:
     """Which bank, how much of it, and how well its outcomes can be predicted.
 
     Attributes:
-        kind: "embedded" (generated, no download), "zeroeval" or "mmlu_pro" (published tables).
+        kind: "embedded" (generated, no download), "zeroeval" or "mmlu_pro" (published tables), or "table" (the
+            folder's).
+        folder: of kind "table": what `python -m jaxroute.bank build` wrote.
+        predictions: folder of a predictor's predictions for the rows of a real table, which the router sees
+            instead of those as good as `predictor`.
         num_prompts: rows; None takes every row of a real table (the embedded bank needs a number).
         seed: of the generated prompts, the prediction noise and the choice of rows.
         split: "train" or "test", two disjoint populations: other draws for the embedded bank, two fixed
@@ -163,6 +167,8 @@ class BankConfig:
     """
 
     kind: str = "embedded"
+    folder: str | None = None
+    predictions: str | None = None
     num_prompts: int | None = 4096
     seed: int = 0
     split: str = "train"
@@ -177,6 +183,10 @@ class BankConfig:
             raise UserError(f"bank.kind='{self.kind}' is unknown: use one of {', '.join(KINDS)}")
         if self.split not in SPLITS:
             raise UserError(f"bank.split='{self.split}' is unknown: use one of {', '.join(SPLITS)}")
+        if self.kind != "table" and self.folder is not None:
+            raise UserError(f"bank.folder does not fit bank.kind='{self.kind}': use bank.kind=table, or folder null")
+        if self.kind == "embedded" and self.predictions is not None:
+            raise UserError("bank.predictions does not fit bank.kind='embedded', whose prompts have no text: use null")
         if self.kind == "embedded" and self.split == "all":
             raise UserError(
                 "bank.split='all' does not fit bank.kind='embedded', which has no fixed rows: use train or test"
@@ -218,7 +228,7 @@ def build_bank(config: BankConfig, models: Sequence[str], data_dir: Path | None 
     Args:
         config: which bank.
         models: model name of each expert, in the site's order.
-        data_dir: folder that holds the published tables (`JAXROUTE_DATA`); not needed for the embedded bank.
+        data_dir: folder that holds the published tables (`JAXROUTE_DATA`); not needed for other kinds.
 
     Returns:
         The bank, deterministic in (config, models): prompts in rows, experts in columns.
@@ -234,9 +244,10 @@ def build_bank(config: BankConfig, models: Sequence[str], data_dir: Path | None 
     llms = list(dict.fromkeys(columns))
     if config.kind == "embedded":
         outcomes, calibration, kept = _generate(config, llms)
+        predicted = None
     else:
-        outcomes, calibration, kept = _read_tables(config, llms, data_dir)
-    quality, log_length, error = _predict(outcomes, calibration, config)
+        outcomes, calibration, kept, predicted = _read_tables(config, llms, data_dir)
+    quality, log_length, error = predicted or _predict(outcomes, calibration, config)
     expert = [llms.index(column) for column in columns]
     return RequestBank(
         prompt_tokens=jnp.asarray(outcomes.prompt_tokens[kept], jnp.int32),
@@ -262,7 +273,7 @@ def _generate(
     for llm in llms:
         if llm not in config.llms:
             raise UserError(
-                f"the embedded bank has no LLM '{llm}'{_close(llm, config.llms)}: add its figures under "
+                f"the embedded bank has no LLM '{llm}'{close(llm, config.llms)}: add its figures under "
                 "bank.llms or name a stand-in under bank.models"
             )
     train = _generate_split(config, llms, "train")
@@ -307,112 +318,104 @@ def _generate_split(config: BankConfig, llms: list[str], split: str) -> _Outcome
     return _Outcomes(prompt_tokens, quality, output_tokens)
 
 
-# --- outcomes: published tables -----------------------------------------------------------------------------
+# --- outcomes: tables ---------------------------------------------------------------------------------------
+
+
+def load_table(source: BankConfig | Path | str, data_dir: Path | None = None) -> Table:
+    """Read and check the whole table of a bank, or of a folder, a user's own or a published one.
+
+    Raises:
+        UserError: no folder is set, files that are missing or do not belong together, values out of range.
+    """
+    if not isinstance(source, BankConfig):
+        return read_table(Path(source))
+    if source.kind == "embedded":
+        raise UserError("bank.kind='embedded' is generated and has no table: use zeroeval, mmlu_pro or table")
+    if source.kind == "table":
+        if source.folder is None:
+            raise UserError(
+                "bank.kind='table' reads a folder and bank.folder is not set: set it to one that "
+                "python -m jaxroute.bank build wrote"
+            )
+        return read_table(Path(source.folder))
+    if data_dir is None:
+        raise UserError(
+            f"bank.kind='{source.kind}' reads published tables and no data folder is set: "
+            "set JAXROUTE_DATA or data_dir, or use bank.kind=embedded"
+        )
+    return read_table(Path(data_dir) / source.kind)
+
+
+class _Predicted(NamedTuple):
+    """What the router sees of an outcome."""
+
+    quality: Float[np.ndarray, "prompt llm"]
+    log_length: Float[np.ndarray, "prompt llm"]
+    log_length_error: Float[np.ndarray, "llm"]
 
 
 def _read_tables(
     config: BankConfig, llms: list[str], data_dir: Path | None
-) -> tuple[_Outcomes, Bool[np.ndarray, "prompt"], Bool[np.ndarray, "prompt"]]:
-    """Outcomes of a published table, which rows calibrate the predictor, and which rows were asked for.
-
-    `<data_dir>/<kind>/` holds `queries.parquet` (`prompt_tokens`), `correct.parquet` (1 right, 0 wrong, 2 no
-    answer, which counts as wrong, 255 missing) and `out_tokens.parquet` (65535 missing), rows in the same
-    order; the last two have one column per LLM.
-    """
-    if data_dir is None:
-        raise UserError(
-            f"bank.kind='{config.kind}' reads published tables and no data folder is set: "
-            "set JAXROUTE_DATA or data_dir, or use bank.kind=embedded"
-        )
-    folder = Path(data_dir) / config.kind
-    queries = _read_parquet(folder / "queries.parquet")
-    correct = _read_parquet(folder / "correct.parquet")
-    lengths = _read_parquet(folder / "out_tokens.parquet")
-    for table, name in ((correct, "correct.parquet"), (lengths, "out_tokens.parquet")):
-        if len(table) != len(queries):
+) -> tuple[_Outcomes, Bool[np.ndarray, "prompt"], Bool[np.ndarray, "prompt"], _Predicted | None]:
+    """Outcomes of a table, which rows calibrate the predictor, which were asked for, and the predictions if given."""
+    table = load_table(config, data_dir)
+    where = config.folder if config.kind == "table" else f"{data_dir}/{config.kind}"
+    for llm in llms:
+        if llm not in table.llms:
             raise UserError(
-                f"{folder / name} has {len(table)} rows where queries.parquet has {len(queries)}: "
-                "fetch the three tables from one release"
+                f"{where} has no column '{llm}'{close(llm, table.llms)}: name a column "
+                "for the site's model under bank.models"
             )
-        for llm in llms:
-            if llm not in table.columns:
-                raise UserError(
-                    f"{folder / name} has no column '{llm}'{_close(llm, table.columns)}: name a column "
-                    "for the site's model under bank.models"
-                )
-    if "prompt_tokens" not in queries.columns:
-        raise UserError(f"{folder / 'queries.parquet'} has no column 'prompt_tokens': add the prompts' token counts")
-    code = correct[llms].to_numpy()
-    tokens = lengths[llms].to_numpy().astype(np.int64)
-    if not np.isin(code, (RIGHT, WRONG, NO_ANSWER, MISSING)).all():
-        raise UserError(
-            f"{folder / 'correct.parquet'} holds codes other than 0 wrong, 1 right, 2 no answer, "
-            "255 missing: recode the table"
-        )
-
-    complete = ((code != MISSING) & (tokens != MISSING_LENGTH)).all(axis=1)
-    if complete.sum() < MIN_ROWS:
-        raise UserError(
-            f"{folder} has {complete.sum()} rows complete for {', '.join(llms)}; at least {MIN_ROWS} are "
-            "needed: choose LLMs with fewer missing cells under bank.models"
-        )
+    chosen = [table.llms.index(llm) for llm in llms]
+    quality, tokens = table.quality[:, chosen], table.output_tokens[:, chosen]
+    complete = ~(np.isnan(quality) | np.isnan(tokens)).any(axis=1)
     if not complete.all():
         logger.warning(
             "%s: dropped %d of %d rows with a missing cell among the chosen LLMs",
-            folder, (~complete).sum(), len(complete),
+            where, (~complete).sum(), len(complete),
         )  # fmt: skip
+    given: Predictions | None = None
+    if config.predictions is not None:
+        given = read_predictions(Path(config.predictions), llms, len(complete))
+        unknown = complete & (np.isnan(given.quality) | np.isnan(given.output_tokens)).any(axis=1)
+        if unknown.any():
+            logger.warning(
+                "%s: dropped %d of %d rows without a prediction for a chosen LLM",
+                config.predictions, unknown.sum(), len(complete),
+            )  # fmt: skip
+        complete &= ~unknown
+    if complete.sum() < MIN_ROWS:
+        in_both = f" and predicted in {config.predictions}" if given else ""
+        raise UserError(
+            f"{where} has {complete.sum()} rows complete for {', '.join(llms)}{in_both}; at least {MIN_ROWS} are "
+            "needed: choose LLMs with fewer missing cells under bank.models"
+        )
     outcomes = _Outcomes(
-        prompt_tokens=queries["prompt_tokens"].to_numpy().astype(np.int64)[complete],
-        quality=(code[complete] == RIGHT).astype(np.float64),
-        output_tokens=np.maximum(tokens[complete], 1),
+        prompt_tokens=np.maximum(np.rint(table.queries["prompt_tokens"].to_numpy(float)[complete]), 1).astype(np.int64),
+        quality=quality[complete],
+        output_tokens=np.maximum(np.rint(tokens[complete]), 1).astype(np.int64),
     )
-    # The halves are drawn over the rows of the file, with a constant seed, so that the same prompt stays in
-    # the same half for every pool of LLMs and every configured seed.
-    in_train = np.random.default_rng(0).permutation(len(complete))[complete] % 2 == 0
+    in_train = split_of_rows(len(complete))[complete]
     calibration = in_train if config.split != "all" else np.ones(len(in_train), bool)
     wanted = ~in_train if config.split == "test" else calibration
     if config.num_prompts is not None:
         if config.num_prompts > wanted.sum():
             raise UserError(
                 f"bank.num_prompts={config.num_prompts} is more than the {wanted.sum()} complete rows of "
-                f"{folder} in split '{config.split}': lower it, or use null for all of them"
+                f"{where} in split '{config.split}': lower it, or use null for all of them"
             )
-        chosen = np.random.default_rng(config.seed).permutation(np.flatnonzero(wanted))[: config.num_prompts]
-        wanted = np.isin(np.arange(len(wanted)), chosen)
-    return outcomes, calibration, wanted
-
-
-def _read_parquet(path: Path) -> Any:
-    """Read one table; pandas is imported here because only real tables need it."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: set JAXROUTE_DATA or data_dir to the folder of the published tables")
-    try:
-        import pandas
-        import pyarrow  # noqa: F401  (pandas reads Parquet through it)
-    except ImportError as error:
-        raise UserError(
-            f"reading {path} needs pandas and pyarrow: install them with pip install 'jaxroute[data]'"
-        ) from error
-    try:
-        return pandas.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these two
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a readable Parquet file ({reason}): fetch it again") from error
-
-
-def _close(name: str, known: Any) -> str:
-    """Name the nearest known names, for error messages."""
-    lowered = {str(candidate).lower(): str(candidate) for candidate in known}
-    near = difflib.get_close_matches(name.lower(), list(lowered), n=3, cutoff=0.4)
-    return f" (close: {', '.join(lowered[candidate] for candidate in near)})" if near else ""
+        chosen_rows = np.random.default_rng(config.seed).permutation(np.flatnonzero(wanted))[: config.num_prompts]
+        wanted = np.isin(np.arange(len(wanted)), chosen_rows)
+    predicted = None
+    if given is not None:
+        predicted = _Predicted(given.quality[complete], np.log(given.output_tokens[complete]), given.log_length_error)
+    return outcomes, calibration, wanted, predicted
 
 
 # --- predictions --------------------------------------------------------------------------------------------
 
 
-def _predict(
-    outcomes: _Outcomes, calibration: Bool[np.ndarray, "prompt"], config: BankConfig
-) -> tuple[Float[np.ndarray, "prompt llm"], Float[np.ndarray, "prompt llm"], Float[np.ndarray, "llm"]]:
+def _predict(outcomes: _Outcomes, calibration: Bool[np.ndarray, "prompt"], config: BankConfig) -> _Predicted:
     """Predicted quality, predicted log length, and the sd of the latter's error per LLM.
 
     Quality and log length are each split into a part shared by all LLMs of a prompt and an own part of each
@@ -430,7 +433,7 @@ def _predict(
         _tune(quality, length, _auc, config.predictor, "quality_auc", "quality_own_r2")
     log_length = length.predict(quality)
     error = (length.truth - log_length)[calibration].std(axis=0)
-    return quality.predict(length), log_length, error
+    return _Predicted(quality.predict(length), log_length, error)
 
 
 class _Signals:
@@ -557,7 +560,10 @@ def _logistic_regression(
     truth: Float[np.ndarray, "prompt llm"],
     calibration: Bool[np.ndarray, "prompt"],
 ) -> Float[np.ndarray, "prompt llm"]:
-    """Logistic regression per LLM by Newton's method on the calibration rows, evaluated on every row."""
+    """Logistic regression per LLM by Newton's method on the calibration rows, evaluated on every row.
+
+    It fits the expected outcome from 0 to 1, so that graded qualities need nothing else.
+    """
     known, target = features[:, calibration], truth[calibration].T[:, :, None]
     transposed = known.swapaxes(1, 2)
     penalty = 1e-3  # keeps the weights finite where an LLM is always right
@@ -591,16 +597,26 @@ def _own_r2(truth: Float[np.ndarray, "prompt llm"], prediction: Float[np.ndarray
     return float(1 - ((own - predicted_own) ** 2).sum() / np.maximum((own**2).sum(), 1e-12))
 
 
-def _auc(right: np.ndarray, score: np.ndarray) -> float:
-    """Area under the ROC curve, pooled over all cells: the rank-sum statistic, for scores without ties."""
-    right = right.ravel() > 0.5
-    rank = np.empty(right.size)
-    rank[np.argsort(score, axis=None, kind="stable")] = np.arange(1, right.size + 1)
-    positives = right.sum()
-    negatives = right.size - positives
-    if positives == 0 or negatives == 0:
+def _auc(quality: np.ndarray, score: np.ndarray) -> float:
+    """Area under the ROC curve, pooled over all cells, for scores without ties.
+
+    For graded qualities it is the share of the pairs of different quality that the score orders correctly, which
+    for two grades is that area. Grades that differ do so first in one binary digit of their rank: among the cells
+    that agree in the digits above it, the pairs are counted as for two grades.
+    """
+    grades, grade, count = np.unique(quality, return_inverse=True, return_counts=True)
+    pairs = (quality.size**2 - (count**2).sum()) // 2
+    if pairs == 0:
         raise UserError(
-            "every LLM of the site is always right or always wrong in this bank, so that there is nothing to "
-            "predict: choose other LLMs under bank.models"
+            "all answers of the site's LLMs are equally good in this bank (always right or always wrong), so that "
+            "there is nothing to predict: choose other LLMs under bank.models"
         )
-    return float((rank[right].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    grade = grade.ravel()[np.argsort(score, axis=None, kind="stable")]
+    ordered = 0
+    for digit in range((len(grades) - 1).bit_length()):
+        above = grade >> digit + 1
+        order = np.argsort(above, kind="stable")  # keeps the order of the score
+        above, high = above[order], grade[order] >> digit & 1 == 1
+        lower = np.concatenate([[0], np.cumsum(~high)])
+        ordered += (lower[:-1] - lower[np.searchsorted(above, above)])[high].sum()
+    return float(ordered / pairs)

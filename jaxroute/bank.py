@@ -1,0 +1,150 @@
+"""Banks of a user's own: build one from an evaluation, describe what it holds.
+
+python -m jaxroute.bank build INPUT --out FOLDER
+python -m jaxroute.bank describe FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from jaxtyping import Bool, Float
+from rich.console import Console
+from rich.table import Column
+from rich.table import Table as Grid
+
+from jaxroute.errors import UserError
+from jaxroute.workloads.bank import MIN_ROWS, load_table
+from jaxroute.workloads.bank_table import Table, choose_llms, read_long_table, write_table
+
+_COLUMNS = 7  # of one printed table, so that categories with long names fit beside long names of LLMs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build or describe a bank; returns the exit code."""
+    # A plain, wide console where nobody watches, so that logs hold whole lines.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        options = _parser().parse_args(argv)
+        options.run(options, console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m jaxroute.bank", description="Request banks from your own evaluation.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    build = commands.add_parser("build", help="write a bank from an evaluation")
+    build.add_argument(
+        "input",
+        type=Path,
+        metavar="INPUT",
+        help=".csv, .jsonl or .parquet with one row per answer (prompt, model, quality, output_tokens; "
+        "optionally category, prompt_tokens), or a folder with published tables",
+    )
+    build.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the bank; must not exist yet")
+    build.set_defaults(run=_build)
+    describe = commands.add_parser("describe", help="check a bank and print what it holds")
+    describe.add_argument("folder", type=Path, metavar="FOLDER", help="a bank, or a folder with published tables")
+    describe.set_defaults(run=_describe)
+    for command in (build, describe):
+        command.add_argument("--models", metavar="A,B,...", help="only these LLMs; all by default")
+    return parser
+
+
+def _build(options: argparse.Namespace, console: Console) -> None:
+    table, notes = (load_table(options.input), []) if options.input.is_dir() else read_long_table(options.input)
+    table = _chosen(table, options.models, options.input)
+    write_table(table, options.out)
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
+    missing = _missing(table).sum()
+    console.print(
+        f"{options.out}: {len(table.queries)} prompts x {len(table.llms)} LLMs, {missing} cells missing.",
+        f"Use it with: bank=table bank.folder={options.out}",
+        sep="\n", markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _describe(options: argparse.Namespace, console: Console) -> None:
+    table = _chosen(load_table(options.folder), options.models, options.folder)
+    missing = _missing(table)
+    for grid in _grids(table, missing):
+        console.print(grid, markup=False)
+    console.print(f"{_coverage(missing)}\n{_choice(table, missing)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _chosen(table: Table, models: str | None, where: Path) -> Table:
+    return table if models is None else choose_llms(table, [name.strip() for name in models.split(",")], where)
+
+
+def _missing(table: Table) -> Bool[np.ndarray, "prompt llm"]:
+    return np.isnan(table.quality) | np.isnan(table.output_tokens)
+
+
+def _grids(table: Table, missing: Bool[np.ndarray, "prompt llm"]) -> Iterator[Grid]:
+    """What each LLM misses, how long and how good its answers are, overall and per category; the best LLM first."""
+    quality = [_mean(column, 3) for column in table.quality.T]
+    columns = [
+        ("missing", ["", *(str(count) for count in missing.sum(axis=0))]),
+        ("tokens", ["", *(_mean(column, 0) for column in table.output_tokens.T)]),
+        ("quality", [str(len(missing)), *quality]),
+    ]
+    if "category" in table.queries.columns:
+        category = table.queries["category"].astype(str).to_numpy()
+        for name in np.unique(category):
+            prompts = category == name
+            columns.append(
+                (str(name), [str(prompts.sum()), *(_mean(column, 3) for column in table.quality[prompts].T)])
+            )
+    order = sorted(range(len(table.llms)), key=quality.__getitem__, reverse=True)
+    for start in range(0, len(columns), _COLUMNS):
+        block = columns[start : start + _COLUMNS]
+        grid = Grid("LLM", *(Column(name, justify="right") for name, _ in block))
+        grid.add_row("prompts", *(cells[0] for _, cells in block), end_section=True)
+        for llm in order:
+            grid.add_row(table.llms[llm], *(cells[1 + llm] for _, cells in block))
+        yield grid
+
+
+def _coverage(missing: Bool[np.ndarray, "prompt llm"]) -> str:
+    complete = (~missing.any(axis=1)).sum()
+    few = f"; a site needs {MIN_ROWS}: fewer LLMs (--models) or more prompts" if complete < MIN_ROWS else ""
+    return (
+        f"Missing: {missing.sum()} of {missing.size} cells (no quality or no output_tokens). "
+        f"Complete for these {missing.shape[1]} LLMs: {complete} of {len(missing)} prompts{few}."
+    )
+
+
+def _choice(table: Table, missing: Bool[np.ndarray, "prompt llm"]) -> str:
+    """What choosing an LLM per prompt could gain, on the complete prompts."""
+    complete = ~missing.any(axis=1)
+    if not complete.any():
+        return "Best single LLM and oracle: unknown, as no prompt is complete."
+    quality = table.quality[complete]
+    single = quality.mean(axis=0)
+    return (
+        f"On the complete prompts: best single LLM {table.llms[single.argmax()]} {single.max():.3f}, "
+        f"oracle (the best LLM of each prompt) {quality.max(axis=1).mean():.3f}."
+    )
+
+
+def _mean(values: Float[np.ndarray, "prompt"], digits: int) -> str:
+    known = values[~np.isnan(values)]
+    return f"{known.mean():.{digits}f}" if len(known) else "-"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,390 @@
+"""Tables of measured answers: reading the published and the user's own, predictions for them, writing.
+
+A table is a folder of Parquet files whose rows are the same prompts in the same order:
+
+    queries.parquet         prompt_tokens; optionally prompt, category, id
+    quality.parquet         one column per LLM, from 0 to 1, NaN missing
+    output_tokens.parquet   one column per LLM, above 0, NaN missing
+
+The published evaluations hold codes instead (`correct.parquet`, `out_tokens.parquet`), recoded on reading.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxroute.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas
+
+# Codes of the published tables (shared by both evaluations).
+RIGHT, WRONG, NO_ANSWER, MISSING = 1, 0, 2, 255
+MISSING_LENGTH = 65535
+
+CHARACTERS_PER_TOKEN = 4  # of English text, where nobody has counted
+_NEEDED = ("prompt", "model", "quality", "output_tokens")
+_OPTIONAL = ("category", "prompt_tokens")
+
+
+class Table(NamedTuple):
+    """What LLMs answered to prompts, on the host.
+
+    Attributes:
+        queries: one row per prompt: `prompt_tokens`; `prompt`, `category` and `id` where known.
+        quality: from 0 to 1, NaN where missing.
+        output_tokens: length of the answer, tokens, at least 1, NaN where missing.
+        llms: names of the columns.
+
+    """
+
+    queries: pandas.DataFrame
+    quality: Float[np.ndarray, "prompt llm"]
+    output_tokens: Float[np.ndarray, "prompt llm"]
+    llms: list[str]
+
+
+class Predictions(NamedTuple):
+    """What a predictor says of a table's rows, NaN where it says nothing; one column per chosen LLM."""
+
+    quality: Float[np.ndarray, "prompt llm"]
+    output_tokens: Float[np.ndarray, "prompt llm"]
+    log_length_error: Float[np.ndarray, "llm"]
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def read_table(folder: Path) -> Table:
+    """Read and check a table, the user's own or a published one, and bring it into one form."""
+    queries = read_parquet(folder / "queries.parquet")
+    published = (folder / "correct.parquet").exists() and not (folder / "quality.parquet").exists()
+    names = ("correct", "out_tokens") if published else ("quality", "output_tokens")
+    quality_path, tokens_path = (folder / f"{name}.parquet" for name in names)
+    cells = {path: read_parquet(path) for path in (quality_path, tokens_path)}
+    for path, table in cells.items():
+        if len(table) != len(queries):
+            raise UserError(
+                f"{path} has {len(table)} rows where queries.parquet has {len(queries)}: "
+                "take the three tables from one release"
+            )
+    # A column of the queries, such as an id, is no LLM in the other two tables.
+    llms = [str(name) for name in cells[quality_path].columns if name not in queries.columns]
+    if not llms:
+        raise UserError(f"{quality_path} has no column of an LLM: add one per LLM")
+    for llm in cells[tokens_path].columns:
+        if llm not in queries.columns and llm not in llms:
+            raise UserError(f"{quality_path} has no column '{llm}'{close(llm, llms)}: both tables need the same LLMs")
+    if "prompt_tokens" not in queries.columns:
+        raise UserError(f"{folder / 'queries.parquet'} has no column 'prompt_tokens': add the prompts' token counts")
+    prompt_tokens = _floats(folder / "queries.parquet", queries, ["prompt_tokens"])
+    good = (prompt_tokens > 0) & np.isfinite(prompt_tokens)
+    _check(good, prompt_tokens, folder / "queries.parquet", ["prompt_tokens"], "a number above 0")
+    quality = _floats(quality_path, cells[quality_path], llms)
+    output_tokens = _floats(tokens_path, cells[tokens_path], llms)
+    if published:
+        return _recoded(queries, quality, output_tokens, llms, folder)
+    for path, values, good, what in (
+        (quality_path, quality, (quality >= 0) & (quality <= 1), "from 0 to 1"),
+        (tokens_path, output_tokens, (output_tokens > 0) & np.isfinite(output_tokens), "a number above 0"),
+    ):
+        _check(good | np.isnan(values), values, path, llms, f"{what}, or NaN where it is missing")
+    return Table(queries, quality, np.maximum(output_tokens, 1), llms)
+
+
+def _recoded(
+    queries: pandas.DataFrame,
+    code: Float[np.ndarray, "prompt llm"],
+    tokens: Float[np.ndarray, "prompt llm"],
+    llms: list[str],
+    folder: Path,
+) -> Table:
+    """Turn a published table's codes into figures, and name its prompts' text and category as everywhere."""
+    if not np.isin(code, (RIGHT, WRONG, NO_ANSWER, MISSING)).all():
+        raise UserError(
+            f"{folder / 'correct.parquet'} holds codes other than 0 wrong, 1 right, 2 no answer, "
+            "255 missing: recode the table"
+        )
+    queries = queries.rename(columns={"qid": "id", "dataset": "category"})
+    if "prompt" not in queries.columns and {"question", "options"} <= set(queries.columns):
+        queries["prompt"] = queries["question"] + "\n" + queries["options"].astype(str)
+    return Table(
+        queries,
+        quality=np.where(code == MISSING, np.nan, code == RIGHT),
+        output_tokens=np.where(tokens == MISSING_LENGTH, np.nan, np.maximum(tokens, 1)),
+        llms=llms,
+    )
+
+
+def read_predictions(folder: Path, llms: Sequence[str], num_rows: int) -> Predictions:
+    """Read what a predictor has written for a table of so many rows, of these LLMs."""
+    remedy = "set bank.predictions to a folder that python -m jaxroute.predict wrote, or null"
+
+    def read(name: str, rows: int, what: str) -> tuple[Path, Float[np.ndarray, "row llm"]]:
+        path = folder / name
+        table = read_parquet(path, remedy)
+        if len(table) != rows:
+            raise UserError(f"{path} has {len(table)} rows where {what} {rows}: predict the rows of this bank anew")
+        return path, _floats(path, table, llms)
+
+    path, quality = read("predicted_quality.parquet", num_rows, "the bank has")
+    good = (quality >= 0) & (quality <= 1)
+    _check(good | np.isnan(quality), quality, path, llms, "from 0 to 1, or NaN for no prediction")
+    path, tokens = read("predicted_output_tokens.parquet", num_rows, "the bank has")
+    good = (tokens > 0) & np.isfinite(tokens)
+    _check(good | np.isnan(tokens), tokens, path, llms, "a number above 0, or NaN for no prediction")
+    path, error = read("log_length_error.parquet", 1, "it should have")
+    _check((error > 0) & np.isfinite(error), error, path, llms, "a number above 0")
+    return Predictions(quality, tokens, error[0])
+
+
+def split_of_rows(num_rows: int) -> Bool[np.ndarray, "prompt"]:
+    """Which rows of a table are in the train half; the others are the test half.
+
+    The halves are drawn over the rows of the file, with a constant seed, so that the same prompt stays in
+    the same half for every pool of LLMs and every configured seed.
+    """
+    return np.random.default_rng(0).permutation(num_rows) % 2 == 0
+
+
+def read_parquet(
+    path: Path,
+    remedy: str = "set JAXROUTE_DATA or data_dir to the folder of the published tables, or bank.folder to one that "
+    "python -m jaxroute.bank build wrote",
+) -> pandas.DataFrame:
+    """Read one table; pandas is imported here because only real tables need it."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: {remedy}")
+    frames = _pandas(path)
+    try:
+        return frames.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these two
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a readable Parquet file ({reason}): fetch it again") from error
+
+
+def _pandas(path: Path) -> Any:
+    try:
+        import pandas
+        import pyarrow  # noqa: F401  (pandas reads Parquet through it)
+    except ImportError as error:
+        raise UserError(
+            f"reading {path} needs pandas and pyarrow: install them with pip install 'jaxroute[data]'"
+        ) from error
+    return pandas
+
+
+def _floats(path: Path, table: pandas.DataFrame, columns: Sequence[str]) -> Float[np.ndarray, "row column"]:
+    """Columns of a table as numbers."""
+    values = np.empty((len(table), len(columns)))
+    for column, name in enumerate(columns):
+        if name not in table.columns:
+            raise UserError(f"{path} has no column '{name}'{close(name, table.columns)}: it needs one column per LLM")
+        try:
+            values[:, column] = table[name].to_numpy(float, na_value=np.nan)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}, column '{name}': not all cells are numbers; write numbers or NaN") from error
+    return values
+
+
+def _check(
+    good: Bool[np.ndarray, "row column"],
+    values: Float[np.ndarray, "row column"],
+    path: Path,
+    columns: Sequence[str],
+    what: str,
+) -> None:
+    """Report the first value that is not as it should be; rows are counted from 1."""
+    if not good.all():
+        row, column = np.argwhere(~good)[0]
+        raise UserError(
+            f"{path}, row {row + 1}, column '{columns[column]}': {values[row, column]:g} should be {what}; "
+            "correct the table"
+        )
+
+
+def close(name: str, known: Iterable[Any]) -> str:
+    """Name the nearest known names, for error messages."""
+    lowered = {str(candidate).lower(): str(candidate) for candidate in known}
+    near = difflib.get_close_matches(name.lower(), list(lowered), n=3, cutoff=0.4)
+    return f" (close: {', '.join(lowered[candidate] for candidate in near)})" if near else ""
+
+
+# --- building from a long table -----------------------------------------------------------------------------
+
+
+def read_long_table(path: Path) -> tuple[Table, list[str]]:
+    """Read answers, one per row: prompt, model, quality, output_tokens; optionally category and prompt_tokens.
+
+    Returns:
+        The table, and what its user should be told of how it was read.
+
+    Raises:
+        UserError: a column that is missing, a value out of range, a prompt and model that come twice. Rows are
+            counted from 1, a CSV file's header and empty lines excluded.
+
+    """
+    rows = _read_rows(path)
+    for name in _NEEDED:
+        if name not in rows.columns:
+            raise UserError(f"{path} has no column '{name}'{close(name, rows.columns)}: add or rename it")
+    if not len(rows):
+        raise UserError(f"{path} has no rows: add one per answer")
+    notes = []
+    if unused := [str(name) for name in rows.columns if name not in (*_NEEDED, *_OPTIONAL)]:
+        notes.append(f"Ignored columns: {', '.join(unused)}.")
+    prompt = _texts(path, rows, "prompt")
+    model = _texts(path, rows, "model")
+    quality = _numbers(path, rows, "quality")
+    bad = ~((quality >= 0) & (quality <= 1))  # holds for NaN too
+    _reject(path, rows, "quality", bad, "is not from 0 to 1: rescale it, or leave the row out if it is missing")
+    output_tokens = _numbers(path, rows, "output_tokens")
+    bad = ~((output_tokens > 0) & np.isfinite(output_tokens)) & ~np.isnan(output_tokens)
+    _reject(path, rows, "output_tokens", bad, "is not above 0: leave the cell empty if it is missing")
+
+    frames = _pandas(path)
+    row, prompts = frames.factorize(prompt)
+    column, llms = frames.factorize(model)
+    cell = row * len(llms) + column
+    _, first, which = np.unique(cell, return_index=True, return_inverse=True)
+    if len(first) < len(cell):
+        again = int(np.flatnonzero(first[which] != np.arange(len(cell)))[0])
+        raise UserError(
+            f"{path}, row {again + 1}: prompt and model ({_shown(model[again])}) are those of row "
+            f"{first[which[again]] + 1}; keep one of them, or average several answers into one row"
+        )
+    columns: dict[str, Any] = {"prompt": prompts}
+    if "category" in rows.columns:
+        columns["category"] = _one_category_each(path, _texts(path, rows, "category"), row)
+    if "prompt_tokens" in rows.columns:
+        prompt_tokens = _numbers(path, rows, "prompt_tokens")
+        bad = ~((prompt_tokens > 0) & np.isfinite(prompt_tokens))
+        _reject(path, rows, "prompt_tokens", bad, "is not above 0: correct it, or leave the column out")
+        # LLMs count differently; the bank holds one figure per prompt.
+        mean = np.bincount(row, prompt_tokens) / np.bincount(row)
+        columns["prompt_tokens"] = np.maximum(np.rint(mean), 1).astype(np.int64)
+    else:
+        columns["prompt_tokens"] = [max(round(len(text) / CHARACTERS_PER_TOKEN), 1) for text in prompts]
+        notes.append(f"prompt_tokens is estimated: characters / {CHARACTERS_PER_TOKEN}.")
+    cells = np.full((2, len(prompts), len(llms)), np.nan)
+    cells[:, row, column] = quality, np.maximum(output_tokens, 1)
+    return Table(frames.DataFrame(columns), cells[0], cells[1], list(llms)), notes
+
+
+def _read_rows(path: Path) -> pandas.DataFrame:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: name a .csv, .jsonl or .parquet file, or a folder with a table")
+    if path.suffix == ".parquet":
+        return read_parquet(path)
+    frames = _pandas(path)
+    try:
+        if path.suffix == ".csv":
+            # As text: pandas would take a prompt such as "None" for a missing one.
+            return frames.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                return frames.DataFrame(
+                    [_json_row(path, number, line) for number, line in enumerate(filter(str.strip, lines), 1)]
+                )
+    except (UnicodeDecodeError, frames.errors.ParserError, frames.errors.EmptyDataError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a readable {path.suffix} file ({reason}): write it again") from error
+    raise UserError(f"{path} is of an unknown kind: name a .csv, .jsonl or .parquet file, or a folder with a table")
+
+
+def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, row {number}: not JSON ({error.msg}); write one object per line") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{path}, row {number}: not a JSON object; write one object per line")
+    return row
+
+
+def _texts(path: Path, rows: pandas.DataFrame, name: str) -> np.ndarray:
+    """Return a column as text; no cell may be empty."""
+    column = rows[name]
+    empty = (column.isna() | (column.astype(str).str.strip() == "")).to_numpy()
+    _reject(path, rows, name, empty, "is empty: fill it in")
+    return column.astype(str).to_numpy(object)
+
+
+def _numbers(path: Path, rows: pandas.DataFrame, name: str) -> Float[np.ndarray, "row"]:
+    """Return a column as numbers, NaN where its cell is empty."""
+    column = rows[name].replace("", np.nan)
+    values = _pandas(path).to_numeric(column, errors="coerce").to_numpy(float, na_value=np.nan)
+    _reject(path, rows, name, np.isnan(values) & column.notna().to_numpy(), "is not a number: correct it")
+    return values
+
+
+def _reject(path: Path, rows: pandas.DataFrame, name: str, bad: Bool[np.ndarray, "row"], what: str) -> None:
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise UserError(f"{path}, row {row + 1}: {name} {_shown(rows[name].iloc[row])} {what}")
+
+
+def _shown(value: Any) -> str:
+    """Show a cell in one line."""
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _one_category_each(path: Path, category: np.ndarray, row: Int[np.ndarray, "row"]) -> np.ndarray:
+    """Category of each prompt, which all its rows must share."""
+    first = np.unique(row, return_index=True)[1]
+    other = np.flatnonzero(category != category[first[row]])
+    if len(other):
+        at = int(other[0])
+        raise UserError(
+            f"{path}, row {at + 1}: category {_shown(category[at])} where row {first[row[at]] + 1} has "
+            f"{_shown(category[first[row[at]]])} for the same prompt; give a prompt one category"
+        )
+    return category[first]
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+def choose_llms(table: Table, llms: Sequence[str], where: Path) -> Table:
+    """Return the table with only these LLMs, in this order."""
+    for llm in llms:
+        if llm not in table.llms:
+            raise UserError(f"{where} has no LLM '{llm}'{close(llm, table.llms)}: name some of its columns")
+    chosen = [table.llms.index(llm) for llm in dict.fromkeys(llms)]
+    return table._replace(
+        quality=table.quality[:, chosen],
+        output_tokens=table.output_tokens[:, chosen],
+        llms=[table.llms[column] for column in chosen],
+    )
+
+
+def write_table(table: Table, folder: Path) -> None:
+    """Write a table as `read_table` reads it; the folder appears complete or not at all."""
+    if folder.exists():
+        raise UserError(f"{folder} exists already: name another folder, or remove it")
+    frames = _pandas(folder)
+    queries = [name for name in ("id", "prompt", "category", "prompt_tokens") if name in table.queries.columns]
+    parts = {
+        "queries": table.queries[queries],
+        "quality": frames.DataFrame(table.quality, columns=table.llms),
+        "output_tokens": frames.DataFrame(table.output_tokens, columns=table.llms),
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            draft = Path(scratch) / folder.name
+            draft.mkdir()
+            for name, part in parts.items():
+                part.to_parquet(draft / f"{name}.parquet", index=False)
+            draft.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another place") from error
