@@ -86,7 +86,7 @@ class GymnasiumEnv(Env):
 
     def __init__(self, env: EdgeRouting, params: EnvParams) -> None:
         self._envs = GymnasiumVectorEnv(env, params, num_envs=1)
-        self.metadata = {"render_modes": []}
+        self.metadata: dict[str, Any] = {"render_modes": []}
         self.observation_space = self._envs.single_observation_space
         self.action_space = self._envs.single_action_space
 
