@@ -2,7 +2,7 @@
 
 from jaxroute.workloads.arrivals import PROCESSES, Workload, WorkloadConfig, build_workload
 from jaxroute.workloads.bank import BankConfig, RequestBank, build_bank
-from jaxroute.workloads.trace import Trace, read_azure_trace
+from jaxroute.workloads.trace import Trace, read_trace
 
 __all__ = [
     "PROCESSES",
@@ -13,5 +13,5 @@ __all__ = [
     "WorkloadConfig",
     "build_bank",
     "build_workload",
-    "read_azure_trace",
+    "read_trace",
 ]

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.errors import UserError
-from jaxroute.workloads.trace import read_azure_trace
+from jaxroute.workloads.trace import read_trace
 
 # Bursts that begin or end within one gap, at most. More take gaps as long as bursts: at the defaults, not one in 10^7.
 _MAX_SWITCHES = 2
@@ -260,7 +260,7 @@ class WorkloadConfig:
     period: float = 600.0
     """diurnal: length of a swing at the nominal rate, s."""
     trace: str | None = None
-    """trace: file in the Azure format, relative to the data folder."""
+    """trace: a recorded trace in one of the formats of docs/traces.md, relative to the data folder."""
 
     def __post_init__(self) -> None:
         where = f"workload {self.name}"
@@ -279,7 +279,7 @@ class WorkloadConfig:
             if getattr(self, key) >= 1:
                 raise UserError(f"{where}: {key}={getattr(self, key)} must be below 1")
         if self.arrivals == "trace" and not self.trace:
-            raise UserError(f"{where}: trace is missing; name a file in the Azure format")
+            raise UserError(f"{where}: trace is missing; name a file in one of the formats of docs/traces.md")
         if not self.requirements:
             raise UserError(f"{where}: requirements is empty; give at least one class of service")
         for requirement in self.requirements:
@@ -322,7 +322,7 @@ def build_workload(config: WorkloadConfig, data_dir: Path | None) -> Workload:
                     "set JAXROUTE_DATA or data_dir to it, or give an absolute path"
                 )
             path = data_dir / path
-        times = read_azure_trace(path).arrival_time
+        times = read_trace(path).arrival_time
         gaps = np.diff(times)
         if gaps.size == 0 or gaps.sum() <= 0:
             raise UserError(f"{path}: needs at least two requests at different times")

@@ -1,0 +1,200 @@
+"""Experts from measured logs: `python -m jaxroute.calibrate LOG... --out configs/site/mine.yaml`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import matplotlib
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from jaxroute.cli import use_compilation_cache
+from jaxroute.config import load_config
+from jaxroute.errors import UserError
+from jaxroute.serving import build_site
+from jaxroute.serving.calibration import (
+    COEFFICIENTS,
+    Calibration,
+    Limits,
+    ServingLog,
+    calibrate,
+    fit_profile,
+    read_log,
+)
+
+matplotlib.use("Agg")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fit an expert to each log and write them as one site; returns the exit code."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        _calibrate(_parser().parse_args(argv), console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m jaxroute.calibrate", description="Fit experts to serving logs.")
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="a log of one expert, or a profile table")
+    parser.add_argument("--out", type=Path, required=True, help="the site, such as configs/site/mine.yaml")
+    of_each = "of each log; one for all, or one per log"
+    parser.add_argument("--model", action="append", help=f"name by which the bank knows the LLM, {of_each}")
+    parser.add_argument("--accelerator", action="append", help=f"what it runs on, {of_each}")
+    parser.add_argument("--profile", action="store_true", help="the logs are tables of batch, context, prompt, ms")
+    parser.add_argument("--kv-capacity", type=int, help="tokens, as vLLM says at its start; fitted otherwise")
+    parser.add_argument("--max-num-seqs", type=int, default=256, help="vLLM's option (default 256)")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="vLLM's option (default 2048)")
+    parser.add_argument("--iteration-overhead", type=float, default=0.0, help="s, not told apart from weight_load (0)")
+    parser.add_argument("--max-waiting", type=int, default=64, help="queue of the site's expert (default 64)")
+    parser.add_argument("--network-delay", type=float, default=0.005, help="router to expert, one way, s (0.005)")
+    parser.add_argument("--share", type=float, default=1 / 3, help="part of the log to fit to (default 1/3)")
+    return parser
+
+
+def _calibrate(options: argparse.Namespace, console: Console) -> None:
+    if options.out.suffix != ".yaml":
+        raise UserError(f"--out={options.out} must end in .yaml")
+    if options.out.exists():
+        raise UserError(f"{options.out} exists already; name another file")
+    if not 0 < options.share < 1:
+        raise UserError(f"--share={options.share:g} must lie between 0 and 1")
+    models = _of_each(options.model, options.logs, "--model", [path.name.partition(".")[0] for path in options.logs])
+    accelerators = _of_each(options.accelerator, options.logs, "--accelerator", ["unknown"] * len(options.logs))
+    limits = Limits(
+        options.max_num_seqs, options.max_num_batched_tokens, options.iteration_overhead, options.kv_capacity
+    )
+    use_compilation_cache()
+    experts, figures = [], {}
+    logs = [(path, None if options.profile else read_log(path)) for path in options.logs]
+    for (path, log), model, accelerator in zip(logs, models, accelerators, strict=True):
+        if log is None:
+            coefficients, errors = fit_profile(path, limits)
+            notes = [f"fitted to the profile {path.name}"]
+            _show(console, model, coefficients, errors, {})
+        else:
+            with console.status(f"fitting {path}"):
+                fit = calibrate(log, limits, options.share)
+            coefficients, errors, undetermined = fit.coefficients, fit.standard_error, fit.undetermined()
+            _show(console, model, coefficients, errors, undetermined)
+            notes = [f"fitted to the first {fit.num_fitted} of {len(log.ttft)} requests of {path.name}; of the others:"]
+            for name, (measured, simulated) in fit.means.items():
+                notes.append(f"mean {name} {measured:.4g} s measured, {simulated:.4g} s simulated")
+                console.print(f"  {notes[-1]} ({simulated / measured - 1:+.1%})", highlight=False)
+            figures[f"{options.out.stem}_{path.name.partition('.')[0]}.png"] = (log, fit)
+        experts.append(_expert_yaml(model, accelerator, coefficients, errors, notes, options))
+    _write(
+        options.out,
+        "".join([f"# Written by python -m jaxroute.calibrate.\nname: {options.out.stem}\nexperts:\n", *experts]),
+    )
+    for name, (log, fit) in figures.items():
+        _figure(log, fit).savefig(options.out.parent / name, dpi=120)
+        console.print(f"Figure: {options.out.parent / name}", highlight=False)
+    console.print(f"Site: {options.out}", highlight=False)
+
+
+def _of_each(given: list[str] | None, logs: list[Path], option: str, default: list[str]) -> list[str]:
+    if given is None:
+        return default
+    if len(given) not in (1, len(logs)):
+        raise UserError(f"{option} is given {len(given)} times for {len(logs)} logs; give it once, or once per log")
+    return given * len(logs) if len(given) == 1 else given
+
+
+def _show(
+    console: Console,
+    model: str,
+    coefficients: dict[str, float],
+    errors: dict[str, float],
+    undetermined: dict[str, str],
+) -> None:
+    table = Table("coefficient", "value", "standard error", "", title=model)
+    for name in COEFFICIENTS:
+        table.add_row(name, _number(coefficients[name]), _error(errors[name]), undetermined.get(name, ""))
+    console.print(table)
+
+
+def _number(value: float) -> str:
+    return str(round(value)) if value >= 1 else f"{value:.4g}"
+
+
+def _error(error: float) -> str:
+    return "given" if math.isnan(error) else "not determined" if error > 1 else f"± {error:.1%}"
+
+
+def _expert_yaml(
+    model: str,
+    accelerator: str,
+    coefficients: dict[str, float],
+    errors: dict[str, float],
+    notes: list[str],
+    options: argparse.Namespace,
+) -> str:
+    lines = [f"  # {note}" for note in notes]
+    lines += [f"  - model: {_quoted(model)}", f"    accelerator: {_quoted(accelerator)}"]
+    lines.append(f"    iteration_overhead: {coefficients['iteration_overhead']:.6g} # given")
+    for name in COEFFICIENTS[:-1]:
+        lines.append(f"    {name}: {coefficients[name]:.5g} # {_error(errors[name])}")
+    lines += [
+        f"    max_num_seqs: {options.max_num_seqs}",
+        f"    max_num_batched_tokens: {options.max_num_batched_tokens}",
+        f"    max_waiting: {options.max_waiting}",
+        f"    kv_capacity: {_number(coefficients['kv_capacity'])} # {_error(errors['kv_capacity'])}",
+        f"    network_delay: {options.network_delay:g} # given",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a site that can be loaded, or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.parent / f".{path.stem}.checked"
+    try:
+        (folder / "site").mkdir(parents=True)
+        (folder / "site" / path.name).write_text(text)
+        build_site(load_config([f"hydra.searchpath=[{folder.resolve()}]", f"site={path.stem}"]).site)
+        (folder / "site" / path.name).replace(path)
+    finally:
+        for leaf in (folder / "site" / path.name, folder / "site", folder):
+            if leaf.is_dir():
+                leaf.rmdir()
+            else:
+                leaf.unlink(missing_ok=True)
+
+
+def _figure(log: ServingLog, fit: Calibration) -> Figure:
+    """Measured against simulated, request by request."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    pairs = {"time to first token, s": (log.ttft, fit.ttft), "end-to-end latency, s": (log.latency, fit.latency)}
+    for axes, (name, (measured, simulated)) in zip(figure.subplots(1, 2), pairs.items(), strict=True):
+        for label, part, colour in (
+            ("fitted to", slice(None, fit.num_fitted), "0.6"),
+            ("held out", slice(fit.num_fitted, None), "tab:blue"),
+        ):
+            axes.plot(measured[part], simulated[part], ".", color=colour, label=label, markersize=4)
+        ends = [0, max(measured.max(), simulated.max())]
+        axes.plot(ends, ends, color="black", linewidth=0.8)
+        axes.set(title=name, xlabel="measured", ylabel="simulated")
+        axes.legend(frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())
