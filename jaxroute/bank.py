@@ -10,7 +10,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Grid
 
-from jaxroute.errors import UserError
+from jaxroute.command import Parser, run_chosen, run_command
 from jaxroute.workloads.bank import MIN_ROWS, load_table
 from jaxroute.workloads.bank_table import Table, choose_llms, read_long_table, write_table
 
@@ -27,24 +26,11 @@ _COLUMNS = 7  # of one printed table, so that categories with long names fit bes
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Build or describe a bank; returns the exit code."""
-    # A plain, wide console where nobody watches, so that logs hold whole lines.
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    try:
-        options = _parser().parse_args(argv)
-        options.run(options, console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+    return run_command(_parser(), argv, run_chosen)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m jaxroute.bank", description="Request banks from your own evaluation.")
+    parser = Parser(prog="python -m jaxroute.bank", description="Request banks from your own evaluation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     build = commands.add_parser("build", help="write a bank from an evaluation")
     build.add_argument(

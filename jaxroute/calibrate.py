@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxroute.cli import use_compilation_cache
-from jaxroute.config import load_config
+from jaxroute.command import Parser, check_choice, run_command, usage_of_choice, write_choice
 from jaxroute.errors import UserError
 from jaxroute.serving import build_site
 from jaxroute.serving.calibration import (
@@ -33,22 +32,11 @@ matplotlib.use("Agg")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fit an expert to each log and write them as one site; returns the exit code."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    try:
-        _calibrate(_parser().parse_args(argv), console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+    return run_command(_parser(), argv, _calibrate)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m jaxroute.calibrate", description="Fit experts to serving logs.")
+    parser = Parser(prog="python -m jaxroute.calibrate", description="Fit experts to serving logs.")
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="a log of one expert, or a profile table")
     parser.add_argument("--out", type=Path, required=True, help="the site, such as configs/site/mine.yaml")
     of_each = "of each log; one for all, or one per log"
@@ -66,10 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _calibrate(options: argparse.Namespace, console: Console) -> None:
-    if options.out.suffix != ".yaml":
-        raise UserError(f"--out={options.out} must end in .yaml")
-    if options.out.exists():
-        raise UserError(f"{options.out} exists already; name another file")
+    check_choice("site", options.out)
     if not 0 < options.share < 1:
         raise UserError(f"--share={options.share:g} must lie between 0 and 1")
     models = _of_each(options.model, options.logs, "--model", [path.name.partition(".")[0] for path in options.logs])
@@ -96,14 +81,13 @@ def _calibrate(options: argparse.Namespace, console: Console) -> None:
                 console.print(f"  {notes[-1]} ({simulated / measured - 1:+.1%})", highlight=False)
             figures[f"{options.out.stem}_{path.name.partition('.')[0]}.png"] = (log, fit)
         experts.append(_expert_yaml(model, accelerator, coefficients, errors, notes, options))
-    _write(
-        options.out,
-        "".join([f"# Written by python -m jaxroute.calibrate.\nname: {options.out.stem}\nexperts:\n", *experts]),
-    )
+    header = f"# Written by python -m jaxroute.calibrate.\nname: {options.out.stem}\nexperts:\n"
+    build_site(write_choice("site", options.out, "".join([header, *experts])).site)
     for name, (log, fit) in figures.items():
         _figure(log, fit).savefig(options.out.parent / name, dpi=120)
         console.print(f"Figure: {options.out.parent / name}", highlight=False)
     console.print(f"Site: {options.out}", highlight=False)
+    console.print(f"Use it with: {usage_of_choice('site', options.out)}", highlight=False, soft_wrap=True)
 
 
 def _of_each(given: list[str] | None, logs: list[Path], option: str, default: list[str]) -> list[str]:
@@ -160,23 +144,6 @@ def _expert_yaml(
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a site that can be loaded, or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.parent / f".{path.stem}.checked"
-    try:
-        (folder / "site").mkdir(parents=True)
-        (folder / "site" / path.name).write_text(text)
-        build_site(load_config([f"hydra.searchpath=[{folder.resolve()}]", f"site={path.stem}"]).site)
-        (folder / "site" / path.name).replace(path)
-    finally:
-        for leaf in (folder / "site" / path.name, folder / "site", folder):
-            if leaf.is_dir():
-                leaf.rmdir()
-            else:
-                leaf.unlink(missing_ok=True)
 
 
 def _figure(log: ServingLog, fit: Calibration) -> Figure:

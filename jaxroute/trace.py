@@ -7,13 +7,11 @@ python -m jaxroute.trace fit FILE --out configs/workload/mine.yaml [--process ga
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import matplotlib as mpl
@@ -27,11 +25,11 @@ from scipy.optimize import least_squares
 from scipy.special import gammainc
 
 from jaxroute.cli import use_compilation_cache
-from jaxroute.config import config_folder, load_config
+from jaxroute.command import Parser, check_choice, run_chosen, run_command, usage_of_choice, write_choice
 from jaxroute.errors import UserError
 from jaxroute.evaluation.figures import REFERENCE_COLOUR, STYLE, png_bytes
 from jaxroute.evaluation.report import write_file
-from jaxroute.workloads import Trace, Workload, WorkloadConfig, build_workload, read_trace
+from jaxroute.workloads import Trace, Workload, build_workload, read_trace
 from jaxroute.workloads.arrivals import ArrivalParams, ArrivalProcess, ArrivalState, first_arrival_state
 from jaxroute.workloads.trace import fano_factor, gap_variation, window_counts
 
@@ -54,24 +52,11 @@ _Starts = tuple[list[tuple[float, ...]], tuple[list[float], list[float]]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Describe or fit a trace; returns the exit code."""
-    # A plain, wide console where nobody watches, so that logs hold whole lines.
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    try:
-        options = _parser().parse_args(argv)
-        options.run(options, console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+    return run_command(_parser(), argv, run_chosen)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m jaxroute.trace", description="Recorded arrivals: what they are like, a fit.")
+    parser = Parser(prog="python -m jaxroute.trace", description="Recorded arrivals: what they are like, a fit.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     describe = commands.add_parser("describe", help="print and plot what a trace is like")
     describe.set_defaults(run=_describe)
@@ -406,7 +391,7 @@ def synthetic_times(workload: Workload, num_requests: int, seed: int = 0) -> lis
 
 
 def _fit(options: argparse.Namespace, console: Console) -> None:
-    _check_out(options.out)
+    check_choice("workload", options.out)
     _check_new(options.plot, "--plot", ".png")
     trace = _read(options.file)
     times = trace.arrival_time
@@ -421,7 +406,7 @@ def _fit(options: argparse.Namespace, console: Console) -> None:
     windows = [*(window for window in _WINDOWS if window < longest), longest]
     text = _workload_yaml(options.out.stem, fit, trace, windows)
 
-    config = _write(options.out, text)
+    config = write_choice("workload", options.out, text).workload
     with console.status("drawing"):
         drawn = synthetic_times(build_workload(config, None), min(len(times), _MAX_DRAWN))
     console.print(_comparison(times, fit, windows, drawn))
@@ -430,15 +415,7 @@ def _fit(options: argparse.Namespace, console: Console) -> None:
     if options.plot:
         _save(_plot_fit(times, fit, drawn), options.plot, console)
     _say(console, f"Workload: {options.out}")
-    _say(console, f"Use it with: {_usage(options.out)}")
-
-
-def _check_out(out: Path) -> None:
-    _check_new(out, "--out", ".yaml")
-    if not re.fullmatch(r"[\w-]+", out.stem):
-        raise UserError(f"--out={out}: the file names the workload; use letters, digits, - and _")
-    if (config_folder() / "workload" / out.name).exists():
-        raise UserError(f"--out={out}: there is a workload {out.stem} already, which would be loaded; name another")
+    _say(console, f"Use it with: {usage_of_choice('workload', options.out)}")
 
 
 def _measured(times: Times, windows: Sequence[float]) -> list[float]:
@@ -512,35 +489,6 @@ def _workload_yaml(name: str, fit: Fit, trace: Trace, windows: Sequence[float]) 
     lines += ["defaults:", "  - _requirements", "  - _self_", "", f"name: '{name}'", f"arrivals: {fit.process}"]
     lines += [f"{option}: {value:.5g}" for option, value in fit.options.items()]
     return "\n".join(lines) + "\n"
-
-
-def _write(path: Path, text: str) -> WorkloadConfig:
-    """Write a workload that can be loaded, or nothing; return it as loaded."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
-            checked = Path(folder) / "workload" / path.name
-            checked.parent.mkdir()
-            checked.write_text(text)
-            config = load_config([_searchpath(Path(folder)), f"workload={path.stem}"]).workload
-            checked.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): name another file") from error
-    return config
-
-
-def _searchpath(folder: Path) -> str:
-    escaped = str(folder.resolve()).replace("'", r"\'")
-    return f"hydra.searchpath=['{escaped}']"
-
-
-def _usage(out: Path) -> str:
-    folder = out.resolve().parent
-    if folder == (config_folder() / "workload").resolve():
-        return f"python train.py workload={out.stem}"
-    if folder.name != "workload":
-        return f"python train.py workload={out.stem}, once the file is in configs/workload"
-    return f'python train.py "{_searchpath(folder.parent)}" workload={out.stem}'
 
 
 # --- figures ------------------------------------------------------------------------------------------------
