@@ -87,13 +87,6 @@ def test_command(log, tmp_path, capsys, monkeypatch):
     assert "exists already" in capsys.readouterr().err
 
 
-def test_the_measured_vllm_run(data_dir):
-    log = read_log(data_dir / "vllm_runs" / "requests.jsonl.gz")
-    fit = calibrate(log, Limits(kv_capacity=41408))
-    for name, (measured, simulated) in fit.means.items():
-        assert simulated == pytest.approx(measured, rel=0.05), name
-
-
 def test_vllm_benchmark_results(tmp_path):
     result = {
         "start_times": [100.0 + number for number in range(40)] + [140.0],
