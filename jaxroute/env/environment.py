@@ -46,8 +46,8 @@ from jaxroute.serving import (
 from jaxroute.workloads.arrivals import ArrivalProcess, first_arrival_state
 
 # The recent arrival rate is an exponential mean over this many gaps, the recent latency over this time.
-_ARRIVAL_WINDOW = 32.0
-_LATENCY_WINDOW = 60.0
+ARRIVAL_WINDOW = 32.0
+LATENCY_WINDOW = 60.0
 
 # Between which values a random site's experts draw, apart from their LLM.
 _TIME_FACTORS = (0.5, 2.0)
@@ -150,7 +150,7 @@ class EdgeRouting:
             rate = jnp.where((state.step + 1) % self.redraw_every == 0, _draw_rate(key_rate, params, fleet), rate)
         gap, arrivals = self.arrival_process(key_gap, state.arrivals, params.arrivals)
         gap = gap / rate
-        mean_gap = state.mean_gap + (gap - state.mean_gap) / _ARRIVAL_WINDOW
+        mean_gap = state.mean_gap + (gap - state.mean_gap) / ARRIVAL_WINDOW
         if retries is not None:
             # Requests given back are routed one after the other, at the moment of the failure and before the one that
             # arrives then: no time passes after them.
@@ -177,7 +177,7 @@ class EdgeRouting:
             step = jnp.where(again, state.step, step)
             next_request = jax.tree.map(lambda old, new: jnp.where(again, old, new), given_back, next_request)
 
-        fade = jnp.exp(-gap / _LATENCY_WINDOW)
+        fade = jnp.exp(-gap / LATENCY_WINDOW)
         new = EnvState(
             site=served.site,
             table=served.table,
@@ -440,6 +440,96 @@ def _request(
     )
 
 
+def observe(
+    site: Site,
+    log_error: Float[Array, "expert"],
+    batch: Batch,
+    recent_latency: Float[Array, "expert"],
+    up: Bool[Array, "expert"],
+    prompt_tokens: Int[Array, ""],
+    latency_requirement: Float[Array, ""],
+    predicted_quality: Float[Array, "expert"],
+    predicted_output_tokens: Float[Array, "expert"],
+    age: Float[Array, ""],
+    mean_gap: Float[Array, ""],
+) -> Observation:
+    """Lay out what a router knows of the experts and of the arriving request, for rules and networks to decide on.
+
+    No engine is needed: a gateway that keeps count of its requests calls this as the environment does. Axes behind
+    those named are batched ones, as in `lanes_last`.
+
+    Args:
+        site: limits and profile of the experts.
+        log_error: standard deviation of the log length around its prediction.
+        batch: the requests at each expert.
+        recent_latency: s/token, as in `Experts`.
+        up: which experts serve.
+        prompt_tokens: of the arriving request, as all that follows but the last.
+        latency_requirement: s per output token.
+        predicted_quality: at each expert.
+        predicted_output_tokens: at each expert, the median.
+        age: s since its first arrival.
+        mean_gap: between arrivals lately, s.
+    """
+    outlook, load = assess(site, batch, log_error)
+    prompt = prompt_tokens.astype(jnp.float32)
+    impact = estimate_impact(
+        site,
+        batch,
+        outlook,
+        load,
+        log_error,
+        prompt,
+        latency_requirement,
+        predicted_quality,
+        predicted_output_tokens,
+        age,
+    )
+    num_waiting = batch.waiting.sum(0)
+    experts = Experts(
+        num_running=batch.running.sum(0).astype(jnp.float32),
+        num_waiting=num_waiting.astype(jnp.float32),
+        max_num_seqs=site.max_num_seqs.astype(jnp.float32),
+        max_waiting=site.max_waiting.astype(jnp.float32),
+        kv_used=outlook.kv_used,
+        kv_capacity=site.kv_capacity.astype(jnp.float32),
+        pending_prefill=outlook.pending_prefill,
+        pending_output=outlook.pending_output,
+        iteration_time=outlook.iteration_time,
+        weight_load=site.weight_load,
+        compute_per_token=site.compute_per_token,
+        network_delay=site.network_delay,
+        recent_latency=recent_latency,
+        expected_qos=outlook.expected_qos,
+        up=up,
+        # The true length is unknown to the router, so that a request too long for the memory is found out late.
+        available=up & (num_waiting < site.max_waiting) & (prompt_tokens < site.kv_capacity),
+    )
+    active = batch.running | batch.waiting
+
+    def per_expert(value: Array) -> Array:
+        return jnp.swapaxes(jnp.where(active, value, 0.0), 0, 1)
+
+    return Observation(
+        arrival=Arrival(prompt, latency_requirement, 1 / mean_gap, age),
+        experts=experts,
+        candidates=Candidates(predicted_quality, predicted_output_tokens, impact),
+        in_flight=InFlight(
+            prompt_tokens=per_expert(batch.prompt_tokens),
+            kv_tokens=per_expert(batch.computed),
+            generated=per_expert(batch.generated),
+            predicted_quality=per_expert(batch.predicted_quality),
+            predicted_output_tokens=per_expert(batch.predicted_output_tokens),
+            latency_requirement=per_expert(batch.latency_requirement),
+            age=per_expert(batch.age),
+            remaining_tokens=per_expert(outlook.remaining_tokens),
+            in_time=per_expert(outlook.in_time),
+        ),
+        running=jnp.swapaxes(batch.running, 0, 1),
+        waiting=jnp.swapaxes(batch.waiting, 0, 1),
+    )
+
+
 @lanes_last
 def _see(
     site: Site,
@@ -473,69 +563,23 @@ def _see(
         predicted_quality=table.predicted_quality,
         predicted_output_tokens=table.predicted_output_tokens,
     )
-    outlook, load = assess(site, batch, log_error)
-    potential = outlook.expected_qos.sum(0)
     look = Snapshot(batch, recent_latency, up, age=jnp.zeros_like(mean_gap))
     if seen is not None:
         old = seen._replace(age=seen.age + gap)
         look = jax.tree.map(lambda new, old: jnp.where(seen.age + gap >= refresh_interval, new, old), look, old)
-        batch = look.batch
-        outlook, load = assess(site, batch, log_error)
-
-    prompt_tokens = request.prompt_tokens.astype(jnp.float32)
-    impact = estimate_impact(
+    obs = observe(
         site,
-        batch,
-        outlook,
-        load,
         log_error,
-        prompt_tokens,
+        look.batch,
+        look.recent_latency,
+        look.up,
+        request.prompt_tokens,
         request.latency_requirement,
         request.predicted_quality,
         request.predicted_output_tokens,
         request.age,
+        mean_gap,
     )
-    num_waiting = batch.waiting.sum(0)
-    experts = Experts(
-        num_running=batch.running.sum(0).astype(jnp.float32),
-        num_waiting=num_waiting.astype(jnp.float32),
-        max_num_seqs=site.max_num_seqs.astype(jnp.float32),
-        max_waiting=site.max_waiting.astype(jnp.float32),
-        kv_used=outlook.kv_used,
-        kv_capacity=site.kv_capacity.astype(jnp.float32),
-        pending_prefill=outlook.pending_prefill,
-        pending_output=outlook.pending_output,
-        iteration_time=outlook.iteration_time,
-        weight_load=site.weight_load,
-        compute_per_token=site.compute_per_token,
-        network_delay=site.network_delay,
-        recent_latency=look.recent_latency,
-        expected_qos=outlook.expected_qos,
-        up=look.up,
-        # The true length is unknown to the router, so that a request too long for the memory is found out late.
-        available=look.up & (num_waiting < site.max_waiting) & (request.prompt_tokens < site.kv_capacity),
-    )
-    active = batch.running | batch.waiting
-
-    def per_expert(value: Array) -> Array:
-        return jnp.swapaxes(jnp.where(active, value, 0.0), 0, 1)
-
-    obs = Observation(
-        arrival=Arrival(prompt_tokens, request.latency_requirement, 1 / mean_gap, request.age),
-        experts=experts,
-        candidates=Candidates(request.predicted_quality, request.predicted_output_tokens, impact),
-        in_flight=InFlight(
-            prompt_tokens=per_expert(batch.prompt_tokens),
-            kv_tokens=per_expert(batch.computed),
-            generated=per_expert(batch.generated),
-            predicted_quality=per_expert(batch.predicted_quality),
-            predicted_output_tokens=per_expert(batch.predicted_output_tokens),
-            latency_requirement=per_expert(batch.latency_requirement),
-            age=per_expert(batch.age),
-            remaining_tokens=per_expert(outlook.remaining_tokens),
-            in_time=per_expert(outlook.in_time),
-        ),
-        running=jnp.swapaxes(batch.running, 0, 1),
-        waiting=jnp.swapaxes(batch.waiting, 0, 1),
-    )
-    return look, potential, obs
+    # Of the true state, which is what the router sees unless its look is late.
+    expected_qos = obs.experts.expected_qos if seen is None else assess(site, batch, log_error)[0].expected_qos
+    return look, expected_qos.sum(0), obs

@@ -1,0 +1,221 @@
+"""A trained router for any gateway.
+
+python -m jaxroute.export RUN --out FOLDER [--predictor FOLDER] [option=value ...]
+
+The folder holds the decision, from what a gateway knows to the expert, as one StableHLO program with the parameters in
+it, and a manifest. `jaxroute.router.Router` reads it; docs/export.md describes both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from rich.console import Console
+
+import jaxroute
+from jaxroute.command import Parser, run_command
+from jaxroute.config import Config, load_config, read_config
+from jaxroute.env import EdgeRouting, EnvParams
+from jaxroute.env.environment import observe
+from jaxroute.env.types import Batch
+from jaxroute.errors import UserError
+from jaxroute.router import (
+    DECIDE,
+    FIELDS,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    PREDICTOR,
+    check_flatbuffers,
+    file_digest,
+    predictor_class,
+)
+from jaxroute.scenarios import build_env
+from jaxroute.serving import Site
+from jaxroute.training import TrainedPolicy, load_policy, run_of
+from jaxroute.training.checkpoint import CONFIG_FILE
+
+PLATFORMS = ("cpu", "cuda")
+
+# What the decision depends on, beside the run.
+_OPTIONS = ("site", "bank", "workload", "data_dir")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export a run's router; returns the exit code."""
+    return run_command(_parser(), argv, _export)
+
+
+def _export(options: argparse.Namespace, console: Console) -> None:
+    manifest = export_router(options.run, options.out, predictor=options.predictor, overrides=options.options)
+    console.print(
+        f"{options.out}: {manifest['checkpoint']} for the {len(manifest['site']['experts'])} experts of site "
+        f"{manifest['site']['name']}, {manifest['slots']} requests each",
+        f"Use it with: jaxroute.router.Router.load({str(options.out)!r})",
+        sep="\n", markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+class _Intermixed(Parser):
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """Take site=lab after --out router as well as before it."""
+        return self.parse_intermixed_args(args, namespace)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Intermixed(prog="python -m jaxroute.export", description="Export a trained router for use in a gateway.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory or one of its checkpoints")
+    parser.add_argument("options", nargs="*", metavar="option=value", help="other than the run's, e.g. site=edge16")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="must not exist yet")
+    parser.add_argument("--predictor", type=Path, metavar="FOLDER", help="predicts from a prompt's text; is copied")
+    return parser
+
+
+def export_router(
+    run: Path, folder: Path, *, predictor: Path | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Write the router of a run, its latest checkpoint, into a new folder, which appears complete or not at all.
+
+    Args:
+        run: a run directory or one of its checkpoints.
+        folder: must not exist yet.
+        predictor: folder of a `jaxroute.predictors.Predictor`, to be copied; its errors replace the bank's.
+        overrides: options of site, bank and workload other than the run's, as on the command line.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: the folder exists; the run has no checkpoint that fits the site; the predictor lacks an LLM.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists already: name another folder, or remove it")
+    check_flatbuffers()
+    for option in overrides:
+        if option.split("=")[0].split(".")[0] not in _OPTIONS:
+            raise UserError(f"{option} does not change an export; options are those of {', '.join(_OPTIONS)}")
+    config = load_config(overrides, read_config(run_of(run, "run") / CONFIG_FILE))
+    env, params = build_env(config)
+    policy = load_policy(run, env, params)
+    log_length_error, columns = _errors_of(predictor, config, params)
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "jaxroute": jaxroute.__version__,
+        "jax": jax.__version__,
+        "checkpoint": f"{run_of(run, 'run').resolve().name}, {policy.source.name} steps",
+        "site": dataclasses.asdict(config.site),
+        "log_length_error": log_length_error,
+        "slots": env.num_slots,
+        "network": dataclasses.asdict(config.network),
+        "rate": float(np.mean(params.rate)),
+        "latency_requirements": np.asarray(params.requirement).tolist(),
+        "predictor": columns,
+        "platforms": list(PLATFORMS),
+        "arguments": {name: list(fields) for name, fields in FIELDS.items()},
+    }
+    _write(folder, manifest, _exported(policy, env), predictor)
+    return manifest
+
+
+def decision(policy: TrainedPolicy) -> Callable[..., tuple[Int[Array, ""], Float[Array, "expert"]]]:
+    """Return the function that is exported: the trained router on arrays of `FIELDS`."""
+    # As NumPy arrays they become constants of the program.
+    network, params = policy.network, jax.tree.map(np.asarray, policy.params)
+
+    def decide(
+        site: Float[Array, "field expert"],
+        batch: Float[Array, "field slot expert"],
+        experts: Float[Array, "field expert"],
+        arrival: Float[Array, "field"],
+    ) -> tuple[Int[Array, ""], Float[Array, "expert"]]:
+        """Return the expert and the logits."""
+        of_site = dict(zip(FIELDS["site"], site, strict=True))
+        log_error = of_site.pop("log_length_error")
+        requests = Batch(*batch)
+        recent_latency, up, predicted_quality, predicted_output_tokens = experts
+        prompt_tokens, latency_requirement, age, mean_gap = arrival
+        obs = observe(
+            Site(**of_site),
+            log_error,
+            requests._replace(running=requests.running > 0, waiting=requests.waiting > 0),
+            recent_latency,
+            up > 0,
+            prompt_tokens,
+            latency_requirement,
+            predicted_quality,
+            predicted_output_tokens,
+            age,
+            mean_gap,
+        )
+        logits, _ = network.apply(params, network.prepare(obs))
+        return jnp.argmax(logits), logits
+
+    return decide
+
+
+def _exported(policy: TrainedPolicy, env: EdgeRouting) -> bytes:
+    """Serialise the decision, for every platform."""
+    shapes = {"site": (env.num_experts,), "batch": (env.num_slots, env.num_experts), "experts": (env.num_experts,)}
+    arguments = [
+        jax.ShapeDtypeStruct((len(fields), *shapes.get(name, ())), jnp.float32) for name, fields in FIELDS.items()
+    ]
+    # Without the paths of source files: they are nobody's business, and the same router gives the same bytes anywhere.
+    option = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, option)
+    jax.config.update(option, 0)
+    try:
+        exported = jax.export.export(jax.jit(decision(policy)), platforms=PLATFORMS)(*arguments)
+        return bytes(exported.serialize())
+    finally:
+        jax.config.update(option, before)
+
+
+def _errors_of(folder: Path | None, config: Config, params: EnvParams) -> tuple[list[float], list[str] | None]:
+    """Return the log length error at each expert, and the predictor's name of its LLM if there is a predictor."""
+    if folder is None:
+        return np.asarray(params.bank.log_length_error).tolist(), None
+    predictor = predictor_class().load(folder)
+    models = list(predictor.models)
+    columns = [config.bank.models.get(model, model) for model in config.site.models]
+    if missing := [column for column in columns if column not in models]:
+        raise UserError(
+            f"predictor {folder} does not know {missing[0]}, only {', '.join(models)}; "
+            "say which one stands for it with bank.models"
+        )
+    errors = np.asarray(predictor.log_length_error, float)
+    return [float(errors[models.index(column)]) for column in columns], columns
+
+
+def _write(folder: Path, manifest: dict[str, Any], exported: bytes, predictor: Path | None) -> None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            draft = Path(scratch) / folder.name
+            draft.mkdir()
+            (draft / DECIDE).write_bytes(exported)
+            if predictor is not None:
+                shutil.copytree(predictor, draft / PREDICTOR)
+            files = sorted(path for path in draft.rglob("*") if path.is_file())
+            manifest["files"] = {path.relative_to(draft).as_posix(): file_digest(path) for path in files}
+            (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            draft.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another place") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,465 @@
+"""An exported router: it decides as the policy does, infers what it is not told, and refuses what is broken."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.exported_router import ENDS, EVERYTHING, STREAMING, play
+from jaxroute.config import load_config
+from jaxroute.env.types import Batch
+from jaxroute.errors import UserError
+from jaxroute.export import export_router, main
+from jaxroute.networks import build_network
+from jaxroute.router import FIELDS, Router
+from jaxroute.scenarios import build_env
+from jaxroute.serving import ExpertConfig, SiteConfig
+from jaxroute.training import load_policy
+from jaxroute.training.checkpoint import save_params, write_config
+
+pytest.importorskip("flatbuffers")
+
+# Few seats, little memory: queues fill up, requests are turned away and preempted. Without a network delay, what the
+# environment shows at a decision is what has come back to the gateway.
+SMALL = [
+    f"site.experts.{expert}.{name}={value}"
+    for expert in range(3)
+    for name, value in (("max_num_seqs", 4), ("max_waiting", 2), ("kv_capacity", 2500), ("network_delay", 0.0))
+]
+OPTIONS = ["site=edge3", "workload.rate=5", "bank.num_prompts=200", "network.hidden=8", *SMALL]
+# One program for all: without outages they are a thousand years apart.
+CALM = ["dynamics.outages=retried", "dynamics.mean_uptime=3e10"]
+FAILING = ["dynamics.outages=retried", "dynamics.mean_uptime=10", "dynamics.mean_downtime=3"]
+EPISODES, REQUESTS = 2, 250
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What a training would have written, of a network that has opinions of its own."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    config = load_config(OPTIONS)
+    env, params = build_env(config)
+    network = build_network(config.network)
+    shapes = jax.eval_shape(
+        lambda key: network.init(key, network.prepare(env.reset(key, params)[0])), jax.random.key(0)
+    )
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(lambda leaf: np.asarray(rng.standard_normal(leaf.shape), np.float32), shapes)
+    weights["params"]["log_trust"] = np.float32(2.0)
+    run.mkdir()
+    write_config(run, config)
+    save_params(run, 7, weights)
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+    folder = run.parent / "router"
+    export_router(run, folder)
+    return folder
+
+
+def played(run, exported, told, options=CALM):
+    env, params = build_env(load_config([*OPTIONS, *options]))
+    routers = None if told is None else [Router.load(exported) for _ in range(EPISODES)]
+    return play(env, params, load_policy(run, env, params), routers, told or "", seeds=EPISODES, requests=REQUESTS)
+
+
+@pytest.fixture(scope="module")
+def policy_qos(run):
+    return np.nanmean(played(run, None, None).qos)
+
+
+# --- It decides as the policy does -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [CALM, FAILING], ids=["calm", "failing"])
+def test_told_everything_it_decides_as_the_policy_in_the_environment(run, exported, options):
+    episodes = played(run, exported, EVERYTHING, options)
+    counts = episodes.counts
+    # Retries take decisions of their own.
+    assert (counts.sum() > EPISODES * REQUESTS) == (options is FAILING)
+    assert len(np.unique(episodes.chosen[counts])) == 3
+    eligible = episodes.policy_logits > -1e8
+    assert (eligible.sum(-1)[counts] < 3).mean() > 0.02
+    np.testing.assert_array_equal((episodes.logits > -1e8)[counts], eligible[counts])
+    difference = np.abs(np.where(eligible, episodes.logits - episodes.policy_logits, 0)).max(-1)[counts]
+    # Sums come in another order; and where a request has just ended, the environment's queue may hold a hole.
+    assert np.quantile(difference, 0.9) < 1e-4
+    assert difference.max() < 0.1
+    best, second = np.sort(np.where(eligible, episodes.policy_logits, -1e9))[..., [-1, -2]].T
+    close = (best - second).T < 0.1
+    np.testing.assert_array_equal(episodes.chosen[counts & ~close], episodes.preferred[counts & ~close])
+    assert (episodes.chosen == episodes.preferred)[counts].mean() > 0.995
+
+
+@pytest.mark.parametrize("told", [STREAMING, ENDS])
+def test_told_little_it_still_decides_nearly_as_well(run, exported, policy_qos, told):
+    episodes = played(run, exported, told)
+    assert 0.9 < (episodes.chosen == episodes.preferred)[episodes.counts].mean() < 1
+    assert np.nanmean(episodes.qos) == pytest.approx(policy_qos, abs=0.05)
+
+
+# --- What it keeps, and infers ------------------------------------------------------------------------------
+
+# One decode iteration: 2 ms + max(10 ms, .1 ms b) + 1 ms b + .01 ms per context token.
+EXPERT = ExpertConfig(
+    model="m", accelerator="a", iteration_overhead=0.002, weight_load=0.010, compute_per_token=1e-4,
+    decode_per_seq=0.001, attention_per_token=1e-5, max_num_seqs=2, max_num_batched_tokens=512, max_waiting=3,
+    kv_capacity=1000, network_delay=0.004,
+)  # fmt: skip
+
+
+class Recorder:
+    """Stands for the exported function: keeps what it is given, and chooses what it is told to."""
+
+    def __init__(self):
+        self.choice = 0
+
+    def __call__(self, batch, experts, arrival):
+        self.batch = Batch(*batch.copy())
+        self.experts = dict(zip(FIELDS["experts"], experts.copy(), strict=True))
+        self.arrival = dict(zip(FIELDS["arrival"], arrival.tolist(), strict=True))
+        return np.int32(self.choice), np.zeros(experts.shape[1])
+
+
+@pytest.fixture
+def seen():
+    return Recorder()
+
+
+@pytest.fixture
+def router(seen):
+    return Router(SiteConfig("s", [EXPERT, EXPERT]), [0.5, 0.5], 5, 2.0, seen)
+
+
+def arrive(router, request_id, now, prompt_tokens=100, **options):
+    predictions = {"predicted_quality": [0.25, 0.5], "predicted_output_tokens": [40, 80]}
+    options = {"latency_requirement": 0.05, **predictions, **options}
+    return router.route(request_id, now=now, prompt_tokens=prompt_tokens, **options)
+
+
+def look(router, seen, now):
+    """What the router knows of expert 0 at `now`, by way of a request that is taken back."""
+    arrive(router, "look", now)
+    router.rejected("look")
+    return Batch(*(column[:, 0].tolist() for column in seen.batch))
+
+
+def test_a_request_is_where_it_was_sent(router, seen):
+    seen.choice = 1
+    assert arrive(router, "a", 0.0, latency_requirement=0.25) == 1
+    arrive(router, "b", 1.5)
+    batch = Batch(*(column[0].tolist() for column in seen.batch))
+    assert (batch.running, batch.waiting) == ([0, 1], [0, 0])
+    assert (batch.prompt_tokens[1], batch.latency_requirement[1], batch.age[1]) == (100, 0.25, 1.5)
+    assert (batch.predicted_quality[1], batch.predicted_output_tokens[1]) == (0.5, 80)
+
+
+def test_first_come_first_served_into_seats(router, seen):
+    for number, now in enumerate((0.0, 0.01, 0.02, 0.03)):
+        arrive(router, number, now)
+    assert look(router, seen, 0.05).running == [1, 1, 0, 0, 0]
+    router.finished(1, now=0.06, output_tokens=1)
+    batch = look(router, seen, 0.07)
+    assert (batch.running, batch.waiting) == ([1, 1, 0, 0, 0], [0, 0, 1, 0, 0])
+    assert [round(age, 3) for age in batch.age[:3]] == [0.07, 0.05, 0.04]
+    router.failed(0)
+    assert look(router, seen, 0.08).running == [1, 1, 0, 0, 0]
+    assert look(router, seen, 0.09).waiting == [0] * 5
+
+
+def test_memory_bounds_the_batch(router, seen):
+    arrive(router, "a", 0.0, prompt_tokens=600)
+    arrive(router, "b", 0.0, prompt_tokens=500)
+    arrive(router, "c", 0.0, prompt_tokens=10)  # would fit, but is behind
+    assert look(router, seen, 1.0).running == [1, 0, 0, 0, 0]
+
+
+def test_on_the_network_a_request_waits(router, seen):
+    arrive(router, "a", 0.0)
+    assert look(router, seen, 0.0039).waiting[0]
+    assert look(router, seen, 0.0041).running[0]
+
+
+def test_tokens_come_at_the_pace_of_the_batch(router, seen):
+    arrive(router, "a", 0.0)
+    arrive(router, "b", 0.0)
+    router.progress("b", now=0.0, generated=0, running=False)
+    router.first_token("a", now=0.1)
+    batch = look(router, seen, 0.1)
+    assert (batch.generated[:2], batch.computed[:2]) == ([1, 0], [100, 0])
+    # Alone: 12 + 1 + 101 * .01 = 14 ms, of which 4 ms, the way of the first token, have passed already.
+    assert look(router, seen, 0.1 + 8.9 * 0.01401 - 0.004).generated[0] == 9
+    assert look(router, seen, 0.1 + 9.1 * 0.01401 - 0.004).generated[0] == 10
+    router.first_token("b", now=0.3)
+    before = look(router, seen, 0.3)
+    # Two of them: 12 + 2 + (200 + generated) * .01 ms.
+    pace = 0.014 + 1e-5 * (200 + before.generated[0] + 1)
+    after = look(router, seen, 0.3 + 20 * pace)
+    assert after.generated[0] - before.generated[0] == pytest.approx(20, abs=1)
+    assert after.generated[1] == pytest.approx(21, abs=1)
+    assert after.computed[:2] == [99 + generated for generated in after.generated[:2]]
+
+
+def test_without_word_of_a_first_token_it_is_expected(router, seen):
+    arrive(router, "a", 0.0, prompt_tokens=500)
+    look(router, seen, 0.01)
+    # From .004 on: one and a half iterations of 12 ms, and 40 ms that 500 tokens take longer.
+    assert look(router, seen, 0.061).generated[0] == 0
+    batch = look(router, seen, 0.063)
+    assert (batch.generated[0], batch.computed[0]) == (1, 500)
+    assert look(router, seen, 0.2).generated[0] > 5
+
+
+def test_what_is_told_is_believed(router, seen):
+    for number in range(3):
+        arrive(router, number, 0.0)
+    router.progress(0, now=1.0, generated=7, running=False)
+    router.progress(1, now=1.0, generated=3)
+    router.progress(2, now=1.0, generated=0, kv_tokens=60, running=True)
+    batch = look(router, seen, 1.0)
+    assert batch.running == [0, 1, 1, 0, 0]
+    assert (batch.generated[:3], batch.computed[:3]) == ([7, 3, 0], [0, 102, 60])
+    # It is preempted until there is word of it.
+    assert look(router, seen, 3.0).waiting == [1, 0, 0, 0, 0]
+    router.progress(0, now=3.0, generated=7, running=True)
+    assert look(router, seen, 3.0).computed[0] == 106
+
+
+def test_recent_latency_and_rate_are_those_of_the_environment(router, seen):
+    arrive(router, "a", 10.0)
+    assert seen.arrival["mean_gap"] == 0.5
+    arrive(router, "b", 10.2)
+    assert seen.arrival["mean_gap"] == pytest.approx(0.5 - 0.3 / 32)
+    router.finished("a", now=11.0, output_tokens=20)
+    arrive(router, "c", 12.2)
+    assert seen.arrival["mean_gap"] == pytest.approx((0.5 - 0.3 / 32) * 31 / 32 + 2 / 32)
+    np.testing.assert_allclose(seen.experts["recent_latency"], [0.05, 0], rtol=1e-6)
+    router.finished("b", now=42.2, output_tokens=100)
+    arrive(router, "d", 72.2)
+    # 60 s later the first one counts 1/e, while the second, like any since the last arrival, counts in full.
+    mean = (0.05 / np.e + 0.32) / (1 / np.e + 1)
+    np.testing.assert_allclose(seen.experts["recent_latency"], [mean, 0], rtol=1e-6)
+
+
+def test_an_expert_that_fails_gives_its_requests_back(router, seen):
+    arrive(router, "a", 0.0)
+    arrive(router, "b", 0.1)
+    mean_gap = router._mean_gap
+    assert router.expert_down(0) == ["a", "b"]
+    seen.choice = 1
+    arrive(router, "a", 0.3, arrived=0.0)
+    assert seen.experts["up"].tolist() == [0, 1]
+    assert seen.arrival["age"] == pytest.approx(0.3)
+    assert router._mean_gap == mean_gap
+    with pytest.raises(UserError, match="'b' is at no expert"):
+        router.finished("b", now=0.4, output_tokens=1)
+    router.expert_up(0)
+    assert look(router, seen, 0.5).waiting == [0] * 5
+    assert seen.experts["up"].tolist() == [1, 1]
+    assert seen.batch.age[0, 1] == pytest.approx(0.5)
+    assert router.expert_down(0) == []
+
+
+def test_more_requests_than_the_site_lets_in(router, seen):
+    for number in range(12):
+        arrive(router, number, 0.0)
+    assert seen.batch.running.shape == (5, 2)
+    batch = look(router, seen, 0.01)
+    assert (batch.running, batch.waiting) == ([1, 1, 0, 0, 0], [0, 0, 1, 1, 1])
+    for number in range(9):
+        router.failed(number)
+    assert look(router, seen, 0.02).running == [1, 1, 0, 0, 0]
+    assert look(router, seen, 0.02).waiting == [0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda router: arrive(router, "a", 2.0), "'a' is at expert 0 already"),
+        (lambda router: arrive(router, "b", 0.5), r"the clock goes back: now=0.5 comes after now=1.0"),
+        (lambda router: arrive(router, "b", float("nan")), "the clock goes back"),
+        (lambda router: arrive(router, "b", 2.0, prompt_tokens=0), "prompt_tokens=0 must be at least 1"),
+        (lambda router: arrive(router, "b", 2.0, latency_requirement=0), "latency_requirement=0 above 0"),
+        (lambda router: arrive(router, "b", 2.0, arrived=3.0), "arrived=3.0 must not be later than now=2.0"),
+        (lambda router: arrive(router, "b", 2.0, predicted_quality=[0.5]), "give a value for each of the 2 experts"),
+        (lambda router: arrive(router, "b", 2.0, predicted_quality=None), "give a value for each of the 2 experts"),
+        (lambda router: arrive(router, "b", 2.0, predicted_quality=[0.5, 1.5]), "must lie from 0 to 1"),
+        (lambda router: arrive(router, "b", 2.0, predicted_output_tokens=[0, float("nan")]), "be above 0"),
+        (lambda router: arrive(router, "b", 2.0, prompt="text"), "no predictor"),
+        (lambda router: router.rejected("b"), "'b' is at no expert"),
+        (lambda router: router.failed("b"), "'b' is at no expert"),
+        (lambda router: router.first_token("b", now=2.0), "'b' is at no expert"),
+        (lambda router: router.first_token("a", now=0.0), "the clock goes back"),
+        (lambda router: router.finished("a", now=0.0, output_tokens=1), "the clock goes back"),
+        (lambda router: router.finished("a", now=2.0, output_tokens=0), "output_tokens=0 must be at least 1"),
+        (lambda router: router.progress("a", now=2.0, generated=-1), "must not be negative"),
+        (lambda router: router.expert_down(2), "expert 2 is unknown; experts are numbered from 0 to 1"),
+        (lambda router: router.expert_up("m"), "expert 'm' is unknown"),
+    ],
+)
+def test_mistakes_are_named_and_change_nothing(router, seen, mistake, message):
+    arrive(router, "a", 1.0)
+    before = router._held.copy()
+    with pytest.raises(UserError, match=message) as caught:
+        mistake(router)
+    assert "\n" not in str(caught.value)
+    np.testing.assert_array_equal(router._held, before)
+    batch = look(router, seen, 1.0)
+    assert (batch.waiting, batch.age[0]) == ([1, 0, 0, 0, 0], 0)
+
+
+# --- The artefact --------------------------------------------------------------------------------------------
+
+
+def test_the_folder_says_what_it_is(run, exported):
+    manifest = json.loads((exported / "manifest.json").read_text())
+    config = load_config(OPTIONS)
+    assert manifest["site"] == dataclasses.asdict(config.site)
+    assert manifest["network"] == dataclasses.asdict(config.network)
+    assert (manifest["slots"], manifest["rate"], manifest["checkpoint"]) == (6, 5.0, "run, 7 steps")
+    assert manifest["platforms"] == ["cpu", "cuda"]
+    bank = build_env(config)[1].bank
+    np.testing.assert_allclose(manifest["log_length_error"], bank.log_length_error)
+    assert b".py" not in (exported / "decide.jax_export").read_bytes()
+    assert {path.name for path in exported.iterdir()} == {"manifest.json", *manifest["files"]}
+    assert Router.load(exported).experts == [expert.label for expert in config.site.experts]
+
+
+def test_the_same_network_for_another_site(run, tmp_path, capsys):
+    assert main([str(run), "--out", str(tmp_path / "router"), "site=edge6", "bank.seed=1"]) == 0
+    assert "6 experts of site edge6, 16 requests each" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "router" / "manifest.json").read_text())
+    assert len(manifest["log_length_error"]) == 6
+    shapes = [aval.shape for aval in jax.export.deserialize(
+        bytearray((tmp_path / "router" / "decide.jax_export").read_bytes())
+    ).in_avals]  # fmt: skip
+    assert shapes == [(11, 6), (9, 16, 6), (4, 6), (4,)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "{exported}"], "exists already"),
+        (["network.hidden=4"], "network.hidden=4 does not change an export"),
+        (["site=nowhere"], "unknown site nowhere"),
+        (["bank=zeroeval", "data_dir=/nowhere"], "/nowhere"),
+        (["--predictor", "{tmp}", "--unknown"], "unrecognized arguments: --unknown"),
+    ],
+    ids=str,
+)
+def test_an_export_that_fails_leaves_nothing(run, exported, tmp_path, capsys, options, message):
+    options = [option.format(exported=exported, tmp=tmp_path) for option in options]
+    assert main([str(run), "--out", str(tmp_path / "router"), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_needed(tmp_path, capsys):
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "router")]) == 2
+    assert f"error: run {tmp_path / 'run'} does not exist" in capsys.readouterr().err
+
+
+def edit(folder, **changes):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "is not an exported router's"),
+        (lambda folder: edit(folder, format_version=2), "format 2, and this jaxroute reads format 1"),
+        (lambda folder: edit(folder, files={}), "is damaged"),
+        (lambda folder: edit(folder, site={"name": "s"}), "is damaged"),
+        (lambda folder: edit(folder, slots=7), "is damaged"),
+        (lambda folder: (folder / "decide.jax_export").unlink(), r"decide\.jax_export is missing or damaged"),
+        (lambda folder: (folder / "decide.jax_export").write_bytes(b"x"), r"decide\.jax_export is missing or damaged"),
+    ],
+)  # fmt: skip
+def test_what_is_damaged_is_refused(exported, tmp_path, damage, message):
+    folder = tmp_path / "router"
+    shutil.copytree(exported, folder)
+    damage(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        Router.load(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_an_export_that_this_jax_cannot_read(exported, tmp_path, monkeypatch):
+    def refuse(blob):
+        raise ValueError("too old")
+
+    monkeypatch.setattr(jax.export, "deserialize", refuse)
+    with pytest.raises(UserError, match=r"exported by jax \S+, which jax \S+ cannot read"):
+        Router.load(exported)
+
+
+def test_a_platform_that_is_not_there(exported):
+    with pytest.raises(UserError, match="platform=tpu is unknown; choose cpu or cuda"):
+        Router.load(exported, platform="tpu")
+    if "cuda" not in {device.platform for device in jax.devices()}:
+        with pytest.raises(UserError, match="finds no such device"):
+            Router.load(exported, platform="cuda")
+
+
+# --- Predictions from text ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def predictor(tmp_path):
+    """A predictor of three LLMs in an order of its own, fitted to nothing."""
+    predictors = pytest.importorskip("jaxroute.predictors.predictor")
+    features = pytest.importorskip("jaxroute.predictors.features")
+    counts = features.count(PROMPTS)
+    scale = features.fit_features(counts, seed=0)
+    encoded = scale.encode(counts)
+    rng = np.random.default_rng(0)
+    shapes = ((encoded.grams.shape[1], 6), (encoded.dense.shape[1], 6), 6)
+    weights = predictors.Weights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
+    models = ("gemma-2-27b-it", "gemma-2-2b-it", "Qwen2-7B-Instruct")
+    predictor = predictors.Predictor(models, np.array([0.3, 0.1, 0.2]), scale, weights)
+    predictor.save(tmp_path / "predictor")
+    return predictor
+
+
+PROMPTS = ["Is 91 prime?", "Prove that there are infinitely many primes.", "Is 97 prime, and why?"]
+
+
+def test_predictions_from_the_prompt(run, predictor, tmp_path):
+    folder, stored = tmp_path / "router", tmp_path / "predictor"
+    with pytest.raises(UserError, match=r"does not know Meta-Llama-3\.1-8B-Instruct, only gemma-2-27b-it, "):
+        export_router(run, folder, predictor=stored)
+    assert not folder.exists()
+    stand_in = "bank.models={Meta-Llama-3.1-8B-Instruct: Qwen2-7B-Instruct}"
+    manifest = export_router(run, folder, predictor=stored, overrides=[stand_in])
+    assert manifest["predictor"] == ["gemma-2-2b-it", "Qwen2-7B-Instruct", "gemma-2-27b-it"]
+    assert manifest["log_length_error"] == [0.1, 0.2, 0.3]
+    shutil.rmtree(stored)
+
+    told, predicting = Router.load(folder), Router.load(folder)
+    common = {"prompt_tokens": 50, "latency_requirement": 0.03}
+    order = [1, 2, 0]
+    for number, prompt in enumerate(PROMPTS):
+        quality, length = predictor([prompt])
+        given = {"predicted_quality": quality[0, order], "predicted_output_tokens": length[0, order]}
+        told.route(number, now=number / 10, **common, **given)
+        predicting.route(number, now=number / 10, **common, prompt=prompt)
+        np.testing.assert_array_equal(told.logits, predicting.logits)
+    with pytest.raises(UserError, match="not both"):
+        predicting.route(9, now=1.0, **common, **given, prompt="text")
+    (folder / "predictor" / "predictor.npz").write_bytes(b"others")
+    with pytest.raises(UserError, match=r"predictor\.npz is missing or damaged"):
+        Router.load(folder)
