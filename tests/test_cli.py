@@ -119,7 +119,8 @@ def test_metrics_of_a_run(run):
 
 
 def test_checkpoints_of_a_run(run):
-    assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [64, 128]
+    """The first is what the warm start has led to."""
+    assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [0, 64, 128]
 
 
 def assert_results(run, reference, site="edge3", policies=RULES):
@@ -223,6 +224,8 @@ def test_help(main, program, flag, capsys):
     for group in config_folder().iterdir():
         for choice in group.glob("[!_]*.yaml"):
             assert re.search(rf"{group.name}=.*\b{choice.stem}\b", said), choice
+    assert main(["--help=all"]) == 0
+    said = capsys.readouterr().out
     for option in ("seed", "checkpoint", "policies", "num_envs", "learning_rate", "log_interval", "loads", "mode"):
         assert re.search(rf"\b{option}\b", said), option
     assert not list(Path.cwd().iterdir())
