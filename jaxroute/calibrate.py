@@ -82,7 +82,7 @@ def _calibrate(options: argparse.Namespace, console: Console) -> None:
             figures[f"{options.out.stem}_{path.name.partition('.')[0]}.png"] = (log, fit)
         experts.append(_expert_yaml(model, accelerator, coefficients, errors, notes, options))
     header = f"# Written by python -m jaxroute.calibrate.\nname: {options.out.stem}\nexperts:\n"
-    build_site(write_choice("site", options.out, "".join([header, *experts])).site)
+    write_choice("site", options.out, "".join([header, *experts]), check=lambda config: build_site(config.site))
     for name, (log, fit) in figures.items():
         _figure(log, fit).savefig(options.out.parent / name, dpi=120)
         console.print(f"Figure: {options.out.parent / name}", highlight=False)

@@ -65,8 +65,8 @@ def check_choice(group: str, path: Path) -> None:
         raise UserError(f"--out={path}: there is a {group} {path.stem} already, which would be loaded; name another")
 
 
-def write_choice(group: str, path: Path, text: str) -> Config:
-    """Write a choice of a configuration group that can be loaded, or nothing; return the configuration with it.
+def write_choice(group: str, path: Path, text: str, check: Callable[[Config], object] = lambda config: None) -> Config:
+    """Write a choice of a configuration group that loads and passes `check`, or nothing; return the configuration.
 
     Raises:
         UserError: it cannot be written, or cannot be loaded.
@@ -78,6 +78,7 @@ def write_choice(group: str, path: Path, text: str) -> Config:
             checked.parent.mkdir()
             checked.write_text(text)
             config = load_config([_searchpath(Path(folder)), f"{group}={path.stem}"])
+            check(config)
             checked.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): name another file") from error

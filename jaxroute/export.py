@@ -13,7 +13,6 @@ import dataclasses
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.env.environment import observe
 from jaxroute.env.types import Batch
 from jaxroute.errors import UserError
+from jaxroute.files import complete_folder
 from jaxroute.router import (
     DECIDE,
     FIELDS,
@@ -201,20 +201,13 @@ def _errors_of(folder: Path | None, config: Config, params: EnvParams) -> tuple[
 
 
 def _write(folder: Path, manifest: dict[str, Any], exported: bytes, predictor: Path | None) -> None:
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            draft = Path(scratch) / folder.name
-            draft.mkdir()
-            (draft / DECIDE).write_bytes(exported)
-            if predictor is not None:
-                shutil.copytree(predictor, draft / PREDICTOR)
-            files = sorted(path for path in draft.rglob("*") if path.is_file())
-            manifest["files"] = {path.relative_to(draft).as_posix(): file_digest(path) for path in files}
-            (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-            draft.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another place") from error
+    with complete_folder(folder) as draft:
+        (draft / DECIDE).write_bytes(exported)
+        if predictor is not None:
+            shutil.copytree(predictor, draft / PREDICTOR)
+        files = sorted(path for path in draft.rglob("*") if path.is_file())
+        manifest["files"] = {path.relative_to(draft).as_posix(): file_digest(path) for path in files}
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from rich.table import Table as Grid
 from jaxroute.cli import use_compilation_cache
 from jaxroute.command import Parser, run_command
 from jaxroute.errors import UserError
+from jaxroute.files import complete_folder
 from jaxroute.predictors.metrics import measure, reliability
 from jaxroute.predictors.model import FOLDS, MAX_ROWS, CrossValidated, cross_validate
 from jaxroute.predictors.predictor import Answers
@@ -235,19 +235,12 @@ def _write(
         "log_length_error": result.predictor.log_length_error[None],
     }
     report = {"bank": str(options.bank), "models": table.llms, "seed": options.seed, **figures}
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-            draft = Path(scratch) / out.name
-            draft.mkdir()
-            for name, values in tables.items():
-                pandas.DataFrame(values, columns=table.llms).to_parquet(draft / f"{name}.parquet", index=False)
-            (draft / "metrics.json").write_text(json.dumps(_without_nan(report), indent=2) + "\n", encoding="utf-8")
-            _figure(truth, result, in_train).savefig(draft / "reliability.png", dpi=120)
-            result.predictor.save(draft / "predictor")
-            draft.rename(out)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror or error}): choose another place") from error
+    with complete_folder(out) as draft:
+        for name, values in tables.items():
+            pandas.DataFrame(values, columns=table.llms).to_parquet(draft / f"{name}.parquet", index=False)
+        (draft / "metrics.json").write_text(json.dumps(_without_nan(report), indent=2) + "\n", encoding="utf-8")
+        _figure(truth, result, in_train).savefig(draft / "reliability.png", dpi=120)
+        result.predictor.save(draft / "predictor")
 
 
 def _without_nan(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxroute.errors import UserError
+from jaxroute.files import complete_folder
 from jaxroute.predictors.features import BUCKETS, HASHING, Encoded, Features, count
 
 _SETTINGS, _ARRAYS = "predictor.json", "predictor.npz"
@@ -100,17 +100,10 @@ class Predictor:
             **{f"{name}_weights": array for name, array in self.weights._asdict().items()},
             "log_length_error": self.log_length_error,
         }
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-                draft = Path(scratch) / folder.name
-                draft.mkdir()
-                np.savez(draft / _ARRAYS, **arrays)
-                settings = {"hashing": HASHING, "models": list(self.models)}
-                (draft / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-                draft.rename(folder)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another place") from error
+        with complete_folder(folder) as draft:
+            np.savez(draft / _ARRAYS, **arrays)
+            settings = {"hashing": HASHING, "models": list(self.models)}
+            (draft / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path | str) -> Predictor:

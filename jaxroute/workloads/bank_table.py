@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxroute.errors import UserError
+from jaxroute.files import complete_folder
 
 if TYPE_CHECKING:
     import pandas
@@ -378,13 +378,6 @@ def write_table(table: Table, folder: Path) -> None:
         "quality": frames.DataFrame(table.quality, columns=table.llms),
         "output_tokens": frames.DataFrame(table.output_tokens, columns=table.llms),
     }
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            draft = Path(scratch) / folder.name
-            draft.mkdir()
-            for name, part in parts.items():
-                part.to_parquet(draft / f"{name}.parquet", index=False)
-            draft.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another place") from error
+    with complete_folder(folder) as draft:
+        for name, part in parts.items():
+            part.to_parquet(draft / f"{name}.parquet", index=False)
