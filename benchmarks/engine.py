@@ -22,8 +22,8 @@ from rich.table import Table
 import jaxroute
 from benchmarks.measure import busy_sites, compile_program, median_seconds, memory_limit
 from benchmarks.publish import publish
-from jaxroute.env import EdgeRouting, EnvParams, EnvState
-from jaxroute.serving import SiteState, SlotStatus, advance, can_accept, enqueue
+from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
+from jaxroute.serving import Site, SiteState, SlotStatus, advance, can_accept, enqueue, lanes_last, positions
 
 # Scenario and requests/s, by site.
 _BUSY = {"edge3": ("edge3-poisson", 5.0), "edge6": ("edge-poisson", 10.0), "edge16": ("edge16-poisson", 27.0)}
@@ -39,23 +39,27 @@ def num_steps(num_envs: int) -> int:
     return min(max(_STEPS_PER_RUN // num_envs, _FEWEST_STEPS), _MOST_STEPS)
 
 
-def env_steps(env: EdgeRouting, *, observed: bool) -> Callable[..., tuple[Array, Array]]:
+def env_steps(env: EdgeRouting, *, observed: bool) -> Callable[..., tuple[Any, tuple[Array, Array]]]:
     """Return a program that steps environments under random routing and adds up the tokens of what ended."""
 
-    def program(params: EnvParams, state: EnvState, keys: PRNGKeyArray) -> tuple[Array, Array]:
+    def program(
+        params: EnvParams, obs: Observation, state: EnvState, keys: PRNGKeyArray
+    ) -> tuple[Any, tuple[Array, Array]]:
         (num_envs,) = state.step.shape
 
-        def step(state: EnvState, key: PRNGKeyArray) -> tuple[EnvState, tuple[Array, Array]]:
+        def step(carry: tuple, key: PRNGKeyArray) -> tuple[tuple, tuple[Array, Array]]:
+            state, _ = carry
             key_action, key_env = jax.random.split(key)
             action = jax.random.randint(key_action, (num_envs,), 0, env.num_actions)
             obs, state, reward, _, _, info = jax.vmap(env.step, in_axes=(0, 0, 0, None))(
                 jax.random.split(key_env, num_envs), state, action, params
             )
-            # What is not used, the compiler leaves out.
-            read = sum(leaf.sum() for leaf in jax.tree.leaves(obs)) if observed else jnp.float32(0.0)
-            return state, (_completed_tokens(info["ended"], info["output_tokens"]), reward.sum() + read)
+            # What is not kept, the compiler leaves out.
+            kept = obs if observed else None
+            return (state, kept), (_completed_tokens(info["ended"], info["output_tokens"]), reward.sum())
 
-        return jax.lax.scan(step, state, keys)[1]
+        (_, obs), totals = jax.lax.scan(step, (state, obs if observed else None), keys)
+        return obs, totals
 
     return program
 
@@ -67,25 +71,35 @@ def engine_steps(num_experts: int) -> Callable[..., Array]:
         num_envs = state.clock.shape[0]
         site, bank = params.site, params.bank
 
-        def one(
-            state: SiteState, row: Int[Array, ""], action: Int[Array, ""], gap: Float[Array, ""]
+        @lanes_last
+        def route(
+            site: Site,
+            state: SiteState,
+            prompt: Int[Array, ""],
+            output: Int[Array, "expert"],
+            action: Int[Array, ""],
+            gap: Float[Array, ""],
         ) -> tuple[SiteState, Array]:
-            prompt = jnp.broadcast_to(bank.prompt_tokens[row], (num_experts,))
-            output = bank.output_tokens[row]
-            chosen = (jnp.arange(num_experts) == action) & can_accept(site, state, prompt, output)
-            state, _ = enqueue(site, state, chosen, row, prompt, output)
+            prompt = jnp.broadcast_to(prompt, output.shape)
+            chosen = (positions(output) == action) & can_accept(site, state, prompt, output)
+            state, _ = enqueue(site, state, chosen, jnp.int32(0), prompt, output)
             state = advance(site, state, gap)
-            return state, _completed_tokens(state.slots.status == SlotStatus.ENDED, state.slots.output_tokens)
+            ended = state.slots.status == SlotStatus.ENDED
+            return state, jnp.where(ended, state.slots.output_tokens, 0).sum((0, 1))
 
-        def step(state: SiteState, key: PRNGKeyArray) -> tuple[SiteState, Array]:
-            key_row, key_action, key_gap = jax.random.split(key, 3)
-            row = jax.random.randint(key_row, (num_envs,), 0, bank.prompt_tokens.shape[0])
+        def request(key: PRNGKeyArray) -> tuple[Array, Array]:
+            row = jax.random.randint(key, (num_envs,), 0, bank.prompt_tokens.shape[0])
+            return bank.prompt_tokens[row], bank.output_tokens[row]
+
+        def step(carry: tuple, key: PRNGKeyArray) -> tuple[tuple, Array]:
+            state, arriving = carry
+            key_request, key_action, key_gap = jax.random.split(key, 3)
             action = jax.random.randint(key_action, (num_envs,), 0, num_experts)
             gap = jax.random.exponential(key_gap, (num_envs,)) / params.rate[0]
-            state, tokens = jax.vmap(one)(state, row, action, gap)
-            return state, tokens.sum()
+            state, tokens = jax.vmap(route, in_axes=(None, 0, 0, 0, 0, 0))(site, state, *arriving, action, gap)
+            return (state, request(key_request)), tokens.astype(jnp.float32).sum()
 
-        return jax.lax.scan(step, state, keys)[1]
+        return jax.lax.scan(step, (state, request(keys[0])), keys)[1]
 
     return program
 
@@ -96,12 +110,12 @@ def _completed_tokens(ended: Array, output_tokens: Array) -> Array:
 
 def measure(env: EdgeRouting, params: EnvParams, num_envs: int, runs: int) -> dict[str, Any] | None:
     """Return steps/s, tokens/s and shares of time for `num_envs` environments; None if memory does not allow them."""
-    _, state = busy_sites(env, params, num_envs)
+    obs, state = busy_sites(env, params, num_envs)
     keys = jax.random.split(jax.random.key(1), num_steps(num_envs))
     arguments = {
         "engine": (engine_steps(env.num_experts), (params, state.site, keys)),
-        "unobserved": (env_steps(env, observed=False), (params, state, keys)),
-        "step": (env_steps(env, observed=True), (params, state, keys)),
+        "unobserved": (env_steps(env, observed=False), (params, obs, state, keys)),
+        "step": (env_steps(env, observed=True), (params, obs, state, keys)),
     }
     programs = {name: compile_program(program, *given) for name, (program, given) in arguments.items()}
     if max(program.memory for program in programs.values()) > memory_limit():
@@ -114,7 +128,7 @@ def measure(env: EdgeRouting, params: EnvParams, num_envs: int, runs: int) -> di
         "engine_steps_per_second": steps / seconds["engine"],
         "engine_tokens_per_second": float(calls["engine"]().sum()) / seconds["engine"],
         "env_steps_per_second": steps / seconds["step"],
-        "env_tokens_per_second": float(calls["step"]()[0].sum()) / seconds["step"],
+        "env_tokens_per_second": float(calls["step"]()[1][0].sum()) / seconds["step"],
         "share": {
             "advance": seconds["engine"] / seconds["step"],
             "observation": 1 - seconds["unobserved"] / seconds["step"],

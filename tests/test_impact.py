@@ -16,6 +16,8 @@ from jaxroute.env.impact import Batch, assess, estimate_impact
 NUM_EXPERTS, NUM_SLOTS = 6, 8
 """Of every hand-made case, so that the estimator compiles once."""
 LOG_ERROR = 0.5
+GAP = {"expert": 0}
+"""An empty slot of the first expert, among others."""
 MEAN_OVER_MEDIAN = np.exp(LOG_ERROR**2 / 2)
 
 
@@ -57,6 +59,8 @@ def predict(requests=(), experts=None, prompt_tokens=16, requirement=2.0, mean_l
         expert = request["expert"]
         slot = used[expert]
         used[expert] += 1
+        if request is GAP:
+            continue
         for name in Batch._fields:
             fields[name][slot, expert] = not request["running"] if name == "waiting" else request[name]
     length = np.full(NUM_EXPERTS, mean_length / MEAN_OVER_MEDIAN)
@@ -102,6 +106,14 @@ def test_a_seat_must_become_free():
     assert impact.ttft[0] - empty.ttft[0] > 2 * remaining * outlook.iteration_time[0]
     # The first in line waits for one.
     assert outlook.in_time[0, 0] > outlook.in_time[1, 0]
+
+
+def test_a_gap_in_the_queue_is_nobodys_place():
+    seats = [{"max_num_seqs": 1}] * NUM_EXPERTS
+    queue = predict([in_flight(0), waiting(0), waiting(0)], seats)
+    gap = predict([in_flight(0), waiting(0), GAP, waiting(0)], seats)
+    np.testing.assert_allclose(gap[0].in_time[3, 0], queue[0].in_time[2, 0])
+    np.testing.assert_allclose(gap[1].ttft, queue[1].ttft)
 
 
 def test_memory_must_become_free():

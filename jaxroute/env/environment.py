@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from jaxroute.env.impact import assess, estimate_impact
 from jaxroute.env.types import (
@@ -38,6 +38,7 @@ from jaxroute.serving import (
     can_accept,
     clear,
     enqueue,
+    fold,
     idle_site,
     lanes_last,
     positions,
@@ -277,7 +278,6 @@ def _serve(
     normalised = latency / jnp.maximum(slots.output_tokens, 1)
     in_time = ended & (normalised <= table.latency_requirement)
     qos = jnp.where(in_time, table.quality, 0.0)
-    everywhere = (0, 1)
     info = {
         "ended": ended,
         "request": slots.request,
@@ -293,20 +293,24 @@ def _serve(
         "rejected": ~accepted.any(0),
         "busy_seconds": state.busy_seconds,
         "kv_token_seconds": state.kv_token_seconds,
-        "qos_sum": qos.sum(everywhere),
-        "num_completed": ended.sum(everywhere),
-        "num_late": (ended & ~in_time).sum(everywhere),
-        "num_lost": lost.sum(everywhere),
+        "qos_sum": _total(qos),
+        "num_completed": _total(ended.astype(jnp.int32)),
+        "num_late": _total((ended & ~in_time).astype(jnp.int32)),
+        "num_lost": _total(lost.astype(jnp.int32)),
     }
     return _Served(
         site=clear(state, failed),
         table=table,
         retries=retries,
-        latency_sum=jnp.where(ended, normalised, 0.0).sum(0),
-        num_ended=ended.sum(0),
-        expected_qos=jnp.where(in_time, table.predicted_quality, 0.0).sum(everywhere),
+        latency_sum=fold(jnp.add, jnp.where(ended, normalised, 0.0)),
+        num_ended=fold(jnp.add, ended.astype(jnp.int32)),
+        expected_qos=_total(jnp.where(in_time, table.predicted_quality, 0.0)),
         info=info,
     )
+
+
+def _total(values: Shaped[Array, "slot expert"]) -> Shaped[Array, ""]:
+    return fold(jnp.add, values.reshape(-1, *values.shape[2:]))
 
 
 def _reward(
@@ -402,9 +406,11 @@ def _outages(
 
 
 def _draw_request(key: PRNGKeyArray, number: Int[Array, ""], params: EnvParams, fleet: Fleet | None) -> Request:
-    key_row, key_class = jax.random.split(key)
-    row = jax.random.randint(key_row, (), 0, params.bank.prompt_tokens.shape[0])
-    level = (jax.random.uniform(key_class) >= jnp.cumsum(params.share)[:-1]).sum()
+    # Two numbers of 32 bits in one call: generators are a good part of a step. The remainder favours no row by more
+    # than one in 2^32 / rows.
+    for_row, for_class = jax.random.bits(key, (2,))
+    row = (for_row % params.bank.prompt_tokens.shape[0]).astype(jnp.int32)
+    level = (for_class * jnp.float32(2**-32) >= jnp.cumsum(params.share)[:-1]).sum()
     return _request(number, row, params.requirement[level], jnp.float32(0.0), params, fleet)
 
 
@@ -432,12 +438,17 @@ def _request(
         row=row,
         age=age,
         prompt_tokens=bank.prompt_tokens[row],
-        output_tokens=by_expert(bank.output_tokens[row], fleet),
-        quality=by_expert(bank.quality[row], fleet),
-        predicted_quality=by_expert(bank.predicted_quality[row], fleet),
-        predicted_output_tokens=by_expert(bank.predicted_output_tokens[row], fleet),
+        output_tokens=by_expert(_row(bank.output_tokens, row), fleet),
+        quality=by_expert(_row(bank.quality, row), fleet),
+        predicted_quality=by_expert(_row(bank.predicted_quality, row), fleet),
+        predicted_output_tokens=by_expert(_row(bank.predicted_output_tokens, row), fleet),
         latency_requirement=latency_requirement,
     )
+
+
+@lanes_last
+def _row(table: Float[Array, "row expert"], row: Int[Array, ""]) -> Float[Array, "expert"]:
+    return jnp.take_along_axis(table, row[None, None], axis=0)[0]
 
 
 def observe(
@@ -485,10 +496,9 @@ def observe(
         predicted_output_tokens,
         age,
     )
-    num_waiting = batch.waiting.sum(0)
     experts = Experts(
-        num_running=batch.running.sum(0).astype(jnp.float32),
-        num_waiting=num_waiting.astype(jnp.float32),
+        num_running=load.num_active - load.num_waiting,
+        num_waiting=load.num_waiting,
         max_num_seqs=site.max_num_seqs.astype(jnp.float32),
         max_waiting=site.max_waiting.astype(jnp.float32),
         kv_used=outlook.kv_used,
@@ -503,7 +513,7 @@ def observe(
         expected_qos=outlook.expected_qos,
         up=up,
         # The true length is unknown to the router, so that a request too long for the memory is found out late.
-        available=up & (num_waiting < site.max_waiting) & (prompt_tokens < site.kv_capacity),
+        available=up & (load.num_waiting < site.max_waiting) & (prompt_tokens < site.kv_capacity),
     )
     active = batch.running | batch.waiting
 

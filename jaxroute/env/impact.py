@@ -15,7 +15,7 @@ from jax.scipy.special import ndtr
 from jaxtyping import Array, Float
 
 from jaxroute.env.types import Batch, Impact
-from jaxroute.serving import Site, positions
+from jaxroute.serving import Site, fold, running_sums
 
 # Relative error (standard deviation) of the frozen batch's iteration time over the life of a request.
 RATE_ERROR = 0.25
@@ -120,9 +120,8 @@ def assess(site: Site, batch: Batch, log_error: Float[Array, "expert"]) -> tuple
     pending_output = (active * remaining).sum(0)
     departure_time = time * pending_output / per_request / jnp.maximum(num_seqs, 1.0)
     # Queue position, first in line = 1; running requests have been served already.
-    position = positions(active)
-    head = jnp.where(batch.waiting, position, jnp.inf).min(0)
-    wait = jnp.where(batch.waiting, jnp.maximum(position - head + 1 - seats, 0.0) * departure_time, 0.0)
+    (position,) = running_sums(batch.waiting)
+    wait = jnp.where(batch.waiting, jnp.maximum(position - seats, 0.0) * departure_time, 0.0)
     elapsed = batch.age + site.network_delay + wait + _prefill_stall(site, prefill, num_seqs)
     _, in_time = _probability_in_time(elapsed, batch.generated, remaining, time, _requirement(batch, active), log_error)
     outlook = Outlook(
@@ -130,7 +129,7 @@ def assess(site: Site, batch: Batch, log_error: Float[Array, "expert"]) -> tuple
         pending_prefill=prefill,
         pending_output=pending_output,
         kv_used=kv_used,
-        expected_qos=(active * batch.predicted_quality * in_time).sum(0),
+        expected_qos=fold(jnp.add, active * batch.predicted_quality * in_time),
         remaining_tokens=remaining * active,
         in_time=in_time * active,
     )
@@ -189,8 +188,8 @@ def estimate_impact(
         normalised_latency=normalised_latency,
         in_time=in_time,
         qos=predicted_quality * in_time,
-        qos_loss=(batch.predicted_quality * lost).sum(0),
-        added_violations=lost.sum(0),
+        qos_loss=fold(jnp.add, batch.predicted_quality * lost),
+        added_violations=fold(jnp.add, lost),
     )
 
 

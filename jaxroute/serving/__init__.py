@@ -16,7 +16,7 @@ from jaxroute.serving.engine import (
     running_and_waiting,
     with_output_tokens,
 )
-from jaxroute.serving.lanes import lanes_last, positions
+from jaxroute.serving.lanes import fold, lanes_last, positions, running_sums
 from jaxroute.serving.replay import Outcomes, Requests, replay
 from jaxroute.serving.site import ExpertConfig, Site, SiteConfig, build_site
 
@@ -34,11 +34,13 @@ __all__ = [
     "can_accept",
     "clear",
     "enqueue",
+    "fold",
     "idle_site",
     "lanes_last",
     "num_waiting",
     "positions",
     "replay",
     "running_and_waiting",
+    "running_sums",
     "with_output_tokens",
 ]

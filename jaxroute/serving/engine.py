@@ -19,7 +19,6 @@ independent of each other. So scalars of a lane broadcast, and reductions over s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -27,14 +26,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxroute.serving.lanes import lanes_last, positions
+from jaxroute.serving.lanes import computed_once, fold, lanes_last, positions, running_sums
 from jaxroute.serving.site import Site
 
 # Finite, so that no product with it is NaN, and above every time that can be asked for.
 _NEVER = 1e30
 _MANY = 2**20
 
-# From so many lanes on, gathering those that have something to do pays.
+# Of lanes, about a quarter has an event on a busy site, and 2 % more than two. So it pays to gather at first a third of
+# them, and then an eighth of these; not of fewer lanes than this.
+_FEWER = (3, 8)
 _FEW_LANES = 64
 
 
@@ -187,6 +188,7 @@ def enqueue(
     Returns:
         The new state, and the placement, with which a caller keeps a table of its own beside the slots.
     """
+    chosen = computed_once(chosen)
     slots = state.slots
     position = positions(slots.status)
     active = slots.status == SlotStatus.ACTIVE
@@ -272,36 +274,39 @@ def _advance_lanes(site: Site, state: SiteState, until: Float[Array, "lane"]) ->
         busy_seconds=zero,
         kv_token_seconds=zero,
     )
+    return _decode_until(site, _until_no_event(site, state, until, _FEWER), until)
+
+
+def _until_no_event(site: Site, state: SiteState, until: Float[Array, "lane"], fewer: tuple[int, ...]) -> SiteState:
+    """Let events happen until no lane has another one before `until`.
+
+    All lanes take part until so few have an event, by the first of the numbers in `fewer`, that it pays to gather them;
+    they go on in the same way by the others.
+    """
     num_lanes = until.shape[0]
-    event = _iterations_to_event(site, state)
-    if num_lanes < _FEW_LANES:
-        return _decode_until(site, _until_no_event(site, state, event, until), until)
-
-    # About a quarter has an event on a busy site, so there is seldom need for a second helping.
-    together = num_lanes // 3
-
-    def some(carry: tuple[SiteState, Array]) -> tuple[SiteState, Array]:
-        state, pending = carry
-        chosen = jnp.nonzero(pending, size=together, fill_value=num_lanes)[0]
-        part = jax.tree.map(lambda leaf: leaf.at[..., chosen].get(mode="clip"), (site, state, event, until))
-        state = jax.tree.map(
-            lambda leaf, new: leaf.at[..., chosen].set(new, mode="drop"), state, _until_no_event(*part)
-        )
-        return state, pending.at[chosen].set(False, mode="drop")
-
-    pending = _has_event(state, event, until)
-    state, _ = jax.lax.while_loop(lambda carry: carry[1].any(), some, (state, pending))
-    return _decode_until(site, state, until)
-
-
-def _until_no_event(site: Site, state: SiteState, event: Int[Array, "lane"], until: Float[Array, "lane"]) -> SiteState:
-    """Let events happen until no lane has another one before `until`."""
+    few = num_lanes // fewer[0] if fewer and num_lanes >= _FEW_LANES else 0
 
     def one_each(carry: tuple[SiteState, Array]) -> tuple[SiteState, Array]:
         state = _next_event(site, *carry, until)
         return state, _iterations_to_event(site, state)
 
-    return jax.lax.while_loop(lambda carry: _has_event(*carry, until).any(), one_each, (state, event))[0]
+    def too_many(carry: tuple[SiteState, Array]) -> Bool[Array, ""]:
+        return _has_event(*carry, until).sum() > few
+
+    state, event = jax.lax.while_loop(too_many, one_each, (state, _iterations_to_event(site, state)))
+    if not few:
+        return state
+    chosen = jnp.nonzero(_has_event(state, event, until), size=few, fill_value=num_lanes)[0]
+    part = jax.tree.map(lambda leaf: leaf.at[..., chosen].get(mode="clip"), (site, state, until))
+    # What an event leaves as it is need not be put back.
+    kept = {"request": None, "prompt_tokens": None, "output_tokens": None, "ready": None}
+    new = _until_no_event(*part, fewer[1:])
+    new = jax.tree.map(
+        lambda leaf, new: leaf.at[..., chosen].set(new, mode="drop"),
+        state._replace(slots=state.slots._replace(**kept)),
+        new._replace(slots=new.slots._replace(**kept)),
+    )
+    return new._replace(slots=new.slots._replace(**{name: getattr(state.slots, name) for name in kept}))
 
 
 def _iterations_to_event(site: Site, state: SiteState) -> Int[Array, "lane"]:
@@ -357,12 +362,12 @@ def _next_event(site: Site, state: SiteState, event: Int[Array, "lane"], until: 
     need = jnp.where(active, slots.prompt_tokens + generated - computed, 0)
     # No more than the budget, so that the sums are exact in float32.
     wanted = jnp.minimum(need, site.max_num_batched_tokens)
-    wanted_so_far, computed_so_far, count = _running_sums(wanted, jnp.where(active, computed, 0), active)
+    wanted_so_far, computed_so_far, count = running_sums(wanted, jnp.where(active, computed, 0), active)
     tokens = jnp.clip(site.max_num_batched_tokens - (wanted_so_far - wanted), 0, need)
     fits = computed_so_far + jnp.minimum(wanted_so_far, site.max_num_batched_tokens) <= site.kv_capacity
     welcome = fits & (tokens > 0) & (count <= site.max_num_seqs) & (slots.ready <= clock)
     turned_away = active & ~jnp.where(running, fits | (count == 1), welcome)
-    (num_turned_away,) = _running_sums(turned_away)
+    (num_turned_away,) = running_sums(turned_away)
     runs = active & (num_turned_away == 0)
     tokens = jnp.where(runs, tokens, 0)
     decoding = runs & (tokens == 1) & (need == 1) & (computed >= slots.prompt_tokens)
@@ -372,8 +377,8 @@ def _next_event(site: Site, state: SiteState, event: Int[Array, "lane"], until: 
     num_tokens, num_running, num_decoding = _total(tokens), _total(runs), _total(decoding)
     kv_held = _total(jnp.where(runs, computed, 0)) + num_tokens
     context = _total(jnp.where(decoding, computed + 1, 0))
-    head_ready = _fold(jnp.minimum, jnp.where(head, slots.ready, _NEVER))
-    to_completion = _fold(jnp.minimum, jnp.where(decoding, slots.output_tokens - generated, _MANY))
+    head_ready = fold(jnp.minimum, jnp.where(head, slots.ready, _NEVER))
+    to_completion = fold(jnp.minimum, jnp.where(decoding, slots.output_tokens - generated, _MANY))
     to_full = 1 + (site.kv_capacity - kv_held) // jnp.maximum(num_decoding, 1)
     steady = (num_decoding == num_running) & (_total(preempted) == 0)
     duration = jnp.where(num_running > 0, _iteration_time(site, num_tokens, num_decoding, context), _NEVER)
@@ -454,26 +459,8 @@ def _kv_token_seconds(state: SiteState, k: Int[Array, "lane"]) -> Float[Array, "
     return jnp.where(k > 0, held + batch * (state.duration * sum_1 + state.growth * sum_2), 0.0)
 
 
-def _running_sums(*columns: Shaped[Array, "slot lane"]) -> list[Int[Array, "slot lane"]]:
-    """Sums over each slot and those before it, of counts and tokens (exact up to 2^24)."""
-    # As one matrix product: XLA's own running sums take several times as long on a CPU.
-    num_slots, num_lanes = columns[0].shape
-    side_by_side = jnp.concatenate([column.astype(jnp.float32) for column in columns], axis=1)
-    up_to = jnp.tril(jnp.ones((num_slots, num_slots), jnp.float32))
-    sums = jnp.matmul(up_to, side_by_side, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
-    return [sums[:, i * num_lanes : (i + 1) * num_lanes] for i in range(len(columns))]
-
-
 def _total(column: Shaped[Array, "slot lane"]) -> Int[Array, "lane"]:
-    return _fold(jnp.add, column.astype(jnp.int32))
-
-
-def _fold(operation: Callable[[Array, Array], Array], column: Shaped[Array, "slot lane"]) -> Shaped[Array, "lane"]:
-    """Reduce over slots by halves: long vectors, where XLA reduces a leading axis one number at a time on a CPU."""
-    while (half := column.shape[0] // 2) > 0:
-        rest = column[2 * half :]
-        column = jnp.concatenate([operation(column[:half], column[half : 2 * half]), rest])
-    return column[0]
+    return fold(jnp.add, column.astype(jnp.int32))
 
 
 def _elapsed(k: Int[Array, "*lanes"], duration: Float[Array, "*lanes"], growth: Float[Array, "*lanes"]) -> Array:

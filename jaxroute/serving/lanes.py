@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
 import jax
+import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -45,3 +46,30 @@ def lanes_last(function: _Function) -> _Function:
 def positions(like: Shaped[Array, "first *lanes"]) -> Int[Array, "first *ones"]:
     """Number along the first axis, to be broadcast over the others."""
     return jnp.arange(like.shape[0], dtype=jnp.int32).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def computed_once(mask: Bool[Array, "*lanes"]) -> Bool[Array, "*lanes"]:
+    """Return `mask`, with all that it takes computed only once on a CPU.
+
+    There, XLA computes what is cheap again in each of its uses, here for every slot of every table. It does not do so
+    with what it holds to be dear. A root is, and those of 0 and 1 are 0 and 1.
+    """
+    return jnp.sqrt(mask.astype(jnp.float32)) > 0
+
+
+def running_sums(*columns: Shaped[Array, "slot *lanes"]) -> list[Int[Array, "slot *lanes"]]:
+    """Sums over each slot and those before it, of counts and tokens (exact up to 2^24)."""
+    # As one matrix product: XLA's own running sums take several times as long on a CPU.
+    num_slots, *lanes = columns[0].shape
+    side_by_side = jnp.concatenate([column.astype(jnp.float32).reshape(num_slots, -1) for column in columns], axis=1)
+    up_to = jnp.tril(jnp.ones((num_slots, num_slots), jnp.float32))
+    sums = jnp.matmul(up_to, side_by_side, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
+    return [part.reshape(num_slots, *lanes) for part in jnp.split(sums, len(columns), axis=1)]
+
+
+def fold(operation: Callable[[Array, Array], Array], column: Shaped[Array, "slot *lanes"]) -> Shaped[Array, "*lanes"]:
+    """Reduce over slots by halves: long vectors, where XLA reduces a leading axis one number at a time on a CPU."""
+    while (half := column.shape[0] // 2) > 0:
+        rest = column[2 * half :]
+        column = jnp.concatenate([operation(column[:half], column[half : 2 * half]), rest])
+    return column[0]
