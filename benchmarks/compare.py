@@ -19,7 +19,7 @@ from rich.table import Table
 
 import jaxroute
 from benchmarks import engine, training
-from benchmarks.measure import in_own_process, seconds_of
+from benchmarks.measure import in_own_process, one_device_per_core, seconds_of
 from benchmarks.publish import publish
 from jaxroute.env import EnvParams
 
@@ -155,6 +155,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = _QUICK if options.quick else _FULL
     rows: dict[str, dict[str, float]] = {}
+    one_device_per_core()
     with Console().status("measuring"):
         networks = ["mlp"] if options.quick else ["mlp", "han"]
         # First, as they need an accelerator for themselves.

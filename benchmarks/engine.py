@@ -4,7 +4,7 @@
 One environment step is one routed request. Routing is random at a rate that keeps each site busy. The engine alone
 queues a request and advances the experts to the next; a whole step also draws requests, keeps the books, assesses the
 requests in flight for the reward, and observes: graph and impact estimates for every expert. The observation's share is
-what a step saves whose observation nobody reads.
+what a step saves whose observation nobody reads. Environments are spread over all devices; each core of a CPU is one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from rich.progress import track
 from rich.table import Table
 
 import jaxroute
-from benchmarks.measure import busy_sites, compile_program, median_seconds, memory_limit
+from benchmarks.measure import (
+    EVERYWHERE,
+    SPREAD,
+    busy_sites,
+    compile_program,
+    median_seconds,
+    memory_limit,
+    on_all_devices,
+    one_device_per_core,
+)
 from benchmarks.publish import publish
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.serving import Site, SiteState, SlotStatus, advance, can_accept, enqueue, lanes_last, positions
@@ -113,11 +122,16 @@ def measure(env: EdgeRouting, params: EnvParams, num_envs: int, runs: int) -> di
     obs, state = busy_sites(env, params, num_envs)
     keys = jax.random.split(jax.random.key(1), num_steps(num_envs))
     arguments = {
-        "engine": (engine_steps(env.num_experts), (params, state.site, keys)),
-        "unobserved": (env_steps(env, observed=False), (params, obs, state, keys)),
-        "step": (env_steps(env, observed=True), (params, obs, state, keys)),
+        "engine": (engine_steps(env.num_experts), (params, state.site, keys), SPREAD),
+        "unobserved": (env_steps(env, observed=False), (params, obs, state, keys), (EVERYWHERE, SPREAD)),
+        "step": (env_steps(env, observed=True), (params, obs, state, keys), (SPREAD, SPREAD)),
     }
-    programs = {name: compile_program(program, *given) for name, (program, given) in arguments.items()}
+    programs = {
+        name: compile_program(
+            on_all_devices(program, num_envs, (EVERYWHERE, *(SPREAD,) * (len(given) - 2), EVERYWHERE), results), *given
+        )
+        for name, (program, given, results) in arguments.items()
+    }
     if max(program.memory for program in programs.values()) > memory_limit():
         return None
     calls = {name: lambda name=name: programs[name].call(*arguments[name][1]) for name in programs}
@@ -145,6 +159,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--envs", type=int, nargs="+", default=[1, 64, 1024, 4096, 16384, 65536])
     options = parser.parse_args()
+    one_device_per_core()
     sites, sizes, runs = list(_BUSY), options.envs, options.runs
     if options.quick:
         sites, sizes, runs = ["edge3"], [64], 2

@@ -15,9 +15,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
+
+EVERYWHERE, SPREAD = PartitionSpec(), PartitionSpec("device")
 
 _Name = TypeVar("_Name", bound=Hashable)
 _Result = TypeVar("_Result")
@@ -56,6 +60,22 @@ def _fill(env: EdgeRouting, params: EnvParams, keys: PRNGKeyArray) -> tuple[Obse
         return jax.lax.scan(step, env.reset(key_reset, params), jax.random.split(key_steps, _FILLING_STEPS))[0]
 
     return jax.vmap(one)(keys)
+
+
+def one_device_per_core() -> None:
+    """Make every core of a CPU a device of JAX, unless the user has said how many; before anything else of JAX.
+
+    Most of a step's programs are too short for XLA to share one among cores.
+    """
+    if jax.config.jax_num_cpu_devices < 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+
+
+def on_all_devices(program: Callable[..., Any], num_envs: int, in_specs: tuple, out_specs: Any) -> Callable[..., Any]:
+    """Return the program for equal shares of the environments on each device, or on one where they do not divide."""
+    devices = jax.devices()
+    mesh = Mesh(np.asarray(devices if num_envs % len(devices) == 0 else devices[:1]), ("device",))
+    return jax.shard_map(program, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def compile_program(program: Callable[..., Any], *arguments: Any) -> Compiled:

@@ -37,6 +37,8 @@ _MANY = 2**20
 # them, and then an eighth of these; not of fewer lanes than this.
 _FEWER = (3, 8)
 _FEW_LANES = 64
+_CHANGED_BY_EVENTS = ("status", "computed", "generated", "scheduled", "preemptions", "ttft", "latency")
+"""Of slots; the rest need not be put back."""
 
 
 class SlotStatus(IntEnum):
@@ -297,16 +299,14 @@ def _until_no_event(site: Site, state: SiteState, until: Float[Array, "lane"], f
     if not few:
         return state
     chosen = jnp.nonzero(_has_event(state, event, until), size=few, fill_value=num_lanes)[0]
-    part = jax.tree.map(lambda leaf: leaf.at[..., chosen].get(mode="clip"), (site, state, until))
-    # What an event leaves as it is need not be put back.
-    kept = {"request": None, "prompt_tokens": None, "output_tokens": None, "ready": None}
-    new = _until_no_event(*part, fewer[1:])
-    new = jax.tree.map(
-        lambda leaf, new: leaf.at[..., chosen].set(new, mode="drop"),
-        state._replace(slots=state.slots._replace(**kept)),
-        new._replace(slots=new.slots._replace(**kept)),
-    )
-    return new._replace(slots=new.slots._replace(**{name: getattr(state.slots, name) for name in kept}))
+    part_site, part, part_until = jax.tree.map(lambda leaf: leaf.at[..., chosen].get(mode="clip"), (site, state, until))
+    new = _until_no_event(part_site, part, part_until, fewer[1:])
+
+    def put_back(leaf: Array, new: Array) -> Array:
+        return leaf.at[..., chosen].set(new, mode="drop")
+
+    changed = {name: put_back(getattr(state.slots, name), getattr(new.slots, name)) for name in _CHANGED_BY_EVENTS}
+    return SiteState(state.slots._replace(**changed), *jax.tree.map(put_back, state[1:], new[1:]))
 
 
 def _iterations_to_event(site: Site, state: SiteState) -> Int[Array, "lane"]:
