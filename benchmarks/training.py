@@ -17,17 +17,27 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import PRNGKeyArray
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.measure import in_own_process, median_seconds, peak_memory, seconds_of
+from benchmarks.measure import (
+    EVERYWHERE,
+    SPREAD,
+    in_own_process,
+    median_seconds,
+    on_all_devices,
+    peak_memory,
+    seconds_of,
+)
 from benchmarks.publish import publish
 from jaxroute.config import Config, load_config
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.networks import build_network
 from jaxroute.ppo import Learner, PPOState, make_ppo
 from jaxroute.scenarios import training_env
+from jaxroute.training.processes import split_cpu
 
 # Sites start idle, and fill within the steps of so many updates.
 FILLING_UPDATES = 4
@@ -54,8 +64,17 @@ def measure_with_shares(overrides: Sequence[str], runs: int) -> dict[str, Any]:
     row, state = _time_updates(setting.learner, runs)
     carry = (state.env_state, state.obs, state.params)
     keys = jax.random.split(jax.random.key(1), setting.config.ppo.num_steps)
+    spread = ((SPREAD, SPREAD, EVERYWHERE), EVERYWHERE)
     rollouts = {
-        name: partial(jax.jit(_rollout(setting, acts=acts)), carry, keys)
+        name: partial(
+            jax.jit(
+                on_all_devices(
+                    _rollout(setting, acts=acts), setting.config.ppo.num_envs, spread, PartitionSpec(None, *SPREAD)
+                )
+            ),
+            carry,
+            keys,
+        )
         for name, acts in (("environment", False), ("rollout", True))
     }
     update = setting.learner.steps_per_update / row["steps_per_second"]
@@ -70,6 +89,7 @@ def measure_with_shares(overrides: Sequence[str], runs: int) -> dict[str, Any]:
 
 def _set_up(overrides: Sequence[str]) -> _Setting:
     config = load_config([*overrides, _ENDLESS])
+    split_cpu(config)  # as train.py does
     env, params = training_env(config)
     network = build_network(config.network)
     return _Setting(config, env, params, network, make_ppo(config.ppo, env, params, network))
@@ -97,10 +117,11 @@ def _time_updates(learner: Learner, runs: int) -> tuple[dict[str, Any], PPOState
 
 def _rollout(setting: _Setting, *, acts: bool) -> Callable[[tuple, PRNGKeyArray], Any]:
     """Return an update's rollout, with the network's actions or with random ones."""
-    env, network, num_envs = setting.env, setting.network, setting.config.ppo.num_envs
+    env, network = setting.env, setting.network
 
     def step(carry: tuple, key: PRNGKeyArray) -> tuple[tuple, Any]:
         env_state, features, weights = carry
+        (num_envs,) = env_state.step.shape
         key_action, key_env = jax.random.split(key)
         if acts:
             logits, values = jax.vmap(lambda features: network.apply(weights, features))(features)
