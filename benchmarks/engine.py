@@ -52,22 +52,21 @@ def env_steps(env: EdgeRouting, *, observed: bool) -> Callable[..., tuple[Any, t
     """Return a program that steps environments under random routing and adds up the tokens of what ended."""
 
     def program(
-        params: EnvParams, obs: Observation, state: EnvState, keys: PRNGKeyArray
+        params: EnvParams, start: tuple[Observation, EnvState], keys: PRNGKeyArray
     ) -> tuple[Any, tuple[Array, Array]]:
-        (num_envs,) = state.step.shape
-
         def step(carry: tuple, key: PRNGKeyArray) -> tuple[tuple, tuple[Array, Array]]:
-            state, _ = carry
+            _, state = carry
+            (num_envs,) = state.step.shape
             key_action, key_env = jax.random.split(key)
             action = jax.random.randint(key_action, (num_envs,), 0, env.num_actions)
             obs, state, reward, _, _, info = jax.vmap(env.step, in_axes=(0, 0, 0, None))(
                 jax.random.split(key_env, num_envs), state, action, params
             )
             # What is not kept, the compiler leaves out.
-            kept = obs if observed else None
-            return (state, kept), (_completed_tokens(info["ended"], info["output_tokens"]), reward.sum())
+            kept = obs if observed else carry[0]
+            return (kept, state), (_completed_tokens(info["ended"], info["output_tokens"]), reward.sum())
 
-        (_, obs), totals = jax.lax.scan(step, (state, obs if observed else None), keys)
+        (obs, _), totals = jax.lax.scan(step, start, keys)
         return obs, totals
 
     return program
@@ -88,13 +87,11 @@ def engine_steps(num_experts: int) -> Callable[..., Array]:
             output: Int[Array, "expert"],
             action: Int[Array, ""],
             gap: Float[Array, ""],
-        ) -> tuple[SiteState, Array]:
+        ) -> SiteState:
             prompt = jnp.broadcast_to(prompt, output.shape)
             chosen = (positions(output) == action) & can_accept(site, state, prompt, output)
             state, _ = enqueue(site, state, chosen, jnp.int32(0), prompt, output)
-            state = advance(site, state, gap)
-            ended = state.slots.status == SlotStatus.ENDED
-            return state, jnp.where(ended, state.slots.output_tokens, 0).sum((0, 1))
+            return advance(site, state, gap)
 
         def request(key: PRNGKeyArray) -> tuple[Array, Array]:
             row = jax.random.randint(key, (num_envs,), 0, bank.prompt_tokens.shape[0])
@@ -105,8 +102,9 @@ def engine_steps(num_experts: int) -> Callable[..., Array]:
             key_request, key_action, key_gap = jax.random.split(key, 3)
             action = jax.random.randint(key_action, (num_envs,), 0, num_experts)
             gap = jax.random.exponential(key_gap, (num_envs,)) / params.rate[0]
-            state, tokens = jax.vmap(route, in_axes=(None, 0, 0, 0, 0, 0))(site, state, *arriving, action, gap)
-            return (state, request(key_request)), tokens.astype(jnp.float32).sum()
+            state = jax.vmap(route, in_axes=(None, 0, 0, 0, 0, 0))(site, state, *arriving, action, gap)
+            tokens = _completed_tokens(state.slots.status == SlotStatus.ENDED, state.slots.output_tokens)
+            return (state, request(key_request)), tokens
 
         return jax.lax.scan(step, (state, request(keys[0])), keys)[1]
 
@@ -122,15 +120,14 @@ def measure(env: EdgeRouting, params: EnvParams, num_envs: int, runs: int) -> di
     obs, state = busy_sites(env, params, num_envs)
     keys = jax.random.split(jax.random.key(1), num_steps(num_envs))
     arguments = {
-        "engine": (engine_steps(env.num_experts), (params, state.site, keys), SPREAD),
-        "unobserved": (env_steps(env, observed=False), (params, obs, state, keys), (EVERYWHERE, SPREAD)),
-        "step": (env_steps(env, observed=True), (params, obs, state, keys), (SPREAD, SPREAD)),
+        "engine": (engine_steps(env.num_experts), (params, state.site, keys)),
+        "unobserved": (env_steps(env, observed=False), (params, (obs, state), keys)),
+        "step": (env_steps(env, observed=True), (params, (obs, state), keys)),
     }
+    spread = (EVERYWHERE, SPREAD, EVERYWHERE)
     programs = {
-        name: compile_program(
-            on_all_devices(program, num_envs, (EVERYWHERE, *(SPREAD,) * (len(given) - 2), EVERYWHERE), results), *given
-        )
-        for name, (program, given, results) in arguments.items()
+        name: compile_program(on_all_devices(program, num_envs, spread, SPREAD), *given)
+        for name, (program, given) in arguments.items()
     }
     if max(program.memory for program in programs.values()) > memory_limit():
         return None

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
+from jaxroute.training.processes import use_cpu_devices
 
 EVERYWHERE, SPREAD = PartitionSpec(), PartitionSpec("device")
 
@@ -67,8 +68,7 @@ def one_device_per_core() -> None:
 
     Most of a step's programs are too short for XLA to share one among cores.
     """
-    if jax.config.jax_num_cpu_devices < 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    use_cpu_devices(os.cpu_count() or 1)
 
 
 def on_all_devices(program: Callable[..., Any], num_envs: int, in_specs: tuple, out_specs: Any) -> Callable[..., Any]:

@@ -44,10 +44,10 @@ def time_step(num_experts: int, num_slots: int, num_envs: int, runs: int) -> flo
     ]
     config = dataclasses.replace(config, site=dataclasses.replace(config.site, experts=experts))
     env, params = build_env(config, rate=_RATE_PER_EXPERT * num_experts)
-    arguments = (params, *busy_sites(env, params, num_envs))
     keys = jax.random.split(jax.random.key(1), num_steps(num_envs))
-    program = compile_program(env_steps(env, observed=True), *arguments, keys)
-    seconds = median_seconds({"step": lambda: program.call(*arguments, keys)}, runs)["step"]
+    arguments = (params, busy_sites(env, params, num_envs), keys)
+    program = compile_program(env_steps(env, observed=True), *arguments)
+    seconds = median_seconds({"step": lambda: program.call(*arguments)}, runs)["step"]
     return 1e6 * seconds / (num_envs * len(keys))
 
 

@@ -64,19 +64,13 @@ def measure_with_shares(overrides: Sequence[str], runs: int) -> dict[str, Any]:
     row, state = _time_updates(setting.learner, runs)
     carry = (state.env_state, state.obs, state.params)
     keys = jax.random.split(jax.random.key(1), setting.config.ppo.num_steps)
-    spread = ((SPREAD, SPREAD, EVERYWHERE), EVERYWHERE)
-    rollouts = {
-        name: partial(
-            jax.jit(
-                on_all_devices(
-                    _rollout(setting, acts=acts), setting.config.ppo.num_envs, spread, PartitionSpec(None, *SPREAD)
-                )
-            ),
-            carry,
-            keys,
-        )
-        for name, acts in (("environment", False), ("rollout", True))
-    }
+    given, returned = ((SPREAD, SPREAD, EVERYWHERE), EVERYWHERE), PartitionSpec(None, *SPREAD)
+
+    def rollout(*, acts: bool) -> Callable[[], Any]:
+        program = on_all_devices(_rollout(setting, acts=acts), setting.config.ppo.num_envs, given, returned)
+        return partial(jax.jit(program), carry, keys)
+
+    rollouts = {"environment": rollout(acts=False), "rollout": rollout(acts=True)}
     update = setting.learner.steps_per_update / row["steps_per_second"]
     seconds = median_seconds(rollouts, runs)
     share = {

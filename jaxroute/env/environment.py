@@ -448,6 +448,7 @@ def _request(
 
 @lanes_last
 def _row(table: Float[Array, "row expert"], row: Int[Array, ""]) -> Float[Array, "expert"]:
+    # Written in the layout in which it is read, and along axes of one where all share a table.
     return jnp.take_along_axis(table, row[None, None], axis=0)[0]
 
 

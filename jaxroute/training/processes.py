@@ -47,11 +47,15 @@ def split_cpu(config: Config) -> None:
     the user has said how many devices there are, or where JAX runs already.
     """
     num_envs = config.ppo.num_envs or ENVS_ON_CPU
-    pays = num_envs >= ENVS_ON_CPU and num_envs % (2 * config.ppo.num_minibatches) == 0
-    asked = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if pays and not asked and (os.cpu_count() or 1) > 1:
+    if num_envs >= ENVS_ON_CPU and num_envs % (2 * config.ppo.num_minibatches) == 0 and (os.cpu_count() or 1) > 1:
+        use_cpu_devices(2)
+
+
+def use_cpu_devices(count: int) -> None:
+    """Make `count` devices of a CPU, unless the user has said how many there are, or JAX runs already."""
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", 2)
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def is_first_process() -> bool:
