@@ -50,6 +50,8 @@ class Played(NamedTuple):
 
     counts: Bool[np.ndarray, "step episode"]
     """False once the episode is over."""
+    again: Bool[np.ndarray, "step episode"]
+    """A request that a failed expert has given back. The environment counts the arrival that comes next already."""
     chosen: Int[np.ndarray, "step episode"]
     preferred: Int[np.ndarray, "step episode"]
     """What the policy in the environment would have chosen there."""
@@ -107,7 +109,7 @@ def play(
             if counts[e]:
                 chosen[e], seconds[e] = gateway.route(jax.tree.map(lambda leaf, e=e: leaf[e], seen))
                 logits[e] = gateway.router.logits
-        rows.append((counts, chosen, seen.preferred, logits, seen.logits, seconds))
+        rows.append((counts, seen.request.age > 0, chosen, seen.preferred, logits, seen.logits, seconds))
         routed = seen.request.number
         carry, seen = _step(env, policy.network, params, params_of_policy, step_keys, carry, jnp.asarray(chosen))
         info = jax.device_get(seen.info)

@@ -83,25 +83,25 @@ def test_told_everything_it_decides_as_the_policy_in_the_environment(run, export
     episodes = played(run, exported, EVERYTHING, options)
     counts = episodes.counts
     # Retries take decisions of their own.
-    assert (counts.sum() > EPISODES * REQUESTS) == (options is FAILING)
+    assert (counts.sum() > EPISODES * REQUESTS) == episodes.again[counts].any() == (options is FAILING)
     assert len(np.unique(episodes.chosen[counts])) == 3
     eligible = episodes.policy_logits > -1e8
     assert (eligible.sum(-1)[counts] < 3).mean() > 0.02
     np.testing.assert_array_equal((episodes.logits > -1e8)[counts], eligible[counts])
-    difference = np.abs(np.where(eligible, episodes.logits - episodes.policy_logits, 0)).max(-1)[counts]
-    # Sums come in another order; and where a request has just ended, the environment's queue may hold a hole.
-    assert np.quantile(difference, 0.9) < 1e-4
-    assert difference.max() < 0.1
+    difference = np.abs(np.where(eligible, episodes.logits - episodes.policy_logits, 0)).max(-1)
+    assert difference[counts & ~episodes.again].max() < 1e-4  # sums come in another order
     best, second = np.sort(np.where(eligible, episodes.policy_logits, -1e9))[..., [-1, -2]].T
-    close = (best - second).T < 0.1
-    np.testing.assert_array_equal(episodes.chosen[counts & ~close], episodes.preferred[counts & ~close])
-    assert (episodes.chosen == episodes.preferred)[counts].mean() > 0.995
+    sure = counts & ~episodes.again & ((best - second).T > 1e-3)
+    np.testing.assert_array_equal(episodes.chosen[sure], episodes.preferred[sure])
+    assert (episodes.chosen == episodes.preferred)[counts].mean() > 0.99
 
 
 @pytest.mark.parametrize("told", [STREAMING, ENDS])
 def test_told_little_it_still_decides_nearly_as_well(run, exported, policy_qos, told):
     episodes = played(run, exported, told)
-    assert 0.9 < (episodes.chosen == episodes.preferred)[episodes.counts].mean() < 1
+    counts = episodes.counts
+    assert (episodes.chosen == episodes.preferred)[counts].mean() > 0.9
+    assert np.abs(episodes.logits - episodes.policy_logits)[counts].max() > 1e-2  # it goes by its own account
     assert np.nanmean(episodes.qos) == pytest.approx(policy_qos, abs=0.05)
 
 
