@@ -21,7 +21,7 @@ from jaxroute.scenarios import build_env, training_workload
 
 GRID = {
     "quality_threshold": [0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5],
-    "weighted_sum": [0.0, 0.05, 0.1, 0.2, 0.4, 0.8],
+    "weighted_sum": [0.0, 0.05, 0.1, 0.15, 0.2, 0.4, 0.8],
     "win_rate": [0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7],
     "slo_headroom": [LEAST, MOST],
 }

@@ -218,8 +218,8 @@ def impact_greedy(params: Params, obs: Observation, key: PRNGKeyArray, memory: M
 
 # Tuned on the training workload by `python -m benchmarks.tune_rules`; see docs/policies.md.
 QUALITY_GAP = 0.2
-LATENCY_WEIGHT = 0.1
-WIN_PROBABILITY = 0.6
+LATENCY_WEIGHT = 0.15
+WIN_PROBABILITY = 0.55
 HEADROOM = LEAST
 
 RULES: dict[str, Policy] = {
