@@ -38,22 +38,26 @@ FAILING = ["dynamics.outages=retried", "dynamics.mean_uptime=10", "dynamics.mean
 EPISODES, REQUESTS = 2, 250
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def write_run(run, seed):
     """What a training would have written, of a network that has opinions of its own."""
-    run = tmp_path_factory.mktemp("runs") / "run"
     config = load_config(OPTIONS)
     env, params = build_env(config)
     network = build_network(config.network)
     shapes = jax.eval_shape(
         lambda key: network.init(key, network.prepare(env.reset(key, params)[0])), jax.random.key(0)
     )
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(seed)
     weights = jax.tree.map(lambda leaf: np.asarray(rng.standard_normal(leaf.shape), np.float32), shapes)
     weights["params"]["log_trust"] = np.float32(2.0)
     run.mkdir()
     write_config(run, config)
     save_params(run, 7, weights)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    write_run(run, seed=2)
     return run
 
 
@@ -71,8 +75,12 @@ def played(run, exported, told, options=CALM):
 
 
 @pytest.fixture(scope="module")
-def policy_qos(run):
-    return np.nanmean(played(run, None, None).qos)
+def undecided(tmp_path_factory):
+    """Other weights, by which experts are often nearly equal: run, export, and the policy's average QoS."""
+    folder = tmp_path_factory.mktemp("undecided")
+    write_run(folder / "run", seed=33)
+    export_router(folder / "run", folder / "router")
+    return folder / "run", folder / "router", np.nanmean(played(folder / "run", None, None).qos)
 
 
 # --- It decides as the policy does -------------------------------------------------------------------------
@@ -90,18 +98,19 @@ def test_told_everything_it_decides_as_the_policy_in_the_environment(run, export
     np.testing.assert_array_equal((episodes.logits > -1e8)[counts], eligible[counts])
     difference = np.abs(np.where(eligible, episodes.logits - episodes.policy_logits, 0)).max(-1)
     assert difference[counts & ~episodes.again].max() < 1e-4  # sums come in another order
+    assert np.quantile(difference[counts], 0.9) < 1e-4
+    assert difference[counts].max() < 0.1
     best, second = np.sort(np.where(eligible, episodes.policy_logits, -1e9))[..., [-1, -2]].T
-    sure = counts & ~episodes.again & ((best - second).T > 1e-3)
-    np.testing.assert_array_equal(episodes.chosen[sure], episodes.preferred[sure])
-    assert (episodes.chosen == episodes.preferred)[counts].mean() > 0.99
+    for sure in (counts & ~episodes.again & ((best - second).T > 1e-3), counts & ((best - second).T >= 0.1)):
+        np.testing.assert_array_equal(episodes.chosen[sure], episodes.preferred[sure])
+    assert (episodes.chosen == episodes.preferred)[counts].mean() > 0.995
 
 
 @pytest.mark.parametrize("told", [STREAMING, ENDS])
-def test_told_little_it_still_decides_nearly_as_well(run, exported, policy_qos, told):
+def test_told_little_it_still_decides_nearly_as_well(undecided, told):
+    run, exported, policy_qos = undecided
     episodes = played(run, exported, told)
-    counts = episodes.counts
-    assert (episodes.chosen == episodes.preferred)[counts].mean() > 0.9
-    assert np.abs(episodes.logits - episodes.policy_logits)[counts].max() > 1e-2  # it goes by its own account
+    assert 0.9 < (episodes.chosen == episodes.preferred)[episodes.counts].mean() < 1
     assert np.nanmean(episodes.qos) == pytest.approx(policy_qos, abs=0.05)
 
 
