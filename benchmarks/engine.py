@@ -154,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small size")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--envs", type=int, nargs="+", default=[1, 64, 1024, 4096, 16384, 65536])
+    parser.add_argument("--envs", type=int, nargs="+", default=[1, 64, 256, 320, 1024, 4096, 16384, 65536])
     options = parser.parse_args()
     one_device_per_core()
     sites, sizes, runs = list(_BUSY), options.envs, options.runs

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.env import EdgeRouting, EnvParams
@@ -28,6 +28,7 @@ from jaxroute.networks import INITIAL_LOG_TRUST
 from jaxroute.policies import Policy, learned_policy
 from jaxroute.policies.planning import BASE, drawn_values
 from jaxroute.policies.protocol import Memory, Params
+from jaxroute.ppo.ppo import compiler_options
 
 # Steps between two labelled states of one environment, which would otherwise be nearly the same.
 _STEPS_APART = 16
@@ -166,16 +167,24 @@ def make_warm_start(
         fit, errors = jax.lax.scan(minibatch, fit, batches)
         return fit, errors.mean()
 
+    def begin_fit(params: Any) -> Fit:
+        # Put where `fit` returns it, so that its first call is compiled as the others are.
+        return jax.device_put(Fit(params, optax.scale_by_adam().init(params)), NamedSharding(mesh, everywhere))
+
     return WarmStart(
-        begin=jax.jit(lambda key: reset(jax.random.split(key, num_envs))),
+        begin=jax.jit(
+            lambda key: reset(jax.random.split(key, num_envs)),
+            compiler_options=compiler_options(mesh, runs_once=True),
+        ),
         label=jax.jit(
             lambda params, own_base, environments, key: label_share(
                 params, own_base, environments, jax.random.split(key, num_envs)
             ),
             donate_argnums=2,
+            compiler_options=compiler_options(mesh),
         ),
-        begin_fit=lambda params: Fit(params, optax.scale_by_adam().init(params)),
-        fit=jax.jit(fit_share, donate_argnums=0),
+        begin_fit=begin_fit,
+        fit=jax.jit(fit_share, donate_argnums=0, compiler_options=compiler_options(mesh)),
     )
 
 

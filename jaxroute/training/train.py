@@ -7,6 +7,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from operator import itemgetter
 from pathlib import Path
@@ -125,17 +126,22 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
             done = saved // steps_per_call
             task = progress.add_task("compiling", total=calls, completed=done, speed="-", qos="-")
             state = learner.init(key)
+            update: Callable[..., Any] = learner.update
             if config.resume:
                 state = resumed(state, leaves, run)
             elif config.fork:
                 state = forked(state, Path(config.fork), console.print)
             elif config.warm_start.num_states:
-                params = _warm_start(config, env, env_params, network, state.params, seeds, progress, interrupts)
+                # PPO is compiled beside it, so that nobody waits for one after the other.
+                with ThreadPoolExecutor(1) as meanwhile:
+                    compiled = meanwhile.submit(learner.update.lower(state).compile)
+                    params = _warm_start(config, env, env_params, network, state.params, seeds, progress, interrupts)
+                update = compiled.result()
                 state = state._replace(params=params)
                 _save(run, config, 0, jax.device_get(params))
             for call in range(done + 1, calls + 1):
                 started = time.perf_counter()
-                state, on_device = learner.update(state)
+                state, on_device = update(state)
                 metrics = _over_seeds(jax.device_get(on_device), seeds)
                 speed = len(seeds) * steps_per_call / (time.perf_counter() - started)
                 steps = call * steps_per_call
