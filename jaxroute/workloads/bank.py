@@ -429,8 +429,8 @@ def _predict(outcomes: _Outcomes, calibration: Bool[np.ndarray, "prompt"], confi
     length = _Signals(np.log(outcomes.output_tokens), calibration, streams[1], _linear_regression)
     # The strengths depend on each other a little, since the regressions share signals: two rounds settle it.
     for _ in range(2):
-        _tune(length, quality, _r2, config.predictor, "length_r2", "length_own_r2")
-        _tune(quality, length, _auc, config.predictor, "quality_auc", "quality_own_r2")
+        _tune(length, quality, r2, config.predictor, "length_r2", "length_own_r2")
+        _tune(quality, length, auc, config.predictor, "quality_auc", "quality_own_r2")
     log_length = length.predict(quality)
     error = (length.truth - log_length)[calibration].std(axis=0)
     return _Predicted(quality.predict(length), log_length, error)
@@ -507,7 +507,7 @@ def _tune(
 
     def own_score(strength: float) -> float:
         signals.own_strength = strength
-        return _own_r2(known, signals.predict(other)[signals.calibration])
+        return own_r2(known, signals.predict(other)[signals.calibration])
 
     # Slopes that differ between LLMs may by themselves predict more of the own parts than asked for: the
     # strength is then 0. So it is for a lone LLM, which has no own part.
@@ -583,12 +583,12 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * x))  # does not overflow
 
 
-def _r2(truth: np.ndarray, prediction: np.ndarray) -> float:
+def r2(truth: np.ndarray, prediction: np.ndarray) -> float:
     """Coefficient of determination, pooled over all cells."""
     return float(1 - ((truth - prediction) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
 
 
-def _own_r2(truth: Float[np.ndarray, "prompt llm"], prediction: Float[np.ndarray, "prompt llm"]) -> float:
+def own_r2(truth: Float[np.ndarray, "prompt llm"], prediction: Float[np.ndarray, "prompt llm"]) -> float:
     """R2 of the deviation from the prompt's mean over LLMs, each LLM's average taken out."""
     own, predicted_own = (
         deviation - deviation.mean(axis=1, keepdims=True)
@@ -597,7 +597,7 @@ def _own_r2(truth: Float[np.ndarray, "prompt llm"], prediction: Float[np.ndarray
     return float(1 - ((own - predicted_own) ** 2).sum() / np.maximum((own**2).sum(), 1e-12))
 
 
-def _auc(quality: np.ndarray, score: np.ndarray) -> float:
+def auc(quality: np.ndarray, score: np.ndarray) -> float:
     """Area under the ROC curve, pooled over all cells, for scores without ties.
 
     For graded qualities it is the share of the pairs of different quality that the score orders correctly, which
