@@ -12,7 +12,8 @@ from jaxroute import bank as command_line
 from jaxroute.config import load_config
 from jaxroute.errors import UserError
 from jaxroute.scenarios import build_env
-from jaxroute.workloads.bank import BankConfig, PredictorConfig, _auc, build_bank, load_table, split_of_rows
+from jaxroute.workloads import bank
+from jaxroute.workloads.bank import BankConfig, PredictorConfig, build_bank, load_table, split_of_rows
 
 LLMS = ["small-2b", "medium-7b", "large-27b"]
 ROWS = 400
@@ -389,9 +390,9 @@ def test_auc_of_grades_counts_every_pair(grades):
     rng = np.random.default_rng(grades)
     quality = rng.integers(0, grades, (60, 5)) / grades
     score = quality + rng.standard_normal(quality.shape)
-    assert _auc(quality, score) == pytest.approx(pairs_in_order(quality, score), abs=1e-12)
+    assert bank.auc(quality, score) == pytest.approx(pairs_in_order(quality, score), abs=1e-12)
     if grades == 2:
-        assert _auc(2 * quality, score) == pytest.approx(auc(2 * quality, score), abs=1e-12)
+        assert bank.auc(2 * quality, score) == pytest.approx(auc(2 * quality, score), abs=1e-12)
 
 
 def test_predictions_of_graded_quality_are_as_good_as_configured(tmp_path, capsys):
