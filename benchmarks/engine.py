@@ -37,15 +37,16 @@ from jaxroute.serving import Site, SiteState, SlotStatus, advance, can_accept, e
 # Scenario and requests/s, by site.
 _BUSY = {"edge3": ("edge3-poisson", 5.0), "edge6": ("edge-poisson", 10.0), "edge16": ("edge16-poisson", 27.0)}
 
-# A run makes about this many steps in all, so that it takes about a second on two cores, within these numbers of steps
-# for each environment.
-_STEPS_PER_RUN = 2**15
+# A run makes about this many steps in all, so that it takes a good part of a second on two cores and on an accelerator,
+# within these numbers of steps for each environment.
+_STEPS_PER_RUN_ON_CPU, _STEPS_PER_RUN = 2**15, 2**22
 _FEWEST_STEPS, _MOST_STEPS = 2, 256
 
 
 def num_steps(num_envs: int) -> int:
     """Return how many steps each environment makes in one run."""
-    return min(max(_STEPS_PER_RUN // num_envs, _FEWEST_STEPS), _MOST_STEPS)
+    in_all = _STEPS_PER_RUN_ON_CPU if jax.default_backend() == "cpu" else _STEPS_PER_RUN
+    return min(max(in_all // num_envs, _FEWEST_STEPS), _MOST_STEPS)
 
 
 def env_steps(env: EdgeRouting, *, observed: bool) -> Callable[..., tuple[Any, tuple[Array, Array]]]:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
-from jaxroute.training.processes import use_cpu_devices
+from jaxroute.training.processes import usable_cores, use_cpu_devices
 
 EVERYWHERE, SPREAD = PartitionSpec(), PartitionSpec("device")
 
@@ -68,7 +68,7 @@ def one_device_per_core() -> None:
 
     Most of a step's programs are too short for XLA to share one among cores.
     """
-    use_cpu_devices(os.cpu_count() or 1)
+    use_cpu_devices(usable_cores())
 
 
 def on_all_devices(program: Callable[..., Any], num_envs: int, in_specs: tuple, out_specs: Any) -> Callable[..., Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxroute
+from jaxroute.training.processes import usable_cores
 
 OUTPUTS = Path("outputs/benchmarks")
 HISTORY = Path(__file__).parent / "results"
@@ -32,7 +32,7 @@ def machine() -> dict[str, Any]:
         )
     return {
         "cpu": cpu,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),

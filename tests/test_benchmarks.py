@@ -13,6 +13,7 @@ from rich.table import Table
 
 from benchmarks import publish
 from benchmarks.history import draw, read_history
+from jaxroute.training.processes import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 # The one that compiles least; the others are made of the same parts.
@@ -45,7 +46,7 @@ def test_each_benchmark_writes_its_figures_and_the_machine(name, tmp_path):
     result = written(tmp_path, name)
     assert set(MAIN_FIGURES[name]) <= set(result["main"])
     assert all(isinstance(value, float) for value in result["main"].values())
-    assert result["machine"]["cores"] == os.cpu_count()
+    assert result["machine"]["cores"] == usable_cores()
     assert {"date", "version", "commit"} <= set(result)
 
 

@@ -20,6 +20,7 @@ from jaxroute.networks import build_network
 from jaxroute.ppo import make_ppo
 from jaxroute.scenarios import build_env, training_env
 from jaxroute.training import latest_checkpoint, load_policy
+from jaxroute.training.processes import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
@@ -149,3 +150,14 @@ def test_many_seeds_are_traced_once():
         state, metrics = learner.update(state)
     assert learner.update._cache_size() == 1
     assert metrics["train/reward"].shape == (3,)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be set here")
+def test_cores_are_those_that_the_process_may_use():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert usable_cores() == len(allowed)

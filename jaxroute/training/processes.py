@@ -47,8 +47,15 @@ def split_cpu(config: Config) -> None:
     the user has said how many devices there are, or where JAX runs already.
     """
     num_envs = config.ppo.num_envs or ENVS_ON_CPU
-    if num_envs >= ENVS_ON_CPU and num_envs % (2 * config.ppo.num_minibatches) == 0 and (os.cpu_count() or 1) > 1:
+    if num_envs >= ENVS_ON_CPU and num_envs % (2 * config.ppo.num_minibatches) == 0 and usable_cores() > 1:
         use_cpu_devices(2)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; a job scheduler or a container may leave it few of the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def use_cpu_devices(count: int) -> None:
