@@ -1,13 +1,17 @@
-"""Folders that appear complete or not at all."""
+"""Folders that appear complete or not at all, and lines of JSON."""
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from jaxroute.errors import UserError
+
+_SHOWN = 100  # characters of a bad line
 
 
 @contextmanager
@@ -26,3 +30,24 @@ def complete_folder(folder: Path) -> Iterator[Path]:
             draft.rename(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another place") from error
+
+
+def json_object(text: str, place: str) -> dict[str, Any]:
+    """Read the object in a line of a JSON Lines file; `place` names the line in messages.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{place}: {shown(text)} is not JSON: write one object per line") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: {shown(text)} is not a JSON object: write one per line")
+    return row
+
+
+def shown(row: str | Iterable[Any]) -> str:
+    """Quote a row for a message, on one line, the beginning of it if it is long."""
+    text = " ".join((row if isinstance(row, str) else ",".join(map(str, row))).split())
+    return f"'{text[:_SHOWN]}...'" if len(text) > _SHOWN else f"'{text}'"

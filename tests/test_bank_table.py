@@ -223,8 +223,8 @@ def test_a_mistake_names_its_row_and_writes_nothing(tmp_path, capsys, change, me
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("mine.jsonl", '{"prompt": "a"}\n{"prompt": \n', "row 2: not JSON"),
-        ("mine.jsonl", '{"prompt": "a"}\n[1]\n', "row 2: not a JSON object"),
+        ("mine.jsonl", '{"prompt": "a"}\n{"prompt": \n', "row 2: '{\"prompt\":' is not JSON"),
+        ("mine.jsonl", '{"prompt": "a"}\n[1]\n', "row 2: '[1]' is not a JSON object"),
         ("mine.csv", "prompt,model\na,b\na,b,c\n", "is not a readable .csv file"),
         ("mine.csv", "", "is not a readable .csv file"),
         ("mine.parquet", "prompt", "is not a readable Parquet file"),

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from jaxtyping import Array, Bool, Float, Float64, Int
 from scipy.optimize import least_squares
 
 from jaxroute.errors import UserError
-from jaxroute.serving.replay import _replay
+from jaxroute.files import json_object
+from jaxroute.serving.replay import replay_program
 from jaxroute.serving.site import Site
 
 MIN_REQUESTS = 30
@@ -189,7 +190,7 @@ def _simulator(
             kv_capacity=jnp.clip(jnp.round(kv_capacity), least, _MOST).astype(jnp.int32)[None],
             network_delay=jnp.zeros(1),
         )
-        _, ttft, latency, _ = _replay(site, num_slots, gaps, prompts, outputs, np.zeros(len(gaps), np.int32))
+        _, ttft, latency, _ = replay_program(site, num_slots, gaps, prompts, outputs, np.zeros(len(gaps), np.int32))
         return ttft, latency
 
     compiled = jax.jit(jax.vmap(one))
@@ -402,7 +403,8 @@ def _rows(path: Path, text: str) -> Iterator[tuple[str, list[float]]]:
         reader = csv.DictReader(text.splitlines())
         records = ((str(reader.line_num), record) for record in reader)
     else:
-        records = ((str(number), _json(path, number, line)) for number, line in enumerate(text.splitlines(), 1) if line)
+        lines = enumerate(text.splitlines(), 1)
+        records = ((str(number), json_object(line, f"{path}:{number}")) for number, line in lines if line.strip())
     for place, record in records:
         values = []
         for column, names in _COLUMNS.items():
@@ -417,16 +419,6 @@ def _rows(path: Path, text: str) -> Iterator[tuple[str, list[float]]]:
                     f"{path}:{place}: {column}={value!r} is not a number; correct or delete the row"
                 ) from None
         yield place, values
-
-
-def _json(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: not JSON ({error.msg}); give one object per line") from None
-    if not isinstance(record, dict):
-        raise UserError(f'{path}:{number}: not an object; give one per line, such as {{"prompt_tokens": 12, ...}}')
-    return record
 
 
 def _vllm_rows(path: Path, text: str) -> Iterator[tuple[str, list[float]]]:

@@ -63,7 +63,7 @@ def replay(site: Site, requests: Requests, assignment: ArrayLike) -> Outcomes:
     most = int(np.bincount(experts, minlength=site.num_experts).max())
     # Rounded up to a power of two, so that similar request lists share one compilation.
     num_slots = min(seats, 1 << (most - 1).bit_length())
-    outcomes = _replay(site, num_slots, gaps, prompts, outputs, experts)
+    outcomes = replay_program(site, num_slots, gaps, prompts, outputs, experts)
     return Outcomes(*(np.asarray(column) for column in outcomes))
 
 
@@ -115,7 +115,7 @@ class _Table(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="num_slots")
-def _replay(
+def replay_program(
     site: Site,
     num_slots: int,
     gaps: Float[Array, "request"],
@@ -123,6 +123,10 @@ def _replay(
     outputs: Int[Array, "request expert"],
     experts: Int[Array, "request"],
 ) -> tuple[Array, ...]:
+    """Return status, time to first token, latency and preemptions of each request, whose numbers are not checked.
+
+    Compiled, and to be batched over sites.
+    """
     num_requests, num_experts = prompts.shape
     spare_row = num_requests
 

@@ -12,7 +12,6 @@ The published evaluations hold codes instead (`correct.parquet`, `out_tokens.par
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxroute.errors import UserError
-from jaxroute.files import complete_folder
+from jaxroute.files import complete_folder, json_object
 
 if TYPE_CHECKING:
     import pandas
@@ -291,23 +290,12 @@ def _read_rows(path: Path) -> pandas.DataFrame:
             return frames.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
         if path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as lines:
-                return frames.DataFrame(
-                    [_json_row(path, number, line) for number, line in enumerate(filter(str.strip, lines), 1)]
-                )
+                rows = enumerate(filter(str.strip, lines), 1)
+                return frames.DataFrame([json_object(line, f"{path}, row {number}") for number, line in rows])
     except (UnicodeDecodeError, frames.errors.ParserError, frames.errors.EmptyDataError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is not a readable {path.suffix} file ({reason}): write it again") from error
     raise UserError(f"{path} is of an unknown kind: name a .csv, .jsonl or .parquet file, or a folder with a table")
-
-
-def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, row {number}: not JSON ({error.msg}); write one object per line") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{path}, row {number}: not a JSON object; write one object per line")
-    return row
 
 
 def _texts(path: Path, rows: pandas.DataFrame, name: str) -> np.ndarray:

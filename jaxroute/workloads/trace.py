@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import itertools
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,12 +17,12 @@ import numpy as np
 from jaxtyping import Float64, Int64, Shaped
 
 from jaxroute.errors import UserError
+from jaxroute.files import json_object, shown
 from jaxroute.workloads.bank_table import read_parquet
 
 # A date and a time with up to nine decimals; after them, perhaps, the offset from UTC.
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:\.\d{1,9})?)(Z|[+-]\d\d:?\d\d)?")
 _CHUNK = 1 << 17  # rows: weeks of requests fit into memory as numbers, not as text
-_SHOWN = 100  # characters of a bad line
 
 
 class Trace(NamedTuple):
@@ -179,15 +178,8 @@ def _csv_chunks(path: Path) -> Iterator[_Chunk]:
 def _jsonl_chunks(path: Path) -> Iterator[_Chunk]:
     def rows() -> Iterator[tuple[int, dict[str, Any]]]:
         for line, text in enumerate(lines, 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                raise UserError(f"{path}:{line}: {_shown(text)} is not JSON: write one object per line") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{line}: {_shown(text)} is not a JSON object: write one per line")
-            yield line, row
+            if text.strip():
+                yield line, json_object(text, f"{path}:{line}")
 
     with _text(path) as lines:
         every = rows()
@@ -251,14 +243,13 @@ def _checked(
     if len(negative):
         row = negative[0]
         raise UserError(
-            f"{_where(path, places[row])}: negative number of tokens in {_shown(cells[row])}: "
-            "correct or delete the line"
+            f"{_where(path, places[row])}: negative number of tokens in {shown(cells[row])}: correct or delete the line"
         )
     backwards = np.flatnonzero(np.diff(times, prepend=times[0] if latest == -np.inf else latest) < 0)
     if len(backwards):
         row = backwards[0]
         raise UserError(
-            f"{_where(path, places[row])}: time goes backwards in {_shown(cells[row])}: "
+            f"{_where(path, places[row])}: time goes backwards in {shown(cells[row])}: "
             f"sort the file by {format.columns[0]}"
         )
     return times, prompt, output
@@ -274,7 +265,7 @@ def _recognised(path: Path, kind: str, names: list[str]) -> Format:
     missing = [name for name in nearest.columns if name not in names]
     near = f" ({nearest.name} lacks {', '.join(missing)})" if len(missing) < len(nearest.columns) else ""
     raise UserError(
-        f"{_where(path, 1) if kind != '.parquet' else path}: columns of no known format in {_shown(names)}{near}; "
+        f"{_where(path, 1) if kind != '.parquet' else path}: columns of no known format in {shown(names)}{near}; "
         f"rename them to those of one of {_known_formats()}"
     )
 
@@ -285,19 +276,13 @@ def _known_formats() -> str:
 
 def _unreadable(path: Path, format: Format, place: int, row: Iterable[Any]) -> UserError:
     return UserError(
-        f"{_where(path, place)}: cannot read {_shown(row)}: {', '.join(format.columns)} should be {format.time} and "
+        f"{_where(path, place)}: cannot read {shown(row)}: {', '.join(format.columns)} should be {format.time} and "
         "two whole numbers of tokens; correct or delete the line"
     )
 
 
 def _where(path: Path, place: int) -> str:
     return f"{path}, row {place}" if path.suffix == ".parquet" else f"{path}:{place}"
-
-
-def _shown(row: str | Iterable[Any]) -> str:
-    """Quote a row, on one line, the beginning of it if it is long."""
-    text = " ".join((row if isinstance(row, str) else ",".join(map(str, row))).split())
-    return f"'{text[:_SHOWN]}...'" if len(text) > _SHOWN else f"'{text}'"
 
 
 @contextmanager
