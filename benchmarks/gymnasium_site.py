@@ -27,7 +27,7 @@ class GymnasiumSite(gymnasium.Env):
     """Routes Poisson arrivals among the experts of `params.site`, one request per step, without end.
 
     Dynamics are those of the token-by-token reference simulator. The observation is a flat vector: load and predictions
-    of every expert, then the arriving request. The reward is jaxroute's without shaping.
+    of every expert, then the arriving request. The reward is jaxroute's without shaping and the accelerators' price.
     """
 
     def __init__(self, params: EnvParams, seed: int) -> None:

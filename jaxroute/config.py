@@ -42,6 +42,8 @@ class RewardConfig:
     """Per request that completes late or is lost."""
     rejection_penalty: float = 0.0
     """Per rejected request."""
+    accelerator_price: float = 0.02
+    """Per busy accelerator-second: the QoS that one must bring in to be worth spending."""
     shaping: bool = True
     """Potential-based shaping with the estimator's expected QoS of all requests in flight."""
     expected_quality: bool = True
@@ -49,7 +51,7 @@ class RewardConfig:
     given the predictions, with much less noise."""
 
     def __post_init__(self) -> None:
-        for name in ("violation_penalty", "rejection_penalty"):
+        for name in ("violation_penalty", "rejection_penalty", "accelerator_price"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"reward: {name}={getattr(self, name)} must not be negative, and finite")
 

@@ -111,6 +111,7 @@ def build_env(
         reward=RewardParams(
             violation_penalty=jnp.float32(weights.violation_penalty),
             rejection_penalty=jnp.float32(weights.rejection_penalty),
+            accelerator_price=jnp.float32(weights.accelerator_price),
             shaping=jnp.float32(weights.shaping),
         ),
         outages=OutageParams(

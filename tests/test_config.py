@@ -233,6 +233,7 @@ def test_bad_option(override, message):
         ("+ppo.num_env=8", "ppo.num_env"),  # Hydra's + adds a key; nothing would read it
         ("workload.requirements.0.latency=nan", "requirement interactive"),
         ("ppo.learning_rate=inf", "ppo: learning_rate=inf"),
+        ("reward.accelerator_price=-0.1", "reward: accelerator_price=-0.1 must not be negative"),
         ("reward.violation_penalty=nan", "reward: violation_penalty=nan"),
         ("train.rates=[1,inf]", "train: rates=[1.0, inf]"),
         ("eval.loads=[inf]", "eval: loads=[inf]"),

@@ -166,6 +166,7 @@ def test_what_is_lost():
         earned
         - weights.violation_penalty * (info["num_late"] + info["num_lost"])
         - weights.rejection_penalty * info["rejected"]
+        - weights.accelerator_price * info["busy_seconds"].sum(-1)
         + played.next_state.potential
         - played.state.potential
     )

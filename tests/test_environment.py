@@ -232,6 +232,7 @@ def assert_reward_adds_up(played, params):
         info["qos_sum"]
         - weights.violation_penalty * info["num_late"]
         - weights.rejection_penalty * info["rejected"]
+        - weights.accelerator_price * info["busy_seconds"].sum(-1)
         + weights.shaping * shaping
     )
     np.testing.assert_allclose(played.reward, expected, atol=1e-5)
@@ -349,7 +350,13 @@ def test_outcomes_equal_replay_and_reference(changes):
 
 def test_plain_reward_is_the_quality_of_service():
     env, _ = edge6()
-    weights = ("shaping=false", "expected_quality=false", "violation_penalty=0", "rejection_penalty=0")
+    weights = (
+        "shaping=false",
+        "expected_quality=false",
+        "violation_penalty=0",
+        "rejection_penalty=0",
+        "accelerator_price=0",
+    )
     plain_env, params = jaxroute.make("edge-poisson", overrides=tuple(f"reward.{weight}" for weight in weights))
     assert plain_env == env
     played = play(changed(params, (1.0, 12.0)))
@@ -364,6 +371,7 @@ def test_expected_quality_is_rewarded_when_asked(params, stepped):
         predicted
         - weights.violation_penalty * info["num_late"]
         - weights.rejection_penalty * info["rejected"]
+        - weights.accelerator_price * info["busy_seconds"].sum(-1)
         + stepped.next_state.potential
         - stepped.state.potential
     )
@@ -470,6 +478,7 @@ def test_the_reward_of_the_last_step_looks_at_the_final_state(params, stepped):
     info, last = stepped.info, stepped.truncated
     potential = info["final_observation"].experts.expected_qos.sum(-1)[last]
     penalties = weights.violation_penalty * info["num_late"] + weights.rejection_penalty * info["rejected"]
+    penalties = penalties + weights.accelerator_price * info["busy_seconds"].sum(-1)
     shaping = potential - stepped.state.potential[last]
     earned = stepped.reward[last] + penalties[last] - shaping
     assert (potential > 0).all()

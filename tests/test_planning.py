@@ -102,21 +102,31 @@ def test_lookahead_can_not_see_the_truth():
     np.testing.assert_allclose(jax.vmap(_drawn)(states, keys), jax.vmap(_drawn)(other, keys), atol=1e-4)
 
 
-def test_a_clairvoyant_value_is_what_happens():
+def test_a_clairvoyant_value_is_what_happens_less_the_price_of_accelerator_time():
     env, params = scenario()
     _, states = busy_states()
     keys = jax.random.split(jax.random.key(4), (8, HORIZON))
-    values = jax.jit(jax.vmap(lambda state, keys: action_values(env, params, state, BASE, keys, jax.random.key(0))))(
-        states, keys
+    value = jax.jit(
+        jax.vmap(
+            lambda state, keys, price: action_values(env, params, state, BASE, keys, jax.random.key(0), price),
+            (0, 0, None),
+        )
     )
+    values, priced = value(states, keys, 0.0), value(states, keys, 0.5)
     step = jax.jit(jax.vmap(env.step, (0, 0, 0, None)))
     for expert in range(3):
-        state, action, earned = states, jnp.full(8, expert), 0.0
+        state, action, earned, busy = states, jnp.full(8, expert), 0.0, 0.0
         for t in range(HORIZON):
             seen, state, _, _, _, info = step(keys[:, t], state, action, params)
             earned = earned + info["qos_sum"]
+            busy = busy + info["busy_seconds"].sum(-1)
             action = jax.vmap(lambda obs: BASE.act(BASE.params, obs, jax.random.key(0), ())[0])(seen)
         np.testing.assert_allclose(values[:, expert], earned + state.potential, rtol=1e-4)
+        # What is in flight takes as long as the longest answer, or as all of them through the seats.
+        there, left = jax.tree.map(np.asarray, seen.experts), np.asarray(seen.in_flight.remaining_tokens)
+        seated = np.clip(there.num_running + there.num_waiting, 1, there.max_num_seqs)
+        busy = busy + (np.maximum(left.max(-1), left.sum(-1) / seated) * there.iteration_time).sum(-1)
+        np.testing.assert_allclose(values[:, expert] - priced[:, expert], 0.5 * busy, rtol=1e-3)
 
 
 def test_planners_route_in_an_evaluation():

@@ -125,6 +125,7 @@ def draw_params(key: jax.Array, env: EdgeRouting, rates: jax.Array, most_tokens:
         reward=RewardParams(
             violation_penalty=draws.or_zero(0.01, 1.0, ()),
             rejection_penalty=draws.or_zero(0.01, 1.0, ()),
+            accelerator_price=draws.or_zero(0.01, 1.0, ()),
             shaping=jnp.round(draws.uniform()),
         ),
         # From a failure in almost every gap to hardly any.
@@ -233,6 +234,7 @@ def wrong_sums(
         reward
         + weights.violation_penalty * (info["num_late"] + info["num_lost"])
         + weights.rejection_penalty * info["rejected"]
+        + weights.accelerator_price * info["busy_seconds"].sum()
         - weights.shaping * (after.potential - before.potential)
     )
     in_flight = (after.site.slots.status == SlotStatus.ACTIVE).sum()

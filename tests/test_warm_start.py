@@ -35,13 +35,19 @@ def labelled():
     return env, env_params, network, params, environments, calls, warm_start
 
 
+def values_of(env, env_params, base, states, keys):
+    price = env_params.reward.accelerator_price
+    assert price > 0
+    return jax.jit(jax.vmap(lambda state, key: drawn_values(env, env_params, state, base, key, CONFIG.horizon, price)))(
+        states, keys
+    )
+
+
 def test_labels_are_values_of_drawn_futures(labelled):
     env, env_params, _, _, environments, calls, _ = labelled
     # The last thing that a key is folded with is the number of steps before the label.
     keys = jax.vmap(lambda key: jax.random.fold_in(key, 16))(jax.random.split(jax.random.key(1), NUM_ENVS))
-    expected = jax.jit(jax.vmap(lambda state, key: drawn_values(env, env_params, state, BASE, key, CONFIG.horizon)))(
-        environments[1], keys
-    )
+    expected = values_of(env, env_params, BASE, environments[1], keys)
     np.testing.assert_allclose(calls[1].values, expected, rtol=1e-4, atol=1e-5)
     assert (environments[1].step == 32).all()
     assert np.ptp(calls[1].values, axis=-1).max() > 0
@@ -62,12 +68,9 @@ def test_later_rounds_follow_the_network_after_the_first_decision(labelled):
     environments, labels = warm_start.label(trusting, jnp.bool_(True), beginning, jax.random.key(0))
     keys = jax.vmap(lambda key: jax.random.fold_in(key, 16))(jax.random.split(jax.random.key(0), NUM_ENVS))
 
-    def values(base):
-        of_one = lambda state, key: drawn_values(env, env_params, state, base, key, CONFIG.horizon)  # noqa: E731
-        return jax.jit(jax.vmap(of_one))(environments[1], keys)
-
-    np.testing.assert_allclose(labels.values, values(BASE), rtol=1e-4, atol=1e-5)
-    assert not np.allclose(labels.values, values(RULES["round_robin"]))
+    followed, other = (values_of(env, env_params, base, environments[1], keys) for base in (BASE, RULES["round_robin"]))
+    np.testing.assert_allclose(labels.values, followed, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(labels.values, other)
 
 
 def test_the_regression_finds_known_values(labelled):

@@ -320,7 +320,7 @@ def _reward(
     earned: Float[Array, ""],
     info: dict[str, Array],
 ) -> Float[Array, ""]:
-    """Return the tailored reward: QoS that ended, penalties, and shaping by the potential's change.
+    """Return the tailored reward: QoS that ended, penalties, accelerator time, and shaping by the potential's change.
 
     Phi(s') - Phi(s) adds up to nothing in the long run, so the best policy by average QoS stays the best. It moves the
     credit from where a request ends to where it is routed, and to where its prospects change. With a discount before
@@ -333,6 +333,7 @@ def _reward(
         earned
         - weights.violation_penalty * (info["num_late"] + info["num_lost"])
         - weights.rejection_penalty * info["rejected"]
+        - weights.accelerator_price * info["busy_seconds"].sum()
         + weights.shaping * shaping
     )
 

@@ -152,6 +152,8 @@ class RewardParams(NamedTuple):
     """Per request that completes late or is lost."""
     rejection_penalty: Float[Array, ""]
     """Per rejected request."""
+    accelerator_price: Float[Array, ""]
+    """Per accelerator-second spent in iterations."""
     shaping: Float[Array, ""]
     """1 adds the potential-based shaping term, 0 leaves it out."""
 

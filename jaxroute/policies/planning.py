@@ -65,7 +65,13 @@ def clairvoyant(env: EdgeRouting, *, horizon: int = 40, base: Policy = BASE) -> 
 
 
 def drawn_values(
-    env: EdgeRouting, params: EnvParams, state: EnvState, base: Policy, key: PRNGKeyArray, horizon: int
+    env: EdgeRouting,
+    params: EnvParams,
+    state: EnvState,
+    base: Policy,
+    key: PRNGKeyArray,
+    horizon: int,
+    accelerator_price: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "expert"]:
     """Value of each expert in one future drawn from what a router can know; the same one for every expert."""
     key_unknown, key_future, key_base = jax.random.split(key, 3)
@@ -77,19 +83,31 @@ def drawn_values(
         base,
         jax.random.split(key_future, horizon),
         key_base,
+        accelerator_price,
     )
 
 
 def action_values(
-    env: EdgeRouting, params: EnvParams, state: EnvState, base: Policy, step_keys: PRNGKeyArray, key: PRNGKeyArray
+    env: EdgeRouting,
+    params: EnvParams,
+    state: EnvState,
+    base: Policy,
+    step_keys: PRNGKeyArray,
+    key: PRNGKeyArray,
+    accelerator_price: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "expert"]:
     """QoS that ends within the steps, plus the estimator's expected QoS of what is then in flight, for each expert.
 
-    The request at hand goes to the expert, the next ones where `base` sends them. All experts meet the same future
-    (common random numbers), so that the differences say more than the values.
+    Of both, the price of the accelerator time that they take is taken off. The request at hand goes to the expert, the
+    next ones where `base` sends them. All experts meet the same future (common random numbers), so that the
+    differences say more than the values.
     """
     nothing = jnp.float32(0.0)
-    params = params._replace(reward=RewardParams(violation_penalty=nothing, rejection_penalty=nothing, shaping=nothing))
+    price = jnp.float32(accelerator_price)
+    reward = RewardParams(
+        violation_penalty=nothing, rejection_penalty=nothing, accelerator_price=price, shaping=nothing
+    )
+    params = params._replace(reward=reward)
     # What the base would do first does not count: the first step is in the loop because compiling another takes long.
     seen = jax.eval_shape(env.step, step_keys[0], state, jnp.int32(0), params)[0]
     nothing_seen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seen)
@@ -106,10 +124,20 @@ def action_values(
             return (obs, state, memory), reward
 
         given = (jnp.arange(len(step_keys)), step_keys, jax.random.split(key, len(step_keys)))
-        (_, last, _), rewards = jax.lax.scan(step, (nothing_seen, state, base.memory), given)
-        return rewards.sum() + last.potential
+        (obs, last, _), rewards = jax.lax.scan(step, (nothing_seen, state, base.memory), given)
+        return rewards.sum() + last.potential - price * _time_to_drain(obs).sum()
 
     return jax.vmap(value_of)(jnp.arange(env.num_experts))
+
+
+def _time_to_drain(obs: Observation) -> Float[Array, "expert"]:
+    """Time for which each expert would be busy with the requests there and no other, its iterations as they are, s."""
+    experts = obs.experts
+    num_seqs = jnp.minimum(experts.num_running + experts.num_waiting, experts.max_num_seqs)
+    iterations = jnp.maximum(
+        experts.pending_output / jnp.maximum(num_seqs, 1.0), obs.in_flight.remaining_tokens.max(-1)
+    )
+    return iterations * experts.iteration_time
 
 
 def redraw_unknown(state: EnvState, params: EnvParams, key: PRNGKeyArray) -> EnvState:

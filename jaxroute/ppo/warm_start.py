@@ -138,9 +138,11 @@ def make_warm_start(
 
         environments, _ = jax.lax.scan(step, environments, jnp.arange(_STEPS_APART))
         obs, state = environments
-        values = jax.vmap(lambda state, key: drawn_values(future_env, env_params, state, base, key, config.horizon))(
-            state, jax.vmap(partial(jax.random.fold_in, data=_STEPS_APART))(keys)
-        )
+        values = jax.vmap(
+            lambda state, key: drawn_values(
+                future_env, env_params, state, base, key, config.horizon, env_params.reward.accelerator_price
+            )
+        )(state, jax.vmap(partial(jax.random.fold_in, data=_STEPS_APART))(keys))
         return environments, Labelled(jax.vmap(network.prepare)(obs), values)
 
     def loss(params: Any, labelled: Labelled) -> Float[Array, ""]:
