@@ -230,11 +230,12 @@ def wrong_sums(
 ) -> dict[str, jax.Array]:
     """Which rules about what has been since the beginning are broken, and whether the reward is right."""
     weights = params.reward
+    accelerator_time = weights.accelerator_price * info["busy_seconds"].sum()
     qos = (
         reward
         + weights.violation_penalty * (info["num_late"] + info["num_lost"])
         + weights.rejection_penalty * info["rejected"]
-        + weights.accelerator_price * info["busy_seconds"].sum()
+        + accelerator_time
         - weights.shaping * (after.potential - before.potential)
     )
     in_flight = (after.site.slots.status == SlotStatus.ACTIVE).sum()
@@ -245,7 +246,7 @@ def wrong_sums(
     return {
         "requests are not conserved": after.step + given_back
         != sums["completed"] + sums["rejected"] + sums["lost"] + in_flight + pending,
-        "the reward is not the QoS": ~(jnp.abs(qos - info["qos_sum"]) <= 1e-5 * scale),
+        "the reward is not the QoS": ~(jnp.abs(qos - info["qos_sum"]) <= 1e-5 * (scale + accelerator_time)),
         "shaping does not telescope": ~(jnp.abs(sums["shaping"] - after.potential) <= 1e-4 * scale),
         "more work than time since the beginning": sums["busy"] > sums["seconds"] * (1 + 1e-4) + 1e-3,
     }
