@@ -51,6 +51,18 @@ def changed(
     return params._replace(site=site.replace(**columns), rate=rate)
 
 
+def tailored_reward(params: EnvParams, played: Any, earned: np.ndarray) -> np.ndarray:
+    """The reward of each recorded step, from what it earned: penalties and accelerator time off, shaping on."""
+    weights, info = jax.tree.map(np.asarray, params.reward), played.info
+    return (
+        earned
+        - weights.violation_penalty * (info["num_late"] + info["num_lost"])
+        - weights.rejection_penalty * info["rejected"]
+        - weights.accelerator_price * info["busy_seconds"].sum(-1)
+        + weights.shaping * (played.next_state.potential - played.state.potential)
+    )
+
+
 def episode_keys(seed: int) -> jax.Array:
     """A key for each environment."""
     return jax.random.split(jax.random.key(seed), NUM_ENVS)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from episodes import tailored_reward
 
 import jaxroute
 from jaxroute.config import load_config
@@ -153,7 +154,7 @@ def test_every_request_is_accounted_for(flags):
 
 def test_what_is_lost():
     played = episodes(FAILING)
-    info, weights = played.info, jax.tree.map(np.asarray, scenario()[1].reward)
+    info = played.info
     failed = played.state.up & ~played.next_state.up
     lost = info["lost"]
     assert lost.sum() > 50
@@ -162,15 +163,7 @@ def test_what_is_lost():
     np.testing.assert_array_equal(info["num_lost"], lost.sum((-2, -1)))
     assert (info["qos"][lost] == 0).all()
     earned = np.where(info["in_time"], played.next_state.table.predicted_quality, 0).sum((-2, -1))
-    expected = (
-        earned
-        - weights.violation_penalty * (info["num_late"] + info["num_lost"])
-        - weights.rejection_penalty * info["rejected"]
-        - weights.accelerator_price * info["busy_seconds"].sum(-1)
-        + played.next_state.potential
-        - played.state.potential
-    )
-    np.testing.assert_allclose(played.reward, expected, atol=1e-5)
+    np.testing.assert_allclose(played.reward, tailored_reward(scenario()[1], played, earned), atol=1e-5)
     np.testing.assert_allclose(played.next_state.potential, played.next_obs.experts.expected_qos.sum(-1), rtol=1e-5)
 
 

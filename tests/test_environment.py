@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from episodes import NUM_ENVS, NUM_STEPS, changed, edge6, episode_keys, play, step_keys
+from episodes import NUM_ENVS, NUM_STEPS, changed, edge6, episode_keys, play, step_keys, tailored_reward
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from reference import simulate
@@ -226,15 +226,7 @@ def assert_outcomes_add_up(played, params):
 
 
 def assert_reward_adds_up(played, params):
-    weights, info = jax.tree.map(np.asarray, params.reward), played.info
-    shaping = played.next_state.potential - played.state.potential
-    expected = (
-        info["qos_sum"]
-        - weights.violation_penalty * info["num_late"]
-        - weights.rejection_penalty * info["rejected"]
-        - weights.accelerator_price * info["busy_seconds"].sum(-1)
-        + weights.shaping * shaping
-    )
+    expected = tailored_reward(params, played, earned=played.info["qos_sum"])
     np.testing.assert_allclose(played.reward, expected, atol=1e-5)
 
 
@@ -365,16 +357,9 @@ def test_plain_reward_is_the_quality_of_service():
 
 
 def test_expected_quality_is_rewarded_when_asked(params, stepped):
-    weights, info = jax.tree.map(np.asarray, params.reward), stepped.info
+    info = stepped.info
     predicted = np.where(info["in_time"], stepped.next_state.table.predicted_quality, 0).sum((-2, -1))
-    expected = (
-        predicted
-        - weights.violation_penalty * info["num_late"]
-        - weights.rejection_penalty * info["rejected"]
-        - weights.accelerator_price * info["busy_seconds"].sum(-1)
-        + stepped.next_state.potential
-        - stepped.state.potential
-    )
+    expected = tailored_reward(params, stepped, earned=predicted)
     # After the last step of an episode, the state is already that of the next.
     within = ~stepped.truncated
     np.testing.assert_allclose(stepped.reward[within], expected[within], atol=1e-5)
