@@ -24,7 +24,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from jaxroute.errors import UserError
 from jaxroute.networks import NetworkConfig
-from jaxroute.ppo import PPOConfig, WarmStartConfig
+from jaxroute.learning import PPOConfig, WarmStartConfig
 from jaxroute.serving import SiteConfig
 from jaxroute.workloads import PROCESSES, BankConfig, WorkloadConfig
 

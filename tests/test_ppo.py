@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxroute.errors import UserError
-from jaxroute.ppo import PPOConfig, generalised_advantages, make_ppo
+from jaxroute.learning import PPOConfig, generalised_advantages, make_ppo
 
 # ---- Advantages by hand ------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from jaxroute.cli import train_main
 from jaxroute.config import load_config, read_config
 from jaxroute.errors import UserError
-from jaxroute.ppo import PPOConfig, PPOState, make_ppo
+from jaxroute.learning import PPOConfig, PPOState, make_ppo
 from jaxroute.training import memory, read_policy, states, train
 from jaxroute.training.tracking import Tracker
 
@@ -299,7 +299,7 @@ WRITER = """
 import sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from jaxroute.ppo import PPOState
+from jaxroute.learning import PPOState
 from jaxroute.training.states import StateWriter
 
 with StateWriter(Path(sys.argv[1]), keep=2) as writer:

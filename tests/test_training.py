@@ -23,7 +23,7 @@ from jaxroute.errors import UserError
 from jaxroute.evaluation import EpisodeRecords, episodes, evaluate_policies
 from jaxroute.evaluation.metrics import COMPLETED, IN_FLIGHT, REJECTED
 from jaxroute.policies import rules_named
-from jaxroute.ppo import Learner, PPOState
+from jaxroute.learning import Learner, PPOState
 from jaxroute.scenarios import build_env, on_test_prompts
 from jaxroute.training import latest_checkpoint, load_policy, train
 from jaxroute.training.tracking import Tracker

@@ -12,8 +12,8 @@ from jaxroute.errors import UserError
 from jaxroute.networks import NetworkConfig, build_network
 from jaxroute.policies import RULES
 from jaxroute.policies.planning import BASE, drawn_values
-from jaxroute.ppo import WarmStartConfig, make_warm_start
-from jaxroute.ppo.warm_start import Labelled
+from jaxroute.learning import WarmStartConfig, make_warm_start
+from jaxroute.learning.warm_start import Labelled
 
 NUM_ENVS = 8
 CONFIG = WarmStartConfig(horizon=4, num_epochs=60, learning_rate=3e-3)

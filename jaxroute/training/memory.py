@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxroute.errors import UserError
-from jaxroute.ppo import PPOConfig, PPOState
+from jaxroute.learning import PPOConfig, PPOState
 
 # Of a step beside its observation: action, log-probability, values, reward, flags, advantage, target.
 _BYTES_PER_STEP = 36

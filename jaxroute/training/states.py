@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxroute.errors import UserError
-from jaxroute.ppo import PPOState
+from jaxroute.learning import PPOState
 from jaxroute.training.checkpoint import read_policy, restore
 
 STATES = "states"

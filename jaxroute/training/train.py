@@ -24,7 +24,7 @@ from jaxroute.config import Config
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.errors import UserError
 from jaxroute.networks import build_network
-from jaxroute.ppo import make_ppo, make_warm_start
+from jaxroute.learning import make_ppo, make_warm_start
 from jaxroute.scenarios import training_env
 from jaxroute.training.checkpoint import CHECKPOINTS, save_params, seed_runs, write_config
 from jaxroute.training.interrupts import Interrupts

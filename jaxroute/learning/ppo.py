@@ -25,7 +25,7 @@ from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.errors import UserError
-from jaxroute.ppo.gae import generalised_advantages
+from jaxroute.learning.gae import generalised_advantages
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """How a router learns: the warm start, and the compiled PPO loop."""
 
-from jaxroute.ppo.gae import generalised_advantages
-from jaxroute.ppo.ppo import Learner, PPOConfig, PPOState, make_ppo
-from jaxroute.ppo.warm_start import WarmStartConfig, make_warm_start
+from jaxroute.learning.gae import generalised_advantages
+from jaxroute.learning.ppo import Learner, PPOConfig, PPOState, make_ppo
+from jaxroute.learning.warm_start import WarmStartConfig, make_warm_start
 
 __all__ = [
     "Learner",
