@@ -33,10 +33,9 @@ from jaxroute.evaluation.statistics import mean_ci95, paired_difference
 from jaxroute.export import export_router
 from jaxroute.networks import build_network
 from jaxroute.router import Router
+from jaxroute.runs import CONFIG_FILE, TrainedPolicy, load_policy, run_of, save_params, write_config
 from jaxroute.scenarios import build_env, on_test_prompts
 from jaxroute.serving import running_and_waiting
-from jaxroute.training import TrainedPolicy, load_policy, run_of
-from jaxroute.training.checkpoint import CONFIG_FILE, save_params, write_config
 
 EVERYTHING, STREAMING, ENDS = "everything", "first tokens and ends", "ends"
 """What the router is told: at each decision how far every request is, as the environment's policy knows it; when first

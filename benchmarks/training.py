@@ -34,8 +34,8 @@ from benchmarks.measure import (
 from benchmarks.publish import publish
 from jaxroute.config import Config, load_config
 from jaxroute.env import EdgeRouting, EnvParams
-from jaxroute.networks import build_network
 from jaxroute.learning import Learner, PPOState, make_ppo
+from jaxroute.networks import build_network
 from jaxroute.scenarios import training_env
 from jaxroute.training.processes import split_cpu
 

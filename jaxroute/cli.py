@@ -25,9 +25,9 @@ from jaxroute.evaluation.study import run_study, study_text, terminal_table, ver
 from jaxroute.evaluation.viewer import view_episode
 from jaxroute.options import groups, options
 from jaxroute.policies import LEARNED, rules_named
+from jaxroute.runs import CONFIG_FILE, run_of, seed_runs
 from jaxroute.scenarios import build_env, on_test_prompts
-from jaxroute.training import is_first_process, join_processes, run_of, seed_runs, split_cpu, train
-from jaxroute.training.checkpoint import CONFIG_FILE
+from jaxroute.training import is_first_process, join_processes, split_cpu, train
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:

@@ -23,8 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from jaxroute.errors import UserError
-from jaxroute.networks import NetworkConfig
 from jaxroute.learning import PPOConfig, WarmStartConfig
+from jaxroute.networks import NetworkConfig
 from jaxroute.serving import SiteConfig
 from jaxroute.workloads import PROCESSES, BankConfig, WorkloadConfig
 

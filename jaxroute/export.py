@@ -43,10 +43,9 @@ from jaxroute.router import (
     file_digest,
     predictor_class,
 )
+from jaxroute.runs import CONFIG_FILE, TrainedPolicy, load_policy, run_of
 from jaxroute.scenarios import build_env
 from jaxroute.serving import Site
-from jaxroute.training import TrainedPolicy, load_policy, run_of
-from jaxroute.training.checkpoint import CONFIG_FILE
 
 PLATFORMS = ("cpu", "cuda")
 

@@ -19,8 +19,8 @@ from jaxroute.cli import eval_main, train_main, use_compilation_cache
 from jaxroute.config import config_folder, config_yaml, load_config, read_config
 from jaxroute.evaluation.metrics import METRICS
 from jaxroute.networks import build_network
+from jaxroute.runs import save_params, write_config
 from jaxroute.scenarios import build_env
-from jaxroute.training.checkpoint import save_params, write_config
 
 ROOT = Path(__file__).resolve().parents[1]
 RULES = ("random", "shortest_queue")

@@ -17,10 +17,9 @@ from jaxroute.errors import UserError
 from jaxroute.export import export_router, main
 from jaxroute.networks import build_network
 from jaxroute.router import FIELDS, Router
+from jaxroute.runs import load_policy, save_params, write_config
 from jaxroute.scenarios import build_env
 from jaxroute.serving import ExpertConfig, SiteConfig
-from jaxroute.training import load_policy
-from jaxroute.training.checkpoint import save_params, write_config
 
 pytest.importorskip("flatbuffers")
 

@@ -28,11 +28,12 @@ from jaxroute.cli import train_main
 from jaxroute.config import load_config, read_config
 from jaxroute.errors import UserError
 from jaxroute.learning import PPOConfig, PPOState, make_ppo
-from jaxroute.training import memory, read_policy, states, train
+from jaxroute.runs import read_policy
+from jaxroute.training import memory, states, train
 from jaxroute.training.tracking import Tracker
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAIN = importlib.import_module("jaxroute.training.train")  # the module; the package exports the function
+TRAIN = importlib.import_module("jaxroute.training.loop")  # the module; the package exports the function
 # Eight calls of one update; parameters are saved at every second, states at every one.
 TINY = (
     "site=edge3", "warm_start.num_states=0",

@@ -22,8 +22,8 @@ from jaxroute.evaluation import study as module
 from jaxroute.evaluation.statistics import interquartile_mean, ranks
 from jaxroute.evaluation.study import cell_config, run_study, standings, verdicts, write_study
 from jaxroute.networks import build_network
+from jaxroute.runs import save_params, write_config
 from jaxroute.scenarios import build_env
-from jaxroute.training.checkpoint import save_params, write_config
 
 OPTIONS = (
     "study=quick", "site=edge3", "eval.seeds=2", "eval.requests=20", "eval.warmup=5", "study.rules=[random,qos_greedy]",

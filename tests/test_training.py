@@ -22,12 +22,13 @@ from jaxroute.config import load_config
 from jaxroute.errors import UserError
 from jaxroute.evaluation import EpisodeRecords, episodes, evaluate_policies
 from jaxroute.evaluation.metrics import COMPLETED, IN_FLIGHT, REJECTED
-from jaxroute.policies import rules_named
 from jaxroute.learning import Learner, PPOState
+from jaxroute.policies import rules_named
+from jaxroute.runs import latest_checkpoint, load_policy
 from jaxroute.scenarios import build_env, on_test_prompts
-from jaxroute.training import latest_checkpoint, load_policy, train
+from jaxroute.training import train
+from jaxroute.training.loop import with_default_sizes
 from jaxroute.training.tracking import Tracker
-from jaxroute.training.train import with_default_sizes
 
 # The sizes of test_cli.py, so that programs that it has compiled are found in the cache.
 TINY = (
@@ -35,7 +36,7 @@ TINY = (
     "ppo.num_envs=8", "ppo.num_steps=8", "ppo.num_minibatches=4", "ppo.total_steps=128",
     "train.log_interval=1",
 )  # fmt: skip
-TRAIN = importlib.import_module("jaxroute.training.train")  # the module; the package exports the function
+TRAIN = importlib.import_module("jaxroute.training.loop")  # the module; the package exports the function
 SLOTS = 6  # of each expert of edge3
 SETTINGS = {"seeds": 2, "requests": 40, "warmup": 10}
 RATE = 10.0

@@ -9,11 +9,11 @@ import pytest
 
 import jaxroute
 from jaxroute.errors import UserError
+from jaxroute.learning import WarmStartConfig, make_warm_start
+from jaxroute.learning.warm_start import Labelled
 from jaxroute.networks import NetworkConfig, build_network
 from jaxroute.policies import RULES
 from jaxroute.policies.planning import BASE, drawn_values
-from jaxroute.learning import WarmStartConfig, make_warm_start
-from jaxroute.learning.warm_start import Labelled
 
 NUM_ENVS = 8
 CONFIG = WarmStartConfig(horizon=4, num_epochs=60, learning_rate=3e-3)

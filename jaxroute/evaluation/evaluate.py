@@ -14,8 +14,8 @@ from jaxroute.evaluation.episodes import evaluate_policies
 from jaxroute.evaluation.metrics import summarise
 from jaxroute.evaluation.result import EvaluationResult
 from jaxroute.policies import LEARNED, learned_policy, rules_named
+from jaxroute.runs import TrainedPolicy, load_policy
 from jaxroute.scenarios import build_env, on_test_prompts
-from jaxroute.training import TrainedPolicy, load_policy
 
 
 def evaluate(config: Config, console: Console, *, command: str) -> EvaluationResult:

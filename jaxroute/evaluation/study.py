@@ -59,8 +59,8 @@ from jaxroute.evaluation.statistics import Interval, interquartile_mean, ranks
 from jaxroute.evaluation.tables import counted, fixed, markdown, markdown_table, plus_minus, verdict_of
 from jaxroute.policies import RULES, Policy, learned_policy, rules_named
 from jaxroute.policies.planning import clairvoyant, lookahead
+from jaxroute.runs import check_fits, read_policy
 from jaxroute.scenarios import build_env, on_test_prompts
-from jaxroute.training import check_fits, read_policy
 
 LOOKAHEAD, CLAIRVOYANT = "lookahead", "clairvoyant"
 PLANNERS = (LOOKAHEAD, CLAIRVOYANT)

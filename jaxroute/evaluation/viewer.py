@@ -23,9 +23,9 @@ from jaxroute.errors import UserError
 from jaxroute.evaluation.evaluate import versions
 from jaxroute.evaluation.report import fill_template, jsonable, write_file
 from jaxroute.policies import LEARNED, RULES, Policy, learned_policy
+from jaxroute.runs import load_policy
 from jaxroute.scenarios import build_env, on_test_prompts
 from jaxroute.serving import Site, running_and_waiting
-from jaxroute.training import load_policy
 
 SHOWN = 200
 """Requests that the page plays, at most: some twenty seconds at the default rate."""

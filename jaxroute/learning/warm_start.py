@@ -24,11 +24,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.errors import UserError
+from jaxroute.learning.ppo import compiler_options
 from jaxroute.networks import INITIAL_LOG_TRUST
 from jaxroute.policies import Policy, learned_policy
 from jaxroute.policies.planning import BASE, drawn_values
 from jaxroute.policies.protocol import Memory, Params
-from jaxroute.learning.ppo import compiler_options
 
 # Steps between two labelled states of one environment, which would otherwise be nearly the same.
 _STEPS_APART = 16

@@ -20,7 +20,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from jaxroute.errors import UserError
 from jaxroute.learning import PPOState
-from jaxroute.training.checkpoint import read_policy, restore
+from jaxroute.runs import read_policy, restore
 
 STATES = "states"
 _SCORE, _CHECKSUM = "train/avg_qos", "checksum"

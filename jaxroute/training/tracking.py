@@ -14,7 +14,7 @@ from typing import Any
 
 import jaxroute
 from jaxroute.config import Config
-from jaxroute.training.checkpoint import CONFIG_FILE, latest_checkpoint, seed_runs
+from jaxroute.runs import CONFIG_FILE, latest_checkpoint, seed_runs
 
 METRICS_FILE = "metrics.jsonl"
 # Name of the run at W&B, which a resumed training goes on with.

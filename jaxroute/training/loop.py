@@ -23,10 +23,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from jaxroute.config import Config
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.errors import UserError
-from jaxroute.networks import build_network
 from jaxroute.learning import make_ppo, make_warm_start
+from jaxroute.networks import build_network
+from jaxroute.runs import CHECKPOINTS, save_params, seed_runs, write_config
 from jaxroute.scenarios import training_env
-from jaxroute.training.checkpoint import CHECKPOINTS, save_params, seed_runs, write_config
 from jaxroute.training.interrupts import Interrupts
 from jaxroute.training.memory import check_memory, memory_advice
 from jaxroute.training.processes import ENVS_ON_CPU, is_first_process
