@@ -1,7 +1,7 @@
 """Paired evaluation of policies: episodes, metrics, statistics, tables and figures."""
 
 from jaxroute.evaluation.episodes import evaluate_policies
-from jaxroute.evaluation.evaluate import evaluate
+from jaxroute.evaluation.judge import evaluate
 from jaxroute.evaluation.metrics import EpisodeRecords, summarise
 from jaxroute.evaluation.report import write_all
 from jaxroute.evaluation.result import EvaluationResult

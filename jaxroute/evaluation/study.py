@@ -26,7 +26,6 @@ from jaxroute.config import Config, StudyCell, StudyConfig, load_config
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.errors import UserError
 from jaxroute.evaluation.episodes import evaluate_policies
-from jaxroute.evaluation.evaluate import versions
 from jaxroute.evaluation.figures import (
     REFERENCE_COLOUR,
     STYLE,
@@ -41,6 +40,7 @@ from jaxroute.evaluation.figures import (
     set_title,
     subtitle_of,
 )
+from jaxroute.evaluation.judge import versions
 from jaxroute.evaluation.metrics import summarise
 from jaxroute.evaluation.report import (
     CSV_COLUMNS,

@@ -20,7 +20,7 @@ from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.env.environment import site_of
 from jaxroute.env.types import Candidates, Request
 from jaxroute.errors import UserError
-from jaxroute.evaluation.evaluate import versions
+from jaxroute.evaluation.judge import versions
 from jaxroute.evaluation.report import fill_template, jsonable, write_file
 from jaxroute.policies import LEARNED, RULES, Policy, learned_policy
 from jaxroute.runs import load_policy

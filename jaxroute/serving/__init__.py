@@ -17,7 +17,7 @@ from jaxroute.serving.engine import (
     with_output_tokens,
 )
 from jaxroute.serving.lanes import fold, lanes_last, positions, running_sums
-from jaxroute.serving.replay import Outcomes, Requests, replay
+from jaxroute.serving.playback import Outcomes, Requests, replay
 from jaxroute.serving.site import ExpertConfig, Site, SiteConfig, build_site
 
 __all__ = [

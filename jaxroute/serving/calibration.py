@@ -24,7 +24,7 @@ from scipy.optimize import least_squares
 
 from jaxroute.errors import UserError
 from jaxroute.files import json_object
-from jaxroute.serving.replay import replay_program
+from jaxroute.serving.playback import replay_program
 from jaxroute.serving.site import Site
 
 MIN_REQUESTS = 30
