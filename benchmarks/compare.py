@@ -30,7 +30,7 @@ try:
     from stable_baselines3.common.vec_env import DummyVecEnv
 
     from benchmarks.gymnasium_site import GymnasiumSite
-    from tests.reference import simulate
+    from jaxroute.serving.reference import simulate
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"error: module {error.name} is missing; at the top of a checkout, run pip install -e '.[benchmark]' first"

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxroute.env import EnvParams
-from tests.reference import Expert, Request
+from jaxroute.serving.reference import Expert, Request
 
 _EXPERT_FEATURES, _ARRIVAL_FEATURES = 7, 2
 

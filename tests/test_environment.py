@@ -11,12 +11,12 @@ import pytest
 from episodes import NUM_ENVS, NUM_STEPS, changed, edge6, episode_keys, play, step_keys, tailored_reward
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from reference import simulate
 
 import jaxroute
 from jaxroute.env import EnvState, Observation
 from jaxroute.errors import UserError
 from jaxroute.serving import SlotStatus
+from jaxroute.serving.reference import simulate
 
 # The engine's times are float32 and count from now; over an episode of minutes they add up to this.
 TIME_TOLERANCE = 1e-3  # s

@@ -8,10 +8,10 @@ from cases import PENCIL, site_arrays
 from episodes import NUM_ENVS, NUM_STEPS, changed, edge6, play
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import simulate
 
 import jaxroute
 from jaxroute.env.impact import Batch, assess, estimate_impact
+from jaxroute.serving.reference import simulate
 
 NUM_EXPERTS, NUM_SLOTS = 6, 8
 """Of every hand-made case, so that the estimator compiles once."""

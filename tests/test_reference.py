@@ -7,7 +7,8 @@ import pytest
 from cases import HAND_CASES, PENCIL, Case, mean_latencies, random_case, site_arrays, vllm_run
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import Iteration, simulate
+
+from jaxroute.serving.reference import Iteration, simulate
 
 PADDED = (64, 6)
 

@@ -8,11 +8,11 @@ import pytest
 from cases import HAND_CASES, PENCIL, Case, heavy_case, mean_latencies, random_case, random_site, site_arrays, vllm_run
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from reference import Result, simulate
 
 import jaxroute
 from jaxroute.errors import UserError
 from jaxroute.serving import SlotStatus, advance, can_accept, enqueue, idle_site
+from jaxroute.serving.reference import Result, simulate
 
 TOLERANCE = 1e-3  # s, on every request
 # The engine computes in float32. Where two events are nearer to each other than this, their order is not its
