@@ -16,8 +16,7 @@ from rich.table import Table
 from jaxroute.cli import use_compilation_cache
 from jaxroute.command import Parser, check_choice, run_command, usage_of_choice, write_choice
 from jaxroute.errors import UserError
-from jaxroute.serving import build_site
-from jaxroute.serving.calibration import (
+from jaxroute.fitting.calibration import (
     COEFFICIENTS,
     Calibration,
     Limits,
@@ -26,6 +25,7 @@ from jaxroute.serving.calibration import (
     fit_profile,
     read_log,
 )
+from jaxroute.serving import build_site
 
 matplotlib.use("Agg")
 

@@ -1,0 +1,1 @@
+"""Fits to what people have recorded: experts to serving logs and profiles, arrival processes to traces."""
