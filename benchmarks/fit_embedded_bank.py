@@ -30,7 +30,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from omegaconf import OmegaConf
 
-from jaxroute.workloads.bank import BankConfig, build_bank
+from jaxroute.banks.bank import BankConfig, build_bank
 
 CONFIG = Path(__file__).parents[1] / "configs" / "bank" / "embedded.yaml"
 RUNAWAY_TOKENS = 2000

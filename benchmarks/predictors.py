@@ -20,13 +20,13 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.publish import publish
+from jaxroute.banks.bank import load_table, split_of_rows
+from jaxroute.banks.tables import choose_llms
 from jaxroute.cli import use_compilation_cache
 from jaxroute.predictors import Predictor
 from jaxroute.predictors.metrics import measure
 from jaxroute.predictors.model import cross_validate
 from jaxroute.predictors.predictor import Answers
-from jaxroute.workloads.bank import load_table, split_of_rows
-from jaxroute.workloads.bank_table import choose_llms
 
 try:
     from sklearn.feature_extraction.text import TfidfVectorizer

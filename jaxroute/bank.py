@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Grid
 
+from jaxroute.banks.bank import MIN_ROWS, load_table
+from jaxroute.banks.tables import Table, choose_llms, read_long_table, write_table
 from jaxroute.command import Parser, run_chosen, run_command
-from jaxroute.workloads.bank import MIN_ROWS, load_table
-from jaxroute.workloads.bank_table import Table, choose_llms, read_long_table, write_table
 
 _COLUMNS = 7  # of one printed table, so that categories with long names fit beside long names of LLMs
 

@@ -22,11 +22,12 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from jaxroute.banks import BankConfig
 from jaxroute.errors import UserError
 from jaxroute.learning import PPOConfig, WarmStartConfig
 from jaxroute.networks import NetworkConfig
 from jaxroute.serving import SiteConfig
-from jaxroute.workloads import PROCESSES, BankConfig, WorkloadConfig
+from jaxroute.workloads import PROCESSES, WorkloadConfig
 
 
 def _check_seed(where: str, seed: int) -> None:

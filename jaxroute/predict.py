@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Grid
 
+from jaxroute.banks.bank import load_table, split_of_rows
+from jaxroute.banks.tables import Table, choose_llms
 from jaxroute.cli import use_compilation_cache
 from jaxroute.command import Parser, run_command
 from jaxroute.errors import UserError
@@ -25,8 +27,6 @@ from jaxroute.files import complete_folder
 from jaxroute.predictors.metrics import measure, reliability
 from jaxroute.predictors.model import FOLDS, MAX_ROWS, CrossValidated, cross_validate
 from jaxroute.predictors.predictor import Answers
-from jaxroute.workloads.bank import load_table, split_of_rows
-from jaxroute.workloads.bank_table import Table, choose_llms
 
 _FIGURES = {
     "quality_auc": "AUC of quality",

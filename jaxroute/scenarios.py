@@ -8,11 +8,12 @@ import difflib
 import jax.numpy as jnp
 import numpy as np
 
+from jaxroute.banks import build_bank
 from jaxroute.config import Config, load_config
 from jaxroute.env import EdgeRouting, EnvParams, OutageParams, RewardParams
 from jaxroute.errors import UserError
 from jaxroute.serving import build_site
-from jaxroute.workloads import build_bank, build_workload
+from jaxroute.workloads import build_workload
 
 SCENARIOS: dict[str, dict[str, str]] = {
     f"{prefix}-{workload}": {"site": site, "workload": "azure_conv" if workload == "azure" else workload}

@@ -31,7 +31,7 @@ from jaxroute.evaluation.figures import REFERENCE_COLOUR, STYLE, png_bytes
 from jaxroute.evaluation.report import write_file
 from jaxroute.workloads import Trace, Workload, build_workload, read_trace
 from jaxroute.workloads.arrivals import ArrivalParams, ArrivalProcess, ArrivalState, first_arrival_state
-from jaxroute.workloads.trace import fano_factor, gap_variation, window_counts
+from jaxroute.workloads.traces import fano_factor, gap_variation, window_counts
 
 _WINDOWS = (1.0, 10.0, 60.0)  # s, of the Fano factors that are printed
 _MIN_WINDOWS = 20  # that a Fano factor should come from

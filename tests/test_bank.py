@@ -11,8 +11,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from jaxroute.errors import UserError
-from jaxroute.workloads.bank import (
+from jaxroute.banks.bank import (
     BankConfig,
     DomainFigures,
     LLMFigures,
@@ -20,6 +19,7 @@ from jaxroute.workloads.bank import (
     RequestBank,
     build_bank,
 )
+from jaxroute.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SITES = ("edge3", "edge6", "edge16")

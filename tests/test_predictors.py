@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 
 from jaxroute import predict as command_line
+from jaxroute.banks.bank import BankConfig, build_bank, load_table, split_of_rows
+from jaxroute.banks.tables import Table, choose_llms, write_table
 from jaxroute.errors import UserError
 from jaxroute.predictors import Predictor
 from jaxroute.predictors.features import BUCKETS, count, fit_features, inner_products
 from jaxroute.predictors.metrics import auc, measure, reliability
 from jaxroute.predictors.model import MIN_ERROR, Regression, _inverse, _leave_out, _whole_blocks, cross_validate
 from jaxroute.predictors.predictor import Answers
-from jaxroute.workloads.bank import BankConfig, build_bank, load_table, split_of_rows
-from jaxroute.workloads.bank_table import Table, choose_llms, write_table
 
 LLMS = ["small-2b", "medium-7b", "large-27b"]
 ROWS = 400

@@ -20,10 +20,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
+from jaxroute.banks import RequestBank
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, OutageParams, RewardParams
 from jaxroute.networks.features import features_of
 from jaxroute.serving import Site, SlotStatus
-from jaxroute.workloads import RequestBank
 from jaxroute.workloads.arrivals import ArrivalParams, Pattern, mixed, poisson
 
 NUM_PROMPTS, NUM_CLASSES = 16, 2

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from jaxroute.errors import UserError
-from jaxroute.workloads.trace import FORMATS, fano_factor, gap_variation, read_trace, window_counts
+from jaxroute.workloads.traces import FORMATS, fano_factor, gap_variation, read_trace, window_counts
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 ROWS = "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n"
@@ -117,7 +117,7 @@ def test_a_table_may_start_at_any_time_and_be_parquet(write, tmp_path):
 def test_many_rows_are_as_few(write, monkeypatch):
     rows = "".join(f"{time / 4},{time},{2 * time}\n" for time in range(11))
     whole = read_trace(write(TABLE + rows))
-    monkeypatch.setattr("jaxroute.workloads.trace._CHUNK", 4)
+    monkeypatch.setattr("jaxroute.workloads.traces._CHUNK", 4)
     for a, b in zip(whole, read_trace(write(TABLE + rows)), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(UserError, match=r"trace\.csv:10: time goes backwards in '1\.0,8,16'"):  # first of a chunk

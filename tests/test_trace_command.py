@@ -10,7 +10,7 @@ from jaxroute.config import load_config
 from jaxroute.trace import fit_arrivals, gamma_dispersion, mmpp_dispersion, mmpp_variation, synthetic_times
 from jaxroute.workloads import WorkloadConfig, build_workload, read_trace
 from jaxroute.workloads.arrivals import RequirementConfig
-from jaxroute.workloads.trace import fano_factor, gap_variation
+from jaxroute.workloads.traces import fano_factor, gap_variation
 
 RATE = 8.0
 GAMMA = {"arrivals": "gamma", "cv": 2.5}

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxroute.banks.bank import RequestBank
 from jaxroute.serving import Site, SiteState
 from jaxroute.workloads.arrivals import ArrivalParams, ArrivalState
-from jaxroute.workloads.bank import RequestBank
 
 
 class Arrival(NamedTuple):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from jaxroute.banks import bank
 from jaxroute.predictors.predictor import Answers
-from jaxroute.workloads import bank
 
 BINS = 10
 

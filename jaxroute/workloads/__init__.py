@@ -1,17 +1,6 @@
-"""What arrives: arrival processes, recorded traces and request banks."""
+"""What arrives when: arrival processes and recorded traces."""
 
 from jaxroute.workloads.arrivals import PROCESSES, Workload, WorkloadConfig, build_workload
-from jaxroute.workloads.bank import BankConfig, RequestBank, build_bank
-from jaxroute.workloads.trace import Trace, read_trace
+from jaxroute.workloads.traces import Trace, read_trace
 
-__all__ = [
-    "PROCESSES",
-    "BankConfig",
-    "RequestBank",
-    "Trace",
-    "Workload",
-    "WorkloadConfig",
-    "build_bank",
-    "build_workload",
-    "read_trace",
-]
+__all__ = ["PROCESSES", "Trace", "Workload", "WorkloadConfig", "build_workload", "read_trace"]

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.errors import UserError
-from jaxroute.workloads.trace import read_trace
+from jaxroute.workloads.traces import read_trace
 
 # Bursts that begin or end within one gap, at most. More take gaps as long as bursts: at the defaults, not one in 10^7.
 _MAX_SWITCHES = 2

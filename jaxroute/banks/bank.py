@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxroute.banks.tables import Predictions, Table, close, read_predictions, read_table, split_of_rows
 from jaxroute.errors import UserError
-from jaxroute.workloads.bank_table import Predictions, Table, close, read_predictions, read_table, split_of_rows
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64, Shaped
 
+from jaxroute.banks.tables import read_parquet
 from jaxroute.errors import UserError
 from jaxroute.files import json_object, shown
-from jaxroute.workloads.bank_table import read_parquet
 
 # A date and a time with up to nine decimals; after them, perhaps, the offset from UTC.
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:\.\d{1,9})?)(Z|[+-]\d\d:?\d\d)?")
