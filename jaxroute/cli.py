@@ -21,8 +21,8 @@ from rich.console import Console
 from jaxroute.config import Config, config_yaml, load_config, read_config
 from jaxroute.errors import UserError
 from jaxroute.evaluation import EvaluationResult, evaluate, results_table, summary_text, write_all
-from jaxroute.evaluation.study import run_study, study_text, terminal_table, verdict_table, write_study
-from jaxroute.evaluation.viewer import view_episode
+from jaxroute.evaluation.study.run import run_study, study_text, terminal_table, verdict_table, write_study
+from jaxroute.evaluation.viewer.record import view_episode
 from jaxroute.options import groups, options
 from jaxroute.policies import LEARNED, rules_named
 from jaxroute.runs import CONFIG_FILE, run_of, seed_runs

@@ -27,8 +27,8 @@ from scipy.special import gammainc
 from jaxroute.cli import use_compilation_cache
 from jaxroute.command import Parser, check_choice, run_chosen, run_command, usage_of_choice, write_choice
 from jaxroute.errors import UserError
-from jaxroute.evaluation.figures import REFERENCE_COLOUR, STYLE, png_bytes
-from jaxroute.evaluation.report import write_file
+from jaxroute.evaluation.report.figures import REFERENCE_COLOUR, STYLE, png_bytes
+from jaxroute.evaluation.report.write import write_file
 from jaxroute.workloads import Trace, Workload, build_workload, read_trace
 from jaxroute.workloads.arrivals import ArrivalParams, ArrivalProcess, ArrivalState, first_arrival_state
 from jaxroute.workloads.traces import fano_factor, gap_variation, window_counts

@@ -18,12 +18,12 @@ from rich.console import Console
 import jaxroute
 from jaxroute.errors import UserError
 from jaxroute.evaluation.episodes import _at_load, evaluate_policies
-from jaxroute.evaluation.figures import plot_expert_choice, plot_policy_comparison, plot_qos_against_load
 from jaxroute.evaluation.metrics import COMPLETED, IN_FLIGHT, LOADS, METRICS, REJECTED, EpisodeRecords, summarise
-from jaxroute.evaluation.report import write_all, write_results_json
+from jaxroute.evaluation.report.figures import plot_expert_choice, plot_policy_comparison, plot_qos_against_load
+from jaxroute.evaluation.report.tables import markdown_table, results_table, summary_text
+from jaxroute.evaluation.report.write import write_all, write_results_json
 from jaxroute.evaluation.result import EvaluationResult
 from jaxroute.evaluation.statistics import Interval, mean_ci95, paired_difference, student_t_975
-from jaxroute.evaluation.tables import markdown_table, results_table, summary_text
 from jaxroute.policies import rules_named
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -18,9 +18,9 @@ from rich.console import Console
 from jaxroute.cli import eval_main, train_main
 from jaxroute.config import load_config
 from jaxroute.errors import UserError
-from jaxroute.evaluation import study as module
 from jaxroute.evaluation.statistics import interquartile_mean, ranks
-from jaxroute.evaluation.study import cell_config, run_study, standings, verdicts, write_study
+from jaxroute.evaluation.study import run as module
+from jaxroute.evaluation.study.run import cell_config, run_study, standings, verdicts, write_study
 from jaxroute.networks import build_network
 from jaxroute.runs import save_params, write_config
 from jaxroute.scenarios import build_env

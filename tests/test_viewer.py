@@ -17,7 +17,7 @@ from jaxroute.evaluation.episodes import evaluate_policies
 from jaxroute.evaluation.metrics import COMPLETED
 from jaxroute.evaluation.metrics import LOST as RECORD_LOST
 from jaxroute.evaluation.metrics import REJECTED as RECORD_REJECTED
-from jaxroute.evaluation.viewer import (
+from jaxroute.evaluation.viewer.record import (
     DECODE,
     GIVEN_BACK,
     IN_FLIGHT,

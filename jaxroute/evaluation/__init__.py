@@ -3,9 +3,9 @@
 from jaxroute.evaluation.episodes import evaluate_policies
 from jaxroute.evaluation.judge import evaluate
 from jaxroute.evaluation.metrics import EpisodeRecords, summarise
-from jaxroute.evaluation.report import write_all
+from jaxroute.evaluation.report.tables import results_table, summary_text
+from jaxroute.evaluation.report.write import write_all
 from jaxroute.evaluation.result import EvaluationResult
-from jaxroute.evaluation.tables import results_table, summary_text
 
 __all__ = [
     "EpisodeRecords",

@@ -44,10 +44,12 @@ class Request:
 
     @property
     def need(self) -> int:
+        """Tokens still to compute before the next one can be emitted."""
         return self.prompt + self.generated - self.computed
 
     @property
     def decoding(self) -> bool:
+        """Whether its next step computes one token and emits the next."""
         return self.computed >= self.prompt and self.need == 1
 
 

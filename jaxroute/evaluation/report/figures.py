@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from jaxroute.evaluation.metrics import LOADS
+from jaxroute.evaluation.report.tables import plus_minus, seeds_text
 from jaxroute.evaluation.result import EvaluationResult
-from jaxroute.evaluation.tables import plus_minus, seeds_text
 from jaxroute.policies import RULES
 
 # Okabe and Ito (2008): distinguishable with every common colour vision deficiency.

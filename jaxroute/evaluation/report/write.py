@@ -16,11 +16,11 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from jaxroute.evaluation.figures import PLOTS, png_bytes
 from jaxroute.evaluation.metrics import LOADS, METRICS
+from jaxroute.evaluation.report.figures import PLOTS, png_bytes
+from jaxroute.evaluation.report.tables import COLUMNS, DETAIL_COLUMNS, summary_text, table_rows
 from jaxroute.evaluation.result import EvaluationResult, means
 from jaxroute.evaluation.statistics import Interval
-from jaxroute.evaluation.tables import COLUMNS, DETAIL_COLUMNS, summary_text, table_rows
 
 # --- JSON and CSV --------------------------------------------------------------------------------------
 
@@ -167,9 +167,11 @@ def _definitions() -> list[dict[str, str]]:
 
 
 def fill_template(template: str, **content: Any) -> str:
-    """Fill in one of this package's templates."""
+    """Fill in a template, named by its path below jaxroute/evaluation."""
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: resources.files(__package__).joinpath(name).read_text("utf-8")),
+        loader=jinja2.FunctionLoader(
+            lambda name: resources.files("jaxroute.evaluation").joinpath(name).read_text("utf-8")
+        ),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -187,7 +189,7 @@ def _html(result: EvaluationResult, pngs: Mapping[str, bytes]) -> str:
     columns = COLUMNS + DETAIL_COLUMNS
     order = [result.nominal_rate, *(rate for rate in result.rates if rate != result.nominal_rate)]
     return fill_template(
-        "report.html.jinja",
+        "report/report.html.jinja",
         result=result,
         summary=summary_text(result).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"),
         metrics=METRICS,

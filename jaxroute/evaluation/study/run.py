@@ -26,7 +26,9 @@ from jaxroute.config import Config, StudyCell, StudyConfig, load_config
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.errors import UserError
 from jaxroute.evaluation.episodes import evaluate_policies
-from jaxroute.evaluation.figures import (
+from jaxroute.evaluation.judge import versions
+from jaxroute.evaluation.metrics import summarise
+from jaxroute.evaluation.report.figures import (
     REFERENCE_COLOUR,
     STYLE,
     expert_colours,
@@ -40,9 +42,8 @@ from jaxroute.evaluation.figures import (
     set_title,
     subtitle_of,
 )
-from jaxroute.evaluation.judge import versions
-from jaxroute.evaluation.metrics import summarise
-from jaxroute.evaluation.report import (
+from jaxroute.evaluation.report.tables import counted, fixed, markdown, markdown_table, plus_minus, verdict_of
+from jaxroute.evaluation.report.write import (
     CSV_COLUMNS,
     base64_image,
     csv_number,
@@ -56,7 +57,6 @@ from jaxroute.evaluation.report import (
 )
 from jaxroute.evaluation.result import EvaluationResult, Summary
 from jaxroute.evaluation.statistics import Interval, interquartile_mean, ranks
-from jaxroute.evaluation.tables import counted, fixed, markdown, markdown_table, plus_minus, verdict_of
 from jaxroute.policies import RULES, Policy, learned_policy, rules_named
 from jaxroute.policies.planning import clairvoyant, lookahead
 from jaxroute.runs import check_fits, read_policy
@@ -760,7 +760,7 @@ def _html(study: StudyResult) -> str:
         return base64_image(png_bytes(figure))
 
     return fill_template(
-        "study.html.jinja",
+        "study/study.html.jinja",
         study=study,
         summary=study_text(study),
         differences=image(plot_differences(study)) if study.routers else None,

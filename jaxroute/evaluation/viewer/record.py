@@ -21,7 +21,7 @@ from jaxroute.env.environment import site_of
 from jaxroute.env.types import Candidates, Request
 from jaxroute.errors import UserError
 from jaxroute.evaluation.judge import versions
-from jaxroute.evaluation.report import fill_template, jsonable, write_file
+from jaxroute.evaluation.report.write import fill_template, jsonable, write_file
 from jaxroute.policies import LEARNED, RULES, Policy, learned_policy
 from jaxroute.runs import load_policy
 from jaxroute.scenarios import build_env, on_test_prompts
@@ -85,7 +85,7 @@ def view_episode(config: Config, console: Console, run: Path, *, command: str) -
 
 def view_html(content: dict[str, Any], about: dict[str, str]) -> str:
     """Return the page that plays an episode, `episode_content` and what it is of; it needs no other file."""
-    return fill_template("viewer.html.jinja", content=jsonable(content), about=about)
+    return fill_template("viewer/viewer.html.jinja", content=jsonable(content), about=about)
 
 
 # --- Recording -----------------------------------------------------------------------------------------

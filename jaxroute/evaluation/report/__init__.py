@@ -1,0 +1,1 @@
+"""An evaluation's files: JSON, CSV, figures, terminal and Markdown tables, and one HTML page."""

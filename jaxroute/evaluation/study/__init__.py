@@ -1,0 +1,1 @@
+"""Many settings judged in one table: routers, rules and planners."""

@@ -1,0 +1,1 @@
+"""One episode to watch in a browser."""
