@@ -1,8 +1,8 @@
-"""Thin entry point; see jaxroute/cli.py and `python eval.py --help`."""
+"""Thin entry point; see jaxroute/commands/eval.py and `python eval.py --help`."""
 
 import sys
 
-from jaxroute.cli import eval_main
+from jaxroute.commands.eval import main
 
 if __name__ == "__main__":
-    sys.exit(eval_main())
+    sys.exit(main())

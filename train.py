@@ -1,8 +1,8 @@
-"""Thin entry point; see jaxroute/cli.py and `python train.py --help`."""
+"""Thin entry point; see jaxroute/commands/train.py and `python train.py --help`."""
 
 import sys
 
-from jaxroute.cli import train_main
+from jaxroute.commands.train import main
 
 if __name__ == "__main__":
-    sys.exit(train_main())
+    sys.exit(main())

@@ -19,8 +19,8 @@ from rich.table import Table
 import jaxroute
 from benchmarks.measure import busy_sites
 from benchmarks.publish import publish
-from jaxroute.cli import use_compilation_cache
 from jaxroute.config import load_config
+from jaxroute.devices import use_compilation_cache
 from jaxroute.networks import build_network
 from jaxroute.policies import RULES, Policy, learned_policy
 from jaxroute.policies.planning import Situation, lookahead

@@ -25,17 +25,17 @@ from rich.table import Table
 
 from benchmarks.measure import in_own_process
 from benchmarks.publish import publish
-from jaxroute.cli import use_compilation_cache
 from jaxroute.config import load_config, read_config
+from jaxroute.devices import use_compilation_cache
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.errors import UserError
 from jaxroute.evaluation.statistics import mean_ci95, paired_difference
-from jaxroute.export import export_router
+from jaxroute.gateway import Router
 from jaxroute.networks import build_network
-from jaxroute.router import Router
 from jaxroute.runs import CONFIG_FILE, TrainedPolicy, load_policy, run_of, save_params, write_config
 from jaxroute.scenarios import build_env, on_test_prompts
 from jaxroute.serving import running_and_waiting
+from jaxroute.training.export import export_router
 
 EVERYTHING, STREAMING, ENDS = "everything", "first tokens and ends", "ends"
 """What the router is told: at each decision how far every request is, as the environment's policy knows it; when first

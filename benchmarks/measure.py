@@ -19,8 +19,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
+from jaxroute.devices import usable_cores, use_cpu_devices
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
-from jaxroute.training.processes import usable_cores, use_cpu_devices
 
 EVERYWHERE, SPREAD = PartitionSpec(), PartitionSpec("device")
 

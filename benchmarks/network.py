@@ -17,7 +17,7 @@ from rich.table import Table
 import jaxroute
 from benchmarks.measure import busy_sites, median_seconds
 from benchmarks.publish import publish
-from jaxroute.cli import use_compilation_cache
+from jaxroute.devices import use_compilation_cache
 from jaxroute.networks import NetworkConfig, build_network
 
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks.publish import publish
 from jaxroute.banks.bank import load_table, split_of_rows
 from jaxroute.banks.tables import choose_llms
-from jaxroute.cli import use_compilation_cache
+from jaxroute.devices import use_compilation_cache
 from jaxroute.predictors import Predictor
 from jaxroute.predictors.metrics import measure
 from jaxroute.predictors.model import cross_validate

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxroute
-from jaxroute.training.processes import usable_cores
+from jaxroute.devices import usable_cores
 
 OUTPUTS = Path("outputs/benchmarks")
 HISTORY = Path(__file__).parent / "results"

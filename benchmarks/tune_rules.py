@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxroute.cli import use_compilation_cache
 from jaxroute.config import load_config
+from jaxroute.devices import use_compilation_cache
 from jaxroute.evaluation import evaluate_policies, summarise
 from jaxroute.policies import RULES
 from jaxroute.policies.rules import LEAST, MOST

@@ -51,3 +51,16 @@ def shown(row: str | Iterable[Any]) -> str:
     """Quote a row for a message, on one line, the beginning of it if it is long."""
     text = " ".join((row if isinstance(row, str) else ",".join(map(str, row))).split())
     return f"'{text[:_SHOWN]}...'" if len(text) > _SHOWN else f"'{text}'"
+
+
+def write_file(path: str | Path, content: str | bytes) -> Path:
+    """Write a file at once: a reader sees the old or the new one, never a half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

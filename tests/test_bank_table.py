@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from test_bank import auc, log_lengths, r2, table_config, write_tables
 
-from jaxroute import bank as command_line
 from jaxroute.banks import bank
 from jaxroute.banks.bank import BankConfig, PredictorConfig, build_bank, load_table, split_of_rows
+from jaxroute.commands import bank as command_line
 from jaxroute.config import load_config
 from jaxroute.errors import UserError
 from jaxroute.scenarios import build_env

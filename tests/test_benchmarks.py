@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks import publish
 from benchmarks.history import draw, read_history
-from jaxroute.training.processes import usable_cores
+from jaxroute.devices import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 # The one that compiles least; the others are made of the same parts.

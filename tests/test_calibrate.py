@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxroute
-from jaxroute.calibrate import main
+from jaxroute.commands.calibrate import main
 from jaxroute.config import load_config
 from jaxroute.errors import UserError
 from jaxroute.fitting.calibration import Limits, ServingLog, calibrate, fit_profile, read_log

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxroute.cli import eval_main, train_main, use_compilation_cache
+from jaxroute.commands.eval import main as eval_main
+from jaxroute.commands.train import main as train_main
 from jaxroute.config import config_folder, config_yaml, load_config, read_config
+from jaxroute.devices import use_compilation_cache
 from jaxroute.evaluation.metrics import METRICS
 from jaxroute.networks import build_network
 from jaxroute.runs import save_params, write_config
@@ -272,7 +274,7 @@ def test_bad_command(main, args, message, capsys):
 
 @pytest.mark.parametrize("main", [eval_main, train_main])
 def test_unknown_policy(main, capsys, monkeypatch):
-    monkeypatch.setattr("jaxroute.cli.train", lambda *args: pytest.fail("it trained"))
+    monkeypatch.setattr("jaxroute.commands.train.train", lambda *args: pytest.fail("it trained"))
     said = refuses(main, *TINY, "policies=[shortest_que]", "output_dir=new", capsys=capsys)
     assert "policies: shortest_que is unknown; did you mean shortest_queue?" in said
 

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 
 from benchmarks.exported_router import ENDS, EVERYTHING, STREAMING, play
+from jaxroute.commands.export import main
 from jaxroute.config import load_config
 from jaxroute.env.types import Batch
 from jaxroute.errors import UserError
-from jaxroute.export import export_router, main
+from jaxroute.gateway import Router
+from jaxroute.gateway.artefact import FIELDS
 from jaxroute.networks import build_network
-from jaxroute.router import FIELDS, Router
 from jaxroute.runs import load_policy, save_params, write_config
 from jaxroute.scenarios import build_env
 from jaxroute.serving import ExpertConfig, SiteConfig
+from jaxroute.training.export import export_router
 
 pytest.importorskip("flatbuffers")
 

@@ -59,7 +59,7 @@ def test_every_step_leaves_what_the_next_one_needs(workplace):
 
 
 def test_the_exported_router_routes_a_prompt(workplace):
-    from jaxroute.router import Router
+    from jaxroute.gateway import Router
 
     router = Router.load(workplace[0] / "router")
     expert = router.route(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxroute.cli import _COMMON, _runs, train_main
+from jaxroute.commands.configured import _COMMON, _runs
+from jaxroute.commands.train import main as train_main
 from jaxroute.config import load_config
-from jaxroute.options import options, page
+from jaxroute.config.options import options, page
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_page_is_up_to_date():
-    assert (ROOT / "docs" / "options.md").read_text() == page(), "run: python -m jaxroute.options > docs/options.md"
+    assert (ROOT / "docs" / "options.md").read_text() == page(), (
+        "run: python -m jaxroute.config.options > docs/options.md"
+    )
 
 
 def test_every_option_is_explained():

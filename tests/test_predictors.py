@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jaxroute import predict as command_line
 from jaxroute.banks.bank import BankConfig, build_bank, load_table, split_of_rows
 from jaxroute.banks.tables import Table, choose_llms, write_table
+from jaxroute.commands import predict as command_line
 from jaxroute.errors import UserError
 from jaxroute.predictors import Predictor
 from jaxroute.predictors.features import BUCKETS, count, fit_features, inner_products

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxroute.cli import train_main
+from jaxroute.commands.train import main as train_main
 from jaxroute.config import load_config, read_config
 from jaxroute.errors import UserError
 from jaxroute.learning import PPOConfig, PPOState, make_ppo
@@ -168,7 +168,7 @@ def test_many_seeds_are_resumed_as_one(stopped, tmp_path):
 )
 def test_what_is_refused(arguments, message, whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jaxroute.cli.join_processes", lambda: None)
+    monkeypatch.setattr("jaxroute.commands.train.join_processes", lambda: None)
     assert train_main([argument.format(run=whole[1]) for argument in arguments]) == 2
     said = capsys.readouterr().err
     assert re.match(rf"error: .*{message}", said)

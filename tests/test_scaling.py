@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from jaxroute.config import load_config
+from jaxroute.devices import usable_cores
 from jaxroute.errors import UserError
 from jaxroute.learning import make_ppo
 from jaxroute.networks import build_network
 from jaxroute.runs import latest_checkpoint, load_policy
 from jaxroute.scenarios import build_env, training_env
-from jaxroute.training.processes import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (

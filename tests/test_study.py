@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jaxroute.cli import eval_main, train_main
+from jaxroute.commands.eval import main as eval_main
+from jaxroute.commands.train import main as train_main
 from jaxroute.config import load_config
 from jaxroute.errors import UserError
 from jaxroute.evaluation.statistics import interquartile_mean, ranks
@@ -220,7 +221,7 @@ def test_files(finished):
 
 def test_from_the_command_line(tmp_path, monkeypatch, capsys, options):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jaxroute.cli.use_compilation_cache", lambda: None)
+    monkeypatch.setattr("jaxroute.commands.configured.use_compilation_cache", lambda: None)
     assert eval_main(options) == 0
     assert "Routers against the best rule" in capsys.readouterr().out
     assert (tmp_path / "outputs" / "study-quick" / "study.html").is_file()
@@ -269,7 +270,7 @@ def test_mistakes(option, message, tmp_path):
 
 
 def test_no_study_is_chosen(capsys, monkeypatch):
-    monkeypatch.setattr("jaxroute.cli.use_compilation_cache", lambda: None)
+    monkeypatch.setattr("jaxroute.commands.configured.use_compilation_cache", lambda: None)
     assert eval_main(["study.rules=[random]"]) == 2
     assert "no study is chosen; add, for instance, study=main" in capsys.readouterr().err
     assert train_main(["study=quick"]) == 2

@@ -1,13 +1,13 @@
-"""`python -m jaxroute.trace`: what it prints, the workload it writes, and whether a fit finds what it should."""
+"""`python -m jaxroute trace`: what it prints, the workload it writes, and whether a fit finds what it should."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from jaxroute import trace as command_line
+from jaxroute.commands import trace as command_line
+from jaxroute.commands.trace import fit_arrivals, gamma_dispersion, mmpp_dispersion, mmpp_variation, synthetic_times
 from jaxroute.config import load_config
-from jaxroute.trace import fit_arrivals, gamma_dispersion, mmpp_dispersion, mmpp_variation, synthetic_times
 from jaxroute.workloads import WorkloadConfig, build_workload, read_trace
 from jaxroute.workloads.arrivals import RequirementConfig
 from jaxroute.workloads.traces import fano_factor, gap_variation
@@ -242,7 +242,7 @@ def test_what_cannot_be_fitted(write, tmp_path, capsys, times, message):
         (["--out", "gamma.yaml"], "there is a workload gamma already, which would be loaded"),
         (["--out", "mine.yaml", "--plot", "mine.pdf"], "--plot=mine.pdf must end in .png"),
         (["--out", "mine.yaml", "--process", "poisson"], "--process: invalid choice: 'poisson'"),
-        ([], "the following arguments are required: --out; see python -m jaxroute.trace fit --help"),
+        ([], "the following arguments are required: --out; see python -m jaxroute trace fit --help"),
         (["--out", "trace.csv/mine.yaml"], "trace.csv/mine.yaml cannot be written (File exists): name another file"),
     ],
 )

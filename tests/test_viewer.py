@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxroute
-from jaxroute.cli import eval_main
+from jaxroute.commands.eval import main as eval_main
 from jaxroute.config import load_config
 from jaxroute.evaluation.episodes import evaluate_policies
 from jaxroute.evaluation.metrics import COMPLETED

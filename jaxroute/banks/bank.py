@@ -4,7 +4,7 @@ Four kinds. `embedded` is generated from figures fitted to a public evaluation a
 `zeroeval` and `mmlu_pro` are the published evaluations themselves; `table` is an evaluation of the user's own.
 A bank holds outcomes (quality, length), which the router must not see, and predictions, which it may. The
 predictions are a real predictor's (`bank.predictions`), or outcomes seen through noise of such strength that
-they are as good as those of the predictor that `python -m jaxroute.predict` fits to the real prompts.
+they are as good as those of the predictor that `python -m jaxroute predict` fits to the real prompts.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class BankConfig:
     Attributes:
         kind: "embedded" (generated, no download), "zeroeval" or "mmlu_pro" (published tables), or "table" (the
             folder's).
-        folder: of kind "table": what `python -m jaxroute.bank build` wrote.
+        folder: of kind "table": what `python -m jaxroute bank build` wrote.
         predictions: folder of a predictor's predictions for the rows of a real table, which the router sees
             instead of those as good as `predictor`.
         num_prompts: rows; None takes every row of a real table (the embedded bank needs a number).
@@ -335,7 +335,7 @@ def load_table(source: BankConfig | Path | str, data_dir: Path | None = None) ->
         if source.folder is None:
             raise UserError(
                 "bank.kind='table' reads a folder and bank.folder is not set: set it to one that "
-                "python -m jaxroute.bank build wrote"
+                "python -m jaxroute bank build wrote"
             )
         return read_table(Path(source.folder))
     if data_dir is None:

@@ -125,7 +125,7 @@ def _recoded(
 
 def read_predictions(folder: Path, llms: Sequence[str], num_rows: int) -> Predictions:
     """Read what a predictor has written for a table of so many rows, of these LLMs."""
-    remedy = "set bank.predictions to a folder that python -m jaxroute.predict wrote, or null"
+    remedy = "set bank.predictions to a folder that python -m jaxroute predict wrote, or null"
 
     def read(name: str, rows: int, what: str) -> tuple[Path, Float[np.ndarray, "row llm"]]:
         path = folder / name
@@ -157,7 +157,7 @@ def split_of_rows(num_rows: int) -> Bool[np.ndarray, "prompt"]:
 def read_parquet(
     path: Path,
     remedy: str = "set JAXROUTE_DATA or data_dir to the folder of the published tables, or bank.folder to one that "
-    "python -m jaxroute.bank build wrote",
+    "python -m jaxroute bank build wrote",
 ) -> pandas.DataFrame:
     """Read one table; pandas is imported here because only real tables need it."""
     if not path.exists():

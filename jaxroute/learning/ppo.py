@@ -24,6 +24,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from jaxroute.devices import compiler_options
 from jaxroute.errors import UserError
 from jaxroute.learning.gae import generalised_advantages
 
@@ -289,14 +290,3 @@ def make_ppo(
     init = jax.jit(init, compiler_options=compiler_options(mesh, runs_once=True))
     update = jax.jit(update, donate_argnums=0, compiler_options=compiler_options(mesh))
     return Learner(init, update, steps_per_update, num_updates)
-
-
-def compiler_options(mesh: Mesh, *, runs_once: bool = False) -> dict[str, int]:
-    """Return how hard a CPU's compiler shall try.
-
-    What runs once is there in half the time without optimisation. The first level gives the environment and the
-    networks code as fast as the third and last, if not faster, and takes four fifths of its time.
-    """
-    if mesh.devices.flat[0].platform != "cpu":
-        return {}
-    return {"xla_backend_optimization_level": 0 if runs_once else 1}

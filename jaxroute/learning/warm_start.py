@@ -22,9 +22,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from jaxroute.devices import compiler_options
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.errors import UserError
-from jaxroute.learning.ppo import compiler_options
 from jaxroute.networks import INITIAL_LOG_TRUST
 from jaxroute.policies import Policy, learned_policy
 from jaxroute.policies.planning import BASE, drawn_values

@@ -52,7 +52,7 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """Predicts each LLM's answer to a prompt from its text; `python -m jaxroute.predict` makes one.
+    """Predicts each LLM's answer to a prompt from its text; `python -m jaxroute predict` makes one.
 
     Attributes:
         models: names of the LLMs, in the order of the columns.
@@ -116,7 +116,7 @@ class Predictor:
         folder = Path(folder)
         if not (folder / _SETTINGS).is_file():
             raise UserError(
-                f"{folder} holds no {_SETTINGS}: name the folder predictor/ in what python -m jaxroute.predict wrote"
+                f"{folder} holds no {_SETTINGS}: name the folder predictor/ in what python -m jaxroute predict wrote"
             )
         try:
             settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))

@@ -124,9 +124,11 @@ class Expert:
                 if start >= until:
                     return
                 self.schedule(start)
-            if self.current.end > until:
+            iteration = self.current
+            assert iteration is not None
+            if iteration.end > until:
                 return
-            self.apply()
+            self.apply(iteration)
 
     def share_tokens(self) -> None:
         """Step 1: in order of admission, each running request gets what it needs while the budget lasts."""
@@ -191,9 +193,9 @@ class Expert:
         )
         self.log.append(self.current)
 
-    def apply(self) -> None:
+    def apply(self, iteration: Iteration) -> None:
         """Step 5: the iteration ends; its tokens count now."""
-        self.clock = self.current.end
+        self.clock = iteration.end
         for request, n in zip(self.running, self.tokens, strict=True):
             request.computed += n
             if request.need == 0:
@@ -256,8 +258,9 @@ def simulate(
             status[r] = REJECTED
     for expert in experts:
         expert.advance(math.inf)
-        for iteration in expert.log if observe else ():
-            observe(iteration)
+        if observe is not None:
+            for iteration in expert.log:
+                observe(iteration)
 
     return Result(
         status=status,

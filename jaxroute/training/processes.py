@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 
 import jax
 
 from jaxroute.config import Config
+from jaxroute.devices import usable_cores, use_cpu_devices
 from jaxroute.errors import UserError
 
 # Environments of a training on a CPU, unless the user says otherwise.
@@ -49,20 +49,6 @@ def split_cpu(config: Config) -> None:
     num_envs = config.ppo.num_envs or ENVS_ON_CPU
     if num_envs >= ENVS_ON_CPU and num_envs % (2 * config.ppo.num_minibatches) == 0 and usable_cores() > 1:
         use_cpu_devices(2)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use; a job scheduler or a container may leave it few of the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def use_cpu_devices(count: int) -> None:
-    """Make `count` devices of a CPU, unless the user has said how many there are, or JAX runs already."""
-    if "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", count)
 
 
 def is_first_process() -> bool:

@@ -6,10 +6,9 @@ global state or needs a display.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -21,36 +20,14 @@ from matplotlib.text import Text
 from jaxroute.evaluation.metrics import LOADS
 from jaxroute.evaluation.report.tables import plus_minus, seeds_text
 from jaxroute.evaluation.result import EvaluationResult
+from jaxroute.plotting import REFERENCE_COLOUR, STYLE, TEXT_COLOUR, expert_colours
 from jaxroute.policies import RULES
 
-# Okabe and Ito (2008): distinguishable with every common colour vision deficiency.
-REFERENCE_COLOUR = "#D55E00"
 _HIGHLIGHTS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = ("o", "s", "^", "D", "v")
 _UPPER = "#222222"
 _WEAK = "#C4C4C4"
-_TEXT = "#333333"
 _LATE, _REJECTED = "#E69F00", "#7A3B00"
-
-STYLE: Any = {
-    "font.size": 9.0,
-    "axes.titlesize": 11.0,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelcolor": _TEXT,
-    "axes.edgecolor": "#888888",
-    "axes.spines.top": False,
-    "figure.constrained_layout.h_pad": 0.09,
-    "figure.constrained_layout.w_pad": 0.09,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.8,
-    "text.color": _TEXT,
-    "xtick.color": _TEXT,
-    "ytick.color": _TEXT,
-    "legend.frameon": False,
-}
 
 
 class _Look(NamedTuple):
@@ -219,7 +196,7 @@ def plot_policy_comparison(result: EvaluationResult) -> Figure:
     half = np.array([interval.ci95 for interval in intervals])  # nan, and then not drawn, for a single seed
     ends = means + np.nan_to_num(half)
     y = np.arange(len(policies))
-    bars = left.barh(y, means, 0.72, xerr=half, error_kw={"lw": 1, "ecolor": _TEXT, "capsize": 2})
+    bars = left.barh(y, means, 0.72, xerr=half, error_kw={"lw": 1, "ecolor": TEXT_COLOUR, "capsize": 2})
     for policy, bar in zip(policies, bars, strict=True):
         if policy in result.upper_references:
             bar.set(facecolor="white", edgecolor="#777777", hatch="////", linewidth=0.8)
@@ -248,13 +225,6 @@ def plot_policy_comparison(result: EvaluationResult) -> Figure:
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
     return figure
-
-
-def expert_colours(number: int) -> list[str]:
-    """Return as many distinguishable colours as there are experts."""
-    if number <= 7:
-        return ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"][:number]
-    return [mpl.colors.to_hex(colour) for colour in mpl.colormaps["viridis"](np.linspace(0, 1, number))]
 
 
 @mpl.rc_context(STYLE)
@@ -467,10 +437,3 @@ PLOTS: dict[str, Callable[[EvaluationResult], Figure]] = {
     "expert_choice": plot_expert_choice,
     "quality_latency": plot_quality_latency,
 }
-
-
-def png_bytes(figure: Figure) -> bytes:
-    """Render a figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, pil_kwargs={"optimize": True})
-    return buffer.getvalue()

@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,25 +16,14 @@ import jinja2
 import numpy as np
 
 from jaxroute.evaluation.metrics import LOADS, METRICS
-from jaxroute.evaluation.report.figures import PLOTS, png_bytes
+from jaxroute.evaluation.report.figures import PLOTS
 from jaxroute.evaluation.report.tables import COLUMNS, DETAIL_COLUMNS, summary_text, table_rows
 from jaxroute.evaluation.result import EvaluationResult, means
 from jaxroute.evaluation.statistics import Interval
+from jaxroute.files import write_file
+from jaxroute.plotting import png_bytes
 
 # --- JSON and CSV --------------------------------------------------------------------------------------
-
-
-def write_file(path: str | Path, content: str | bytes) -> Path:
-    """Write a file at once: a reader sees the old or the new one, never a half."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def jsonable(value: Any) -> Any:

@@ -22,23 +22,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from jaxroute.config import Config, StudyCell, StudyConfig, load_config
+from jaxroute.config import Config, load_config
+from jaxroute.config.schema import StudyCell, StudyConfig
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.errors import UserError
 from jaxroute.evaluation.episodes import evaluate_policies
 from jaxroute.evaluation.judge import versions
 from jaxroute.evaluation.metrics import summarise
 from jaxroute.evaluation.report.figures import (
-    REFERENCE_COLOUR,
-    STYLE,
-    expert_colours,
     has_choices,
     plot_expert_choice,
     plot_expert_share,
     plot_policy_comparison,
     plot_qos_against_load,
     plot_quality_latency,
-    png_bytes,
     set_title,
     subtitle_of,
 )
@@ -53,10 +50,11 @@ from jaxroute.evaluation.report.write import (
     flat_settings,
     jsonable,
     load_content,
-    write_file,
 )
 from jaxroute.evaluation.result import EvaluationResult, Summary
 from jaxroute.evaluation.statistics import Interval, interquartile_mean, ranks
+from jaxroute.files import write_file
+from jaxroute.plotting import REFERENCE_COLOUR, STYLE, expert_colours, png_bytes
 from jaxroute.policies import RULES, Policy, learned_policy, rules_named
 from jaxroute.policies.planning import clairvoyant, lookahead
 from jaxroute.runs import check_fits, read_policy

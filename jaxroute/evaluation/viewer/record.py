@@ -21,7 +21,8 @@ from jaxroute.env.environment import site_of
 from jaxroute.env.types import Candidates, Request
 from jaxroute.errors import UserError
 from jaxroute.evaluation.judge import versions
-from jaxroute.evaluation.report.write import fill_template, jsonable, write_file
+from jaxroute.evaluation.report.write import fill_template, jsonable
+from jaxroute.files import write_file
 from jaxroute.policies import LEARNED, RULES, Policy, learned_policy
 from jaxroute.runs import load_policy
 from jaxroute.scenarios import build_env, on_test_prompts

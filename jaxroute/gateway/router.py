@@ -1,43 +1,27 @@
 """A trained router in a gateway: it is told what happens to requests, and says where to send the next one.
 
-`Router.load` reads what `python -m jaxroute.export` wrote. The router keeps the observation graph itself, on the host:
+`Router.load` reads what `python -m jaxroute export` wrote. The router keeps the observation graph itself, on the host:
 who is where, for how long, and what is left of it. What the gateway does not tell is inferred, as docs/export.md says.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import importlib.util
-import json
 import math
 import operator
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.export
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 from jaxtyping import Bool, Float
 
 from jaxroute.env.environment import ARRIVAL_WINDOW, LATENCY_WINDOW
 from jaxroute.env.types import Batch
 from jaxroute.errors import UserError
-from jaxroute.serving import ExpertConfig, Site, SiteConfig, build_site
-
-FORMAT, FORMAT_VERSION = "jaxroute-router", 1
-MANIFEST, DECIDE, PREDICTOR = "manifest.json", "decide.jax_export", "predictor"
-
-# What the exported function takes: four float32 arrays, the fields of each along its first axis.
-FIELDS: dict[str, tuple[str, ...]] = {
-    "site": (*(entry.name for entry in dataclasses.fields(Site)), "log_length_error"),  # (field, expert)
-    "batch": Batch._fields,  # (field, slot, expert); masks are 0 or 1
-    "experts": ("recent_latency", "up", "predicted_quality", "predicted_output_tokens"),  # (field, expert)
-    "arrival": ("prompt_tokens", "latency_requirement", "age", "mean_gap"),  # (field,)
-}
+from jaxroute.gateway.artefact import FIELDS, MANIFEST, compile_decision, load_predictor, read_manifest
+from jaxroute.serving import ExpertConfig, SiteConfig, build_site
 
 _BATCH = Batch(*range(len(Batch._fields)))
 
@@ -120,7 +104,7 @@ class Router:
         """Read and compile an exported router.
 
         Args:
-            folder: what `python -m jaxroute.export` wrote.
+            folder: what `python -m jaxroute export` wrote.
             rate: requests per second to expect at the start, that of the export by default; it is soon forgotten.
             platform: cpu, which decides fastest, or cuda.
 
@@ -128,7 +112,7 @@ class Router:
             UserError: the folder is incomplete, damaged, or of another version.
         """
         folder = Path(folder)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         try:
             experts = [ExpertConfig(**expert) for expert in manifest["site"]["experts"]]
             site = SiteConfig(manifest["site"]["name"], experts)
@@ -142,8 +126,8 @@ class Router:
             raise UserError(f"{folder / MANIFEST} is damaged ({error}); export the router again") from None
         if not 0 < expected < math.inf:
             raise UserError(f"rate={expected} must be above 0 requests per second, and finite")
-        decide = _compile(folder, values, slots, platform, f"jax {manifest.get('jax')}")
-        return cls(site, errors, slots, expected, decide, _load_predictor(folder, columns) if columns else None)
+        decide = compile_decision(folder, values, slots, platform, f"jax {manifest.get('jax')}")
+        return cls(site, errors, slots, expected, decide, load_predictor(folder, columns) if columns else None)
 
     def route(
         self,
@@ -453,105 +437,3 @@ class Router:
 
 
 # --- Reading an export --------------------------------------------------------------------------------------
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check the manifest, and that the files are those that it names.
-
-    Raises:
-        UserError: it is not there, not ours, of another version, or a file differs.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__}); name a folder that python -m jaxroute.export wrote"
-        ) from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{path} is not an exported router's; name a folder that python -m jaxroute.export wrote")
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{folder} is an exported router of format {version}, and this jaxroute reads format {FORMAT_VERSION}; "
-            "export it again with this version"
-        )
-    files = manifest.get("files")
-    if not isinstance(files, dict) or DECIDE not in files:
-        raise UserError(f"{path} is damaged (it names no {DECIDE}); export the router again")
-    for name, digest in files.items():
-        if not (folder / name).is_file() or file_digest(folder / name) != digest:
-            raise UserError(f"{folder / name} is missing or damaged; export the router again")
-    return manifest
-
-
-def file_digest(path: Path) -> str:
-    """Return a file's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _compile(
-    folder: Path, site: Float[np.ndarray, "field expert"], slots: int, platform: str, written_by: str
-) -> Callable[..., Any]:
-    """Return the exported function, compiled for one device of the platform, of all arguments but the site."""
-    check_flatbuffers()
-    serialised = (folder / DECIDE).read_bytes()
-    try:
-        exported = jax.export.deserialize(bytearray(serialised))
-    except Exception as error:  # It raises many kinds; to the user they all mean that the two versions do not fit.
-        raise UserError(
-            f"{folder} was exported by {written_by}, which jax {jax.__version__} cannot read "
-            f"({type(error).__name__}); export it again with a jax of about the same age"
-        ) from error
-    num_experts = site.shape[1]
-    batch, experts, arrival = (len(FIELDS[name]) for name in ("batch", "experts", "arrival"))
-    shapes = [site.shape, (batch, slots, num_experts), (experts, num_experts), (arrival,)]
-    if [aval.shape for aval in exported.in_avals] != shapes:
-        raise UserError(f"{folder / MANIFEST} is damaged (it is of another site); export the router again")
-    if platform not in exported.platforms:
-        raise UserError(f"platform={platform} is unknown; choose {' or '.join(exported.platforms)}")
-    try:
-        device = jax.devices(platform)[0]
-    except RuntimeError:
-        raise UserError(f"platform={platform}: jax finds no such device here; use platform=cpu") from None
-    executable = _executable(serialised, device)
-    of_site = jax.device_put(site, device)
-    return lambda *rest: executable(of_site, *rest)
-
-
-@cache
-def _executable(serialised: bytes, device: jax.Device) -> Callable[..., Any]:
-    """Compile once, however many routers of a process are loaded from one export."""
-    exported = jax.export.deserialize(bytearray(serialised))
-    place = SingleDeviceSharding(device)
-    arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=place) for aval in exported.in_avals]
-    return jax.jit(exported.call).lower(*arguments).compile()
-
-
-def check_flatbuffers() -> None:
-    """Check that jax can write and read exports.
-
-    Raises:
-        UserError: it lacks a package for that.
-    """
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise UserError("exported routers need the package flatbuffers; run pip install 'jaxroute[export]'")
-
-
-def _load_predictor(folder: Path, columns: Sequence[str]) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
-    """Return what predicts quality and length at each expert from a prompt's text."""
-    predictor = predictor_class().load(folder / PREDICTOR)
-    chosen = [list(predictor.models).index(column) for column in columns]
-
-    def predict(prompt: str) -> tuple[np.ndarray, np.ndarray]:
-        quality, length = predictor([prompt])
-        return np.asarray(quality)[0, chosen], np.asarray(length)[0, chosen]
-
-    return predict
-
-
-def predictor_class() -> Any:
-    """Return `jaxroute.predictors.Predictor`, which a router without a predictor does not need."""
-    from jaxroute.predictors import Predictor
-
-    return Predictor

@@ -1,13 +1,12 @@
 """Banks of a user's own: build one from an evaluation, describe what it holds.
 
-python -m jaxroute.bank build INPUT --out FOLDER
-python -m jaxroute.bank describe FOLDER
+python -m jaxroute bank build INPUT --out FOLDER
+python -m jaxroute bank describe FOLDER
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from rich.table import Table as Grid
 
 from jaxroute.banks.bank import MIN_ROWS, load_table
 from jaxroute.banks.tables import Table, choose_llms, read_long_table, write_table
-from jaxroute.command import Parser, run_chosen, run_command
+from jaxroute.commands.arguments import Parser, run_chosen, run_command
 
 _COLUMNS = 7  # of one printed table, so that categories with long names fit beside long names of LLMs
 
@@ -30,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m jaxroute.bank", description="Request banks from your own evaluation.")
+    parser = Parser(prog="python -m jaxroute bank", description="Request banks from your own evaluation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     build = commands.add_parser("build", help="write a bank from an evaluation")
     build.add_argument(
@@ -130,7 +129,3 @@ def _choice(table: Table, missing: Bool[np.ndarray, "prompt llm"]) -> str:
 def _mean(values: Float[np.ndarray, "prompt"], digits: int) -> str:
     known = values[~np.isnan(values)]
     return f"{known.mean():.{digits}f}" if len(known) else "-"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,10 +1,9 @@
-"""Experts from measured logs: `python -m jaxroute.calibrate LOG... --out configs/site/mine.yaml`."""
+"""Experts from measured logs: `python -m jaxroute calibrate LOG... --out configs/site/mine.yaml`."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from jaxroute.cli import use_compilation_cache
-from jaxroute.command import Parser, check_choice, run_command, usage_of_choice, write_choice
+from jaxroute.commands.arguments import Parser, run_command
+from jaxroute.config.choices import check_choice, usage_of_choice, write_choice
+from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
 from jaxroute.fitting.calibration import (
     COEFFICIENTS,
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m jaxroute.calibrate", description="Fit experts to serving logs.")
+    parser = Parser(prog="python -m jaxroute calibrate", description="Fit experts to serving logs.")
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="a log of one expert, or a profile table")
     parser.add_argument("--out", type=Path, required=True, help="the site, such as configs/site/mine.yaml")
     of_each = "of each log; one for all, or one per log"
@@ -81,7 +81,7 @@ def _calibrate(options: argparse.Namespace, console: Console) -> None:
                 console.print(f"  {notes[-1]} ({simulated / measured - 1:+.1%})", highlight=False)
             figures[f"{options.out.stem}_{path.name.partition('.')[0]}.png"] = (log, fit)
         experts.append(_expert_yaml(model, accelerator, coefficients, errors, notes, options))
-    header = f"# Written by python -m jaxroute.calibrate.\nname: {options.out.stem}\nexperts:\n"
+    header = f"# Written by python -m jaxroute calibrate.\nname: {options.out.stem}\nexperts:\n"
     write_choice("site", options.out, "".join([header, *experts]), check=lambda config: build_site(config.site))
     for name, (log, fit) in figures.items():
         _figure(log, fit).savefig(options.out.parent / name, dpi=120)
@@ -161,7 +161,3 @@ def _figure(log: ServingLog, fit: Calibration) -> Figure:
         axes.set(title=name, xlabel="measured", ylabel="simulated")
         axes.legend(frameon=False)
     return figure
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,10 @@
-"""What a router can know of an answer, from the prompt's text: `python -m jaxroute.predict BANK --out FOLDER`."""
+"""What a router can know of an answer, from the prompt's text: `python -m jaxroute predict BANK --out FOLDER`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from rich.table import Table as Grid
 
 from jaxroute.banks.bank import load_table, split_of_rows
 from jaxroute.banks.tables import Table, choose_llms
-from jaxroute.cli import use_compilation_cache
-from jaxroute.command import Parser, run_command
+from jaxroute.commands.arguments import Parser, run_command
+from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
 from jaxroute.files import complete_folder
 from jaxroute.predictors.metrics import measure, reliability
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m jaxroute.predict", description="Predict quality and length of answers from prompts' text."
+        prog="python -m jaxroute predict", description="Predict quality and length of answers from prompts' text."
     )
     parser.add_argument("bank", type=Path, metavar="BANK", help="folder of a bank, or of published tables")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="predictions; must not exist yet")
@@ -97,7 +96,7 @@ def _texts(table: Table, folder: Path) -> list[str]:
     if "prompt" not in table.queries.columns:
         raise UserError(
             f"{path} has no column 'prompt', and a predictor needs the prompts' text: add it, or build the bank with "
-            "python -m jaxroute.bank build"
+            "python -m jaxroute bank build"
         )
     prompts = table.queries["prompt"].tolist()
     for row, prompt in enumerate(prompts, 1):
@@ -275,7 +274,3 @@ def _reliability(
     ends = [min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])]
     axes.plot(ends, ends, color="black", linewidth=0.8)
     axes.legend(frameon=False)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

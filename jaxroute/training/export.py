@@ -1,18 +1,16 @@
 """A trained router for any gateway.
 
-python -m jaxroute.export RUN --out FOLDER [--predictor FOLDER] [option=value ...]
+python -m jaxroute export RUN --out FOLDER [--predictor FOLDER] [option=value ...]
 
 The folder holds the decision, from what a gateway knows to the expert, as one StableHLO program with the parameters in
-it, and a manifest. `jaxroute.router.Router` reads it; docs/export.md describes both.
+it, and a manifest. `jaxroute.gateway.Router` reads it; docs/export.md describes both.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,17 +20,15 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from rich.console import Console
 
 import jaxroute
-from jaxroute.command import Parser, run_command
 from jaxroute.config import Config, load_config, read_config
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.env.environment import observe
 from jaxroute.env.types import Batch
 from jaxroute.errors import UserError
 from jaxroute.files import complete_folder
-from jaxroute.router import (
+from jaxroute.gateway.artefact import (
     DECIDE,
     FIELDS,
     FORMAT,
@@ -51,36 +47,6 @@ PLATFORMS = ("cpu", "cuda")
 
 # What the decision depends on, beside the run.
 _OPTIONS = ("site", "bank", "workload", "data_dir")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Export a run's router; returns the exit code."""
-    return run_command(_parser(), argv, _export)
-
-
-def _export(options: argparse.Namespace, console: Console) -> None:
-    manifest = export_router(options.run, options.out, predictor=options.predictor, overrides=options.options)
-    console.print(
-        f"{options.out}: {manifest['checkpoint']} for the {len(manifest['site']['experts'])} experts of site "
-        f"{manifest['site']['name']}, {manifest['slots']} requests each",
-        f"Use it with: jaxroute.router.Router.load({str(options.out)!r})",
-        sep="\n", markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
-
-
-class _Intermixed(Parser):
-    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        """Take site=lab after --out router as well as before it."""
-        return self.parse_intermixed_args(args, namespace)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Intermixed(prog="python -m jaxroute.export", description="Export a trained router for use in a gateway.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory or one of its checkpoints")
-    parser.add_argument("options", nargs="*", metavar="option=value", help="other than the run's, e.g. site=edge16")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="must not exist yet")
-    parser.add_argument("--predictor", type=Path, metavar="FOLDER", help="predicts from a prompt's text; is copied")
-    return parser
 
 
 def export_router(
@@ -207,7 +173,3 @@ def _write(folder: Path, manifest: dict[str, Any], exported: bytes, predictor: P
         files = sorted(path for path in draft.rglob("*") if path.is_file())
         manifest["files"] = {path.relative_to(draft).as_posix(): file_digest(path) for path in files}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

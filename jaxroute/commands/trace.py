@@ -1,13 +1,12 @@
 """Traces of a user's own: describe one, or fit an arrival process to it, which a few figures share.
 
-python -m jaxroute.trace describe FILE [--plot OUT.png]
-python -m jaxroute.trace fit FILE --out configs/workload/mine.yaml [--process gamma|mmpp] [--plot OUT.png]
+python -m jaxroute trace describe FILE [--plot OUT.png]
+python -m jaxroute trace fit FILE --out configs/workload/mine.yaml [--process gamma|mmpp] [--plot OUT.png]
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,11 +23,12 @@ from rich.table import Column, Table
 from scipy.optimize import least_squares
 from scipy.special import gammainc
 
-from jaxroute.cli import use_compilation_cache
-from jaxroute.command import Parser, check_choice, run_chosen, run_command, usage_of_choice, write_choice
+from jaxroute.commands.arguments import Parser, run_chosen, run_command
+from jaxroute.config.choices import check_choice, usage_of_choice, write_choice
+from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
-from jaxroute.evaluation.report.figures import REFERENCE_COLOUR, STYLE, png_bytes
-from jaxroute.evaluation.report.write import write_file
+from jaxroute.files import write_file
+from jaxroute.plotting import REFERENCE_COLOUR, STYLE, png_bytes
 from jaxroute.workloads import Trace, Workload, build_workload, read_trace
 from jaxroute.workloads.arrivals import ArrivalParams, ArrivalProcess, ArrivalState, first_arrival_state
 from jaxroute.workloads.traces import fano_factor, gap_variation, window_counts
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m jaxroute.trace", description="Recorded arrivals: what they are like, a fit.")
+    parser = Parser(prog="python -m jaxroute trace", description="Recorded arrivals: what they are like, a fit.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     describe = commands.add_parser("describe", help="print and plot what a trace is like")
     describe.set_defaults(run=_describe)
@@ -479,7 +479,7 @@ def _percent(error: float) -> str:
 def _workload_yaml(name: str, fit: Fit, trace: Trace, windows: Sequence[float]) -> str:
     times = trace.arrival_time
     lines = [
-        f"# Fitted by python -m jaxroute.trace to {len(times)} recorded requests in {times[-1]:.0f} s; trace, and fit:"
+        f"# Fitted by python -m jaxroute trace to {len(times)} recorded requests in {times[-1]:.0f} s; trace, and fit:"
     ]
     figures = zip(_names(windows), _measured(times, windows), _of_fit(fit, windows, float(times[-1])), strict=True)
     lines += [f"#   {name} {_number(measured)}, {_number(fitted)}" for name, measured, fitted in figures]
@@ -569,7 +569,3 @@ def _plot_fano(axes: Axes, times: Times, **look: Any) -> None:
 def _poisson_line(axes: Axes) -> None:
     axes.axhline(1, color="0.5", ls="--", lw=1, label="Poisson")
     axes.legend()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Every option of train.py and eval.py, with its type, default and meaning.
 
-`python -m jaxroute.options` prints docs/options.md. All is read from the dataclasses of the configuration and the YAML
-files in configs/, so that nothing is said twice.
+`python -m jaxroute.config.options` prints docs/options.md. All is read from the dataclasses of the configuration and
+the YAML files in configs/, so that nothing is said twice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-from jaxroute.config import Config, config_folder, load_config
+from jaxroute.config.load import config_folder, load_config
+from jaxroute.config.schema import Config
 from jaxroute.serving import Site
 from jaxroute.serving.site import ExpertConfig
 
@@ -64,7 +65,8 @@ def page() -> str:
         "# Options",
         "",
         "Every option of `train.py` and `eval.py`, as on the command line: `python train.py workload=gamma seed=3`.",
-        "`--cfg` prints the configuration that a command line results in. Written by `python -m jaxroute.options`.",
+        "`--cfg` prints the configuration that a command line results in.",
+        "Written by `python -m jaxroute.config.options`.",
         "",
         "| group | choices |",
         "|---|---|",

@@ -1,0 +1,38 @@
+"""One file per command of `python -m jaxroute`; each has a `main` that takes the command's words."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train a router, then judge it against the rules",
+    "eval": "judge a router and the rules, run a study, or record an episode to watch",
+    "trace": "describe recorded arrivals, or fit a workload to them",
+    "calibrate": "fit a site's experts to serving logs or profiles",
+    "bank": "turn an evaluation of your LLMs into a bank of prompts",
+    "predict": "predict quality and length of answers from prompts' text",
+    "export": "write a trained router as a folder that a gateway loads",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first word names; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        print(f"error: {name} is no command; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    # Imported here: each loads what it needs, and no more.
+    code: int = importlib.import_module(f"jaxroute.commands.{name}").main(rest)
+    return code
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items()]
+    return "\n".join(["usage: jaxroute COMMAND ...", "", *lines, "", "jaxroute COMMAND --help says more."])

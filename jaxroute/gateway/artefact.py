@@ -1,0 +1,135 @@
+"""The folder of an exported router: its manifest, its checks, and the compiled decision."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Float
+
+from jaxroute.env.types import Batch
+from jaxroute.errors import UserError
+from jaxroute.serving import Site
+
+FORMAT, FORMAT_VERSION = "jaxroute-router", 1
+MANIFEST, DECIDE, PREDICTOR = "manifest.json", "decide.jax_export", "predictor"
+
+# What the exported function takes: four float32 arrays, the fields of each along its first axis.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "site": (*(entry.name for entry in dataclasses.fields(Site)), "log_length_error"),  # (field, expert)
+    "batch": Batch._fields,  # (field, slot, expert); masks are 0 or 1
+    "experts": ("recent_latency", "up", "predicted_quality", "predicted_output_tokens"),  # (field, expert)
+    "arrival": ("prompt_tokens", "latency_requirement", "age", "mean_gap"),  # (field,)
+}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check the manifest, and that the files are those that it names.
+
+    Raises:
+        UserError: it is not there, not ours, of another version, or a file differs.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}); name a folder that python -m jaxroute export wrote"
+        ) from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path} is not an exported router's; name a folder that python -m jaxroute export wrote")
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} is an exported router of format {version}, and this jaxroute reads format {FORMAT_VERSION}; "
+            "export it again with this version"
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or DECIDE not in files:
+        raise UserError(f"{path} is damaged (it names no {DECIDE}); export the router again")
+    for name, digest in files.items():
+        if not (folder / name).is_file() or file_digest(folder / name) != digest:
+            raise UserError(f"{folder / name} is missing or damaged; export the router again")
+    return manifest
+
+
+def file_digest(path: Path) -> str:
+    """Return a file's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def compile_decision(
+    folder: Path, site: Float[np.ndarray, "field expert"], slots: int, platform: str, written_by: str
+) -> Callable[..., Any]:
+    """Return the exported function, compiled for one device of the platform, of all arguments but the site."""
+    check_flatbuffers()
+    serialised = (folder / DECIDE).read_bytes()
+    try:
+        exported = jax.export.deserialize(bytearray(serialised))
+    except Exception as error:  # It raises many kinds; to the user they all mean that the two versions do not fit.
+        raise UserError(
+            f"{folder} was exported by {written_by}, which jax {jax.__version__} cannot read "
+            f"({type(error).__name__}); export it again with a jax of about the same age"
+        ) from error
+    num_experts = site.shape[1]
+    batch, experts, arrival = (len(FIELDS[name]) for name in ("batch", "experts", "arrival"))
+    shapes = [site.shape, (batch, slots, num_experts), (experts, num_experts), (arrival,)]
+    if [aval.shape for aval in exported.in_avals] != shapes:
+        raise UserError(f"{folder / MANIFEST} is damaged (it is of another site); export the router again")
+    if platform not in exported.platforms:
+        raise UserError(f"platform={platform} is unknown; choose {' or '.join(exported.platforms)}")
+    try:
+        device = jax.devices(platform)[0]
+    except RuntimeError:
+        raise UserError(f"platform={platform}: jax finds no such device here; use platform=cpu") from None
+    executable = _executable(serialised, device)
+    of_site = jax.device_put(site, device)
+    return lambda *rest: executable(of_site, *rest)
+
+
+@cache
+def _executable(serialised: bytes, device: jax.Device) -> Callable[..., Any]:
+    """Compile once, however many routers of a process are loaded from one export."""
+    exported = jax.export.deserialize(bytearray(serialised))
+    place = SingleDeviceSharding(device)
+    arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=place) for aval in exported.in_avals]
+    return jax.jit(exported.call).lower(*arguments).compile()
+
+
+def check_flatbuffers() -> None:
+    """Check that jax can write and read exports.
+
+    Raises:
+        UserError: it lacks a package for that.
+    """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise UserError("exported routers need the package flatbuffers; run pip install 'jaxroute[export]'")
+
+
+def load_predictor(folder: Path, columns: Sequence[str]) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
+    """Return what predicts quality and length at each expert from a prompt's text."""
+    predictor = predictor_class().load(folder / PREDICTOR)
+    chosen = [list(predictor.models).index(column) for column in columns]
+
+    def predict(prompt: str) -> tuple[np.ndarray, np.ndarray]:
+        quality, length = predictor([prompt])
+        return np.asarray(quality)[0, chosen], np.asarray(length)[0, chosen]
+
+    return predict
+
+
+def predictor_class() -> Any:
+    """Return `jaxroute.predictors.Predictor`, which a router without a predictor does not need."""
+    from jaxroute.predictors import Predictor
+
+    return Predictor
