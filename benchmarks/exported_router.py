@@ -85,17 +85,17 @@ def play(
     routers: list[Router] | None,
     told: str,
     *,
-    seeds: int,
+    episodes: int,
     requests: int,
     seed: int = SEED,
 ) -> Played:
-    """Let `routers`, one per episode, or else the policy drive the first `seeds` episodes of an evaluation."""
-    keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.key(seed), seeds))
+    """Let `routers`, one per episode, or else the policy drive the first `episodes` episodes of an evaluation."""
+    keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.key(seed), episodes))
     step_keys = jax.vmap(lambda key: jax.random.split(key, requests))(keys[:, 1])
     params_of_policy = policy.params
     carry, seen = _begin(env, policy.network, params, params_of_policy, keys[:, 0])
     gateways = [_Gateway(router, np.asarray(params.site.network_delay), told) for router in routers or []]
-    qos = np.full((seeds, requests), np.nan)
+    qos = np.full((episodes, requests), np.nan)
     rows = []
     while True:
         seen = jax.device_get(seen)
@@ -103,7 +103,7 @@ def play(
         if not counts.any():
             break
         chosen, logits = seen.preferred.copy(), np.full_like(seen.logits, np.nan)
-        seconds = np.full(seeds, np.nan)
+        seconds = np.full(episodes, np.nan)
         for e, gateway in enumerate(gateways):
             if counts[e]:
                 chosen[e], seconds[e] = gateway.route(jax.tree.map(lambda leaf, e=e: leaf[e], seen))
@@ -255,7 +255,7 @@ class Judged(NamedTuple):
 
     run: Path
     overrides: tuple[str, ...]
-    seeds: int
+    episodes: int
     requests: int
     warmup: int
 
@@ -265,13 +265,13 @@ class Judged(NamedTuple):
         env, params = build_env(config)
         return env, params, load_policy(self.run, env, params), float(params.rate[0])
 
-    def play(self, folder: Path, told: str | None, seeds: int | None = None) -> Played:
+    def play(self, folder: Path, told: str | None, episodes: int | None = None) -> Played:
         """Let exported routers drive that are told so much; or, told None, the policy in the environment."""
         env, params, policy, rate = self.build()
-        seeds = seeds or self.seeds
-        routers = None if told is None else [Router.load(folder, rate=rate) for _ in range(seeds)]
+        episodes = episodes or self.episodes
+        routers = None if told is None else [Router.load(folder, rate=rate) for _ in range(episodes)]
         steps = self.requests + 2 * self.warmup
-        return play(env, params, policy, routers, told or "", seeds=seeds, requests=steps)
+        return play(env, params, policy, routers, told or "", episodes=episodes, requests=steps)
 
 
 def fresh_run(run: Path, overrides: tuple[str, ...]) -> None:
@@ -292,7 +292,7 @@ def time_decisions(judged: Judged, folder: Path) -> dict[str, float]:
     started = time.perf_counter()
     Router.load(folder)
     load = time.perf_counter() - started
-    times = 1000 * judged.play(folder, STREAMING, seeds=1).seconds[judged.warmup :]
+    times = 1000 * judged.play(folder, STREAMING, episodes=1).seconds[judged.warmup :]
     return {"p50_ms": float(np.median(times)), "p99_ms": float(np.percentile(times, 99)), "load_seconds": load}
 
 
@@ -304,7 +304,7 @@ def main() -> None:
     options = parser.parse_args()
     use_compilation_cache()
     overrides = ("site=edge3", "workload.rate=5") if options.quick else ()
-    seeds, requests, warmup = (2, 30, 5) if options.quick else (16, 800, 300)
+    episodes, requests, warmup = (2, 30, 5) if options.quick else (16, 800, 300)
     with tempfile.TemporaryDirectory() as scratch:
         run, folder = options.run, Path(scratch) / "router"
         if run is None:
@@ -314,7 +314,7 @@ def main() -> None:
             export_router(run, folder, overrides=overrides)
         except UserError as error:
             raise SystemExit(f"error: {error}") from None
-        judged = Judged(run, overrides, seeds, requests, warmup)
+        judged = Judged(run, overrides, episodes, requests, warmup)
         # First, and alone, so that nothing else takes the core.
         times = in_own_process(time_decisions, judged, folder)
         table = Table("told", "average QoS", "minus the policy's", "same choice, %")

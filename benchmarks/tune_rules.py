@@ -30,7 +30,7 @@ GRID = {
 def main() -> None:
     """Sweep the grid and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--episodes", type=int, default=16)
     parser.add_argument("--requests", type=int, default=600)
     options = parser.parse_args()
     use_compilation_cache()
@@ -44,7 +44,7 @@ def main() -> None:
         for value in values
     ]
     records = evaluate_policies(
-        env, params, policies, rates, seed=7, seeds=options.seeds, requests=options.requests, warmup=100
+        env, params, policies, rates, seed=7, episodes=options.episodes, requests=options.requests, warmup=100
     )
     table = Table("rule", *(f"{rate:.3g} requests/s" for rate in rates), "mean")
     for policy in policies:

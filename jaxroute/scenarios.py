@@ -100,7 +100,7 @@ def build_env(
         expected_quality=weights.expected_quality,
         outages=dynamics.outages,
         random_sites=dynamics.random_sites if random_sites is None else random_sites,
-        stale=dynamics.refresh_ms > 0,
+        stale=dynamics.refresh_interval > 0,
     )
     params = EnvParams(
         site=site,
@@ -118,7 +118,7 @@ def build_env(
         outages=OutageParams(
             mean_uptime=jnp.float32(dynamics.mean_uptime), mean_downtime=jnp.float32(dynamics.mean_downtime)
         ),
-        refresh_interval=jnp.float32(dynamics.refresh_ms / 1000),
+        refresh_interval=jnp.float32(dynamics.refresh_interval),
     )
     return env, params
 

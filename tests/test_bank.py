@@ -15,7 +15,7 @@ from jaxroute.banks.bank import (
     BankConfig,
     DomainFigures,
     LLMFigures,
-    PredictorConfig,
+    NoiseConfig,
     RequestBank,
     build_bank,
 )
@@ -218,9 +218,9 @@ def test_predicted_length_adds_nothing_to_predicted_quality(embedded):
 
 
 def test_predictor_figures_are_obeyed():
-    strong = PredictorConfig(quality_auc=0.9, quality_own_r2=0.2, length_r2=0.6, length_own_r2=0.2)
+    strong = NoiseConfig(quality_auc=0.9, quality_own_r2=0.2, length_r2=0.6, length_own_r2=0.2)
     config = configured("embedded", num_prompts=2000)
-    config.predictor = strong
+    config.noise = strong
     bank = build_bank(config, POOL)
     assert auc(bank.quality, bank.predicted_quality) == pytest.approx(0.9, abs=0.01)
     assert r2(*log_lengths(bank)) == pytest.approx(0.6, abs=0.01)
@@ -231,13 +231,13 @@ def test_predictor_figures_are_obeyed():
     ("figures", "message"),
     [
         ({"quality_auc": 0.51}, r"quality_auc=0.51 is out of reach.*between 0\.7.* and 0\.9"),
-        ({"quality_auc": 0.995}, r"quality_auc=0.995 is out of reach.*change bank.predictor.quality_own_r2"),
+        ({"quality_auc": 0.995}, r"quality_auc=0.995 is out of reach.*change bank.noise.quality_own_r2"),
         ({"length_r2": 0.99}, r"length_r2=0.99 is out of reach.*choose a value between"),
     ],
 )
 def test_figures_out_of_reach(figures, message):
     with pytest.raises(UserError, match=message):
-        build_bank(configured("embedded", num_prompts=300, predictor=figures), POOL)
+        build_bank(configured("embedded", num_prompts=300, noise=figures), POOL)
 
 
 # --- published tables -----------------------------------------------------------------------------------------
@@ -467,8 +467,8 @@ DOMAIN = {
         (lambda: BankConfig(num_prompts=10), r"num_prompts=10 is too few .*at least 100"),
         (lambda: BankConfig(seed=-1), r"seed=-1 is negative"),
         (lambda: BankConfig(max_output_tokens=0), r"max_output_tokens=0 is below 1"),
-        (lambda: PredictorConfig(quality_auc=1.0), r"quality_auc=1.0 is not between 0.5 and 1"),
-        (lambda: PredictorConfig(length_r2=-0.1), r"length_r2=-0.1 is not in \[0, 1\)"),
+        (lambda: NoiseConfig(quality_auc=1.0), r"quality_auc=1.0 is not between 0.5 and 1"),
+        (lambda: NoiseConfig(length_r2=-0.1), r"length_r2=-0.1 is not in \[0, 1\)"),
         (lambda: DomainFigures(**{**DOMAIN, "share": 0.0}), r"domain 'd': share=0.0 .*above 0"),
         (
             lambda: DomainFigures(**{**DOMAIN, "difficulty_prompt_correlation": -0.9}),

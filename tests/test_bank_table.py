@@ -9,7 +9,7 @@ import pytest
 from test_bank import auc, log_lengths, r2, table_config, write_tables
 
 from jaxroute.banks import bank
-from jaxroute.banks.bank import BankConfig, PredictorConfig, build_bank, load_table, split_of_rows
+from jaxroute.banks.bank import BankConfig, NoiseConfig, build_bank, load_table, split_of_rows
 from jaxroute.commands import bank as command_line
 from jaxroute.config import load_config
 from jaxroute.errors import UserError
@@ -398,8 +398,8 @@ def test_auc_of_grades_counts_every_pair(grades):
 def test_predictions_of_graded_quality_are_as_good_as_configured(tmp_path, capsys):
     path = write_long(answers(rows=800, graded=True), tmp_path / "mine.parquet")
     assert run(capsys, "build", path, "--out", tmp_path / "bank")[0] == 0
-    figures = PredictorConfig(quality_auc=0.75, quality_own_r2=0.05, length_r2=0.5, length_own_r2=0.1)
-    bank = build_bank(own(tmp_path / "bank", predictor=figures), ["a", "b", "c"])
+    figures = NoiseConfig(quality_auc=0.75, quality_own_r2=0.05, length_r2=0.5, length_own_r2=0.1)
+    bank = build_bank(own(tmp_path / "bank", noise=figures), ["a", "b", "c"])
     quality, predicted = np.asarray(bank.quality), np.asarray(bank.predicted_quality)
     assert len(np.unique(quality)) > 50
     assert pairs_in_order(quality, predicted) == pytest.approx(0.75, abs=0.01)

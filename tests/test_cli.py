@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RULES = ("random", "shortest_queue")
 RATE = 10.0
 EVAL = (
-    "eval.seeds=2", "eval.requests=40", "eval.warmup=10", "eval.loads=[1.0]", f"workload.rate={RATE}",
+    "eval.episodes=2", "eval.requests=40", "eval.warmup=10", "eval.loads=[1.0]", f"workload.rate={RATE}",
     f"policies=[{','.join(RULES)}]",
 )  # fmt: skip
 PPO = (
@@ -129,7 +129,7 @@ def assert_results(run, reference, site="edge3", policies=RULES):
     """The files of an evaluation hold what the documentation promises."""
     results = results_of(run)
     assert (results["workload"], results["site"], results["bank"]) == ("poisson", site, "embedded")
-    assert (results["seeds"], results["requests"], results["warmup"]) == (2, 40, 10)
+    assert (results["episodes"], results["requests"], results["warmup"]) == (2, 40, 10)
     assert results["reference"] == reference
     expected = {*policies, *([reference] if reference else [])}
     assert set(results["policies"]) == expected

@@ -393,7 +393,7 @@ def test_outages_are_judged(outages):
     env, params = scenario()
     env = dataclasses.replace(env, outages=outages)
     policies = rules_named(["random", "shortest_queue"])
-    settings = {"seed": 0, "seeds": 4, "requests": 150, "warmup": 20}
+    settings = {"seed": 0, "episodes": 4, "requests": 150, "warmup": 20}
     judged = evaluate_policies(env, params, policies, [RATE], **settings)[RATE]
     a, b = judged["random"], judged["shortest_queue"]
     np.testing.assert_array_equal(a.latency_requirement, b.latency_requirement)
@@ -413,7 +413,7 @@ def test_outages_are_judged(outages):
 
 
 def test_options_reach_the_environment():
-    config = load_config(["dynamics.outages=retried", "dynamics.mean_uptime=5", "dynamics.refresh_ms=200"])
+    config = load_config(["dynamics.outages=retried", "dynamics.mean_uptime=5", "dynamics.refresh_interval=0.2"])
     env, params = build_env(config)
     assert (env.outages, env.stale, env.random_sites) == ("retried", True, 0.0)
     assert params.outages == (5.0, 60.0)
@@ -428,7 +428,7 @@ def test_options_reach_the_environment():
         ("dynamics.outages=some", "choose none, lost or retried"),
         ("dynamics.mean_uptime=0", "mean_uptime=0"),
         ("dynamics.mean_downtime=-1", "mean_downtime=-1"),
-        ("dynamics.refresh_ms=-5", "refresh_ms=-5"),
+        ("dynamics.refresh_interval=-5", "refresh_interval=-5"),
         ("train.horizon=-1", "horizon=-1"),
     ],
     ids=str,

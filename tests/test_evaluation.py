@@ -136,7 +136,7 @@ def test_rates_add_up_on_random_records():
 def counted() -> tuple[dict[str, EpisodeRecords], dict[str, int]]:
     """Records of two rules on a site of three experts, where requests are never retried."""
     env, params = jaxroute.make("edge-poisson", site="edge3", rate=1.5)
-    settings = {"seeds": 3, "requests": 80, "warmup": 20}
+    settings = {"episodes": 3, "requests": 80, "warmup": 20}
     policies = rules_named(["random", "shortest_queue"])
     return evaluate_policies(env, params, policies, [1.5], seed=1, **settings)[1.5], settings
 
@@ -215,15 +215,15 @@ def test_paired_difference_cancels_common_noise():
     difference = paired_difference(a, b)
     assert abs(difference.mean - 0.01) < difference.ci95 < 1e-3 < mean_ci95(a).ci95
     assert paired_difference(np.array([3.0, 5.0]), np.array([1.0, 3.0])) == Interval(2.0, 0.0)
-    with pytest.raises(ValueError, match="same seeds"):
+    with pytest.raises(ValueError, match="same episodes"):
         paired_difference(a, b[:1])
 
 
 # --- Reports -------------------------------------------------------------------------------------------
 
 
-def random_records(rng: np.random.Generator, quality: float, seeds: int = 4) -> EpisodeRecords:
-    shape, experts = (seeds, 60), (seeds, 3)
+def random_records(rng: np.random.Generator, quality: float, episodes: int = 4) -> EpisodeRecords:
+    shape, experts = (episodes, 60), (episodes, 3)
     rejected = rng.random(shape) < 0.1
     tokens = rng.integers(1, 50, shape)
     latency = np.where(rejected, NAN, tokens * rng.lognormal(-3.0, 0.5, shape))
@@ -239,23 +239,23 @@ def random_records(rng: np.random.Generator, quality: float, seeds: int = 4) -> 
         preemptions=rng.integers(0, 2, shape),
         busy_seconds=rng.uniform(1, 5, experts).astype(np.float32),
         kv_token_seconds=rng.uniform(1e4, 5e4, experts).astype(np.float32),
-        duration=np.full(seeds, 6.0, np.float32),
+        duration=np.full(episodes, 6.0, np.float32),
         load_counts=load_counts.astype(np.float32),
         choice_counts=rng.binomial(load_counts, 1 / 3).astype(np.float32),
     )
 
 
-def make_result(seeds: int = 4, rates: tuple[float, ...] = (4.0, 8.0)) -> EvaluationResult:
+def make_result(episodes: int = 4, rates: tuple[float, ...] = (4.0, 8.0)) -> EvaluationResult:
     qualities = {"random": 0.5, "learned": 0.8, "qos<greedy>": 0.7, "clairvoyant": 0.9, "broken": 0.1}
     summaries = {}
     for rate in rates:
         summaries[rate] = {
-            name: summarise(random_records(np.random.default_rng(int(rate)), quality, seeds))
+            name: summarise(random_records(np.random.default_rng(int(rate)), quality, episodes))
             for name, quality in qualities.items()
         }
         broken = summaries[rate]["broken"]  # a policy of which nothing was ever completed
         summaries[rate]["broken"] = {key: np.full_like(value, NAN) for key, value in broken.items()} | {
-            "avg_qos": np.zeros(seeds)
+            "avg_qos": np.zeros(episodes)
         }
     return EvaluationResult(
         workload="bursts",
@@ -263,14 +263,14 @@ def make_result(seeds: int = 4, rates: tuple[float, ...] = (4.0, 8.0)) -> Evalua
         bank="default",
         rates=rates,
         nominal_rate=rates[-1],
-        seeds=seeds,
+        episodes=episodes,
         requests=60,
         warmup=0,
         reference="learned",
         expert_names=["small", "medium", "large"],
         summaries=summaries,
         upper_references=["clairvoyant"],
-        settings={"version": "0.1.0", "eval": {"seeds": seeds, "tolerance": NAN}, "path": Path("x")},
+        settings={"version": "0.1.0", "eval": {"episodes": episodes, "tolerance": NAN}, "path": Path("x")},
     )
 
 
@@ -303,7 +303,7 @@ def strict_json(path: Path) -> dict:
 
 def test_json(result, written):
     content = strict_json(written["results.json"])
-    assert (content["workload"], content["seeds"], content["rate"]) == ("bursts", 4, 8.0)
+    assert (content["workload"], content["episodes"], content["rate"]) == ("bursts", 4, 8.0)
     assert [load["rate"] for load in content["loads"]] == [4.0, 8.0]
     assert content["loads"][1]["policies"] == content["policies"]
     assert content["loads"][1]["paired_difference"] == content["paired_difference"]
@@ -318,7 +318,7 @@ def test_json(result, written):
     np.testing.assert_allclose(learned["expert_choice"], result.expert_means(8.0, "learned", "expert_choice"))
     assert set(content["paired_difference"]) == set(content["policies"]) - {"learned"}
     assert content["paired_difference"]["random"]["mean"] > 0 > content["paired_difference"]["clairvoyant"]["mean"]
-    assert content["settings"]["eval"] == {"seeds": 4, "tolerance": None}
+    assert content["settings"]["eval"] == {"episodes": 4, "tolerance": None}
 
 
 def test_csv(result, written):
@@ -371,7 +371,7 @@ def test_markdown_table(result):
 def test_summary_in_words(result):
     text = summary_text(result)
     assert text.startswith("At 8 requests/s on bursts, learned reached an average QoS of 0.")
-    assert "above the best other policy, qos<greedy> (paired over 4 seeds)" in text
+    assert "above the best other policy, qos<greedy> (paired over 4 episodes)" in text
     assert "at each of the 2 loads it is ahead at 2." in text
     assert "clairvoyant, which sees what no router can" in text
 
@@ -385,7 +385,7 @@ def test_without_a_reference(result, tmp_path):
 
 
 def test_single_seed_has_no_intervals(tmp_path):
-    single = make_result(seeds=1, rates=(8.0,))
+    single = make_result(episodes=1, rates=(8.0,))
     content = strict_json(write_results_json(single, tmp_path / "results.json"))
     assert content["policies"]["learned"]["avg_qos"]["mean"] > 0
     assert content["policies"]["learned"]["avg_qos"]["ci95"] is None

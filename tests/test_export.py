@@ -72,7 +72,7 @@ def exported(run):
 def played(run, exported, told, options=CALM):
     env, params = build_env(load_config([*OPTIONS, *options]))
     routers = None if told is None else [Router.load(exported) for _ in range(EPISODES)]
-    return play(env, params, load_policy(run, env, params), routers, told or "", seeds=EPISODES, requests=REQUESTS)
+    return play(env, params, load_policy(run, env, params), routers, told or "", episodes=EPISODES, requests=REQUESTS)
 
 
 @pytest.fixture(scope="module")

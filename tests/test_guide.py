@@ -19,7 +19,7 @@ COMMANDS = [
 ]
 SHORT = (
     "warm_start.num_states=0 ppo.num_envs=8 ppo.num_steps=8 ppo.num_minibatches=4 ppo.total_steps=128 "
-    "eval.seeds=2 eval.requests=20 eval.warmup=10 eval.loads=[1.0] policies=[qos_greedy]"
+    "eval.episodes=2 eval.requests=20 eval.warmup=10 eval.loads=[1.0] policies=[qos_greedy]"
 )
 
 

@@ -134,7 +134,7 @@ def test_planners_route_in_an_evaluation():
     env, params = scenario()
     planners = [lookahead(env, futures=2, horizon=HORIZON), clairvoyant(env, horizon=HORIZON)]
     records = evaluate_policies(
-        env, params, [RULES["random"], *planners], [6.0], seed=5, seeds=4, requests=40, warmup=10
+        env, params, [RULES["random"], *planners], [6.0], seed=5, episodes=4, requests=40, warmup=10
     )[6.0]
     qos = {name: summarise(episodes, 10)["avg_qos"].mean() for name, episodes in records.items()}
     assert list(qos) == ["random", "lookahead", "clairvoyant"]

@@ -27,7 +27,8 @@ from jaxroute.runs import save_params, write_config
 from jaxroute.scenarios import build_env
 
 OPTIONS = (
-    "study=quick", "site=edge3", "eval.seeds=2", "eval.requests=20", "eval.warmup=5", "study.rules=[random,qos_greedy]",
+    "study=quick", "site=edge3", "eval.episodes=2", "eval.requests=20", "eval.warmup=5",
+    "study.rules=[random,qos_greedy]",
     "study.cells=[{name: poisson, overrides: ['workload.rate=9'], loads: [0.5, 1]}]",
 )  # fmt: skip
 NETWORK = ("network.hidden=8", "network.heads=2")
@@ -133,7 +134,7 @@ def test_what_is_done_is_not_run_again(finished, options, monkeypatch):
     monkeypatch.setattr(module, "evaluate_policies", refuse)
     again = run(folder, options)
     assert verdicts(again) == verdicts(study)
-    for change in ("eval.seeds=3", "workload.cv=2"):
+    for change in ("eval.episodes=3", "workload.cv=2"):
         with pytest.raises(AssertionError, match="evaluated again"):
             run(folder, [*options, change])
 
@@ -234,10 +235,10 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys, options):
 def test_every_cell_composes(name):
     study = load_config([f"study={name}"]).study
     for cell in study.cells:
-        config = cell_config(cell, [f"study={name}", "eval.seeds=3", "site=edge3"])
+        config = cell_config(cell, [f"study={name}", "eval.episodes=3", "site=edge3"])
         assert config.study is None
         assert config.bank.split == "test"
-        assert config.eval.seeds == 3
+        assert config.eval.episodes == 3
         assert config.site.name == ("edge16" if cell.name == "edge16" else "edge3")
 
 
@@ -256,7 +257,7 @@ def test_every_cell_composes(name):
         ("study.routers.random=[nowhere]", "routers.random has the name of another policy"),
         ("study.rules=[randon]", "did you mean random?"),
         ("study.planners=[oracle]", "planner oracle is unknown; choose from lookahead, clairvoyant"),
-        ("study.planner_seeds=0", "planner_seeds=0"),
+        ("study.planner_episodes=0", "planner_episodes=0"),
         ("checkpoint=nowhere", "checkpoint is for a single evaluation"),
         ("policies=[random]", "policies is for a single evaluation"),
     ],

@@ -38,7 +38,7 @@ TINY = (
 )  # fmt: skip
 TRAIN = importlib.import_module("jaxroute.training.loop")  # the module; the package exports the function
 SLOTS = 6  # of each expert of edge3
-SETTINGS = {"seeds": 2, "requests": 40, "warmup": 10}
+SETTINGS = {"episodes": 2, "requests": 40, "warmup": 10}
 RATE = 10.0
 
 
@@ -321,15 +321,15 @@ def test_same_seed_same_records(judged, scenario):
 
 
 def test_records_are_on_the_host(judged):
-    seeds, requests = SETTINGS["seeds"], SETTINGS["requests"] + SETTINGS["warmup"]
+    episodes, requests = SETTINGS["episodes"], SETTINGS["requests"] + SETTINGS["warmup"]
     for records in judged[0].values():
         for field, column in zip(EpisodeRecords._fields, records, strict=True):
             assert type(column) is np.ndarray, field
             whole = ("busy_seconds", "kv_token_seconds", "duration", "load_counts", "choice_counts")
             per_request = field not in whole
-            assert column.shape[:2] == (seeds, requests) if per_request else column.shape[0] == seeds, field
+            assert column.shape[:2] == (episodes, requests) if per_request else column.shape[0] == episodes, field
         assert records.status.dtype == np.int8
-        assert records.busy_seconds.shape == records.kv_token_seconds.shape == (seeds, 3)
+        assert records.busy_seconds.shape == records.kv_token_seconds.shape == (episodes, 3)
 
 
 def test_common_random_numbers(judged):
@@ -348,7 +348,7 @@ def test_common_random_numbers(judged):
 
 def test_another_rate_brings_the_same_requests_faster(scenario):
     # One seed at two rates is as many episodes as two seeds at one rate: the same program.
-    records = judge(scenario, rates=(5.0, 20.0), seeds=1)
+    records = judge(scenario, rates=(5.0, 20.0), episodes=1)
     slow, fast = records[5.0]["random"], records[20.0]["random"]
     np.testing.assert_array_equal(slow.latency_requirement, fast.latency_requirement)
     np.testing.assert_allclose(slow.duration, 4 * fast.duration, rtol=1e-5)

@@ -72,7 +72,7 @@ def test_every_request_is_there_and_ends_once(episode):
 
 def test_outcomes_are_those_of_an_evaluation(episode):
     _, env, params, policy, _, content = episode
-    records = evaluate_policies(env, params, [policy], [RATE], seed=SEED, seeds=1, requests=REQUESTS, warmup=WARMUP)[
+    records = evaluate_policies(env, params, [policy], [RATE], seed=SEED, episodes=1, requests=REQUESTS, warmup=WARMUP)[
         RATE
     ]["round_robin"]
     status = {IN_TIME: COMPLETED, LATE: COMPLETED, REJECTED: RECORD_REJECTED, LOST: RECORD_LOST}

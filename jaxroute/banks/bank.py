@@ -56,7 +56,7 @@ class RequestBank(NamedTuple):
 
 
 @dataclass
-class PredictorConfig:
+class NoiseConfig:
     """How good the router's predictor is, on the train prompts, pooled over the site's distinct LLMs.
 
     A real predictor learns mostly how hard and how long a prompt is for all LLMs alike, and little of which
@@ -80,13 +80,13 @@ class PredictorConfig:
     def __post_init__(self) -> None:
         if not 0.5 < self.quality_auc < 1:
             raise UserError(
-                f"bank.predictor.quality_auc={self.quality_auc} is not between 0.5 and 1 (both excluded): "
+                f"bank.noise.quality_auc={self.quality_auc} is not between 0.5 and 1 (both excluded): "
                 "give the AUC of your predictor, e.g. 0.8"
             )
         for name in ("quality_own_r2", "length_r2", "length_own_r2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(
-                    f"bank.predictor.{name}={getattr(self, name)} is not in [0, 1): give the R2 of your predictor"
+                    f"bank.noise.{name}={getattr(self, name)} is not in [0, 1): give the R2 of your predictor"
                 )
 
 
@@ -173,7 +173,7 @@ class BankConfig:
     seed: int = 0
     split: str = "train"
     models: dict[str, str] = field(default_factory=dict)
-    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
     max_output_tokens: int = 4096
     domains: list[DomainFigures] = field(default_factory=list)
     llms: dict[str, LLMFigures] = field(default_factory=dict)
@@ -429,8 +429,8 @@ def _predict(outcomes: _Outcomes, calibration: Bool[np.ndarray, "prompt"], confi
     length = _Signals(np.log(outcomes.output_tokens), calibration, streams[1], _linear_regression)
     # The strengths depend on each other a little, since the regressions share signals: two rounds settle it.
     for _ in range(2):
-        _tune(length, quality, r2, config.predictor, "length_r2", "length_own_r2")
-        _tune(quality, length, auc, config.predictor, "quality_auc", "quality_own_r2")
+        _tune(length, quality, r2, config.noise, "length_r2", "length_own_r2")
+        _tune(quality, length, auc, config.noise, "quality_auc", "quality_own_r2")
     log_length = length.predict(quality)
     error = (length.truth - log_length)[calibration].std(axis=0)
     return _Predicted(quality.predict(length), log_length, error)
@@ -493,7 +493,7 @@ def _tune(
     signals: _Signals,
     other: _Signals,
     score: Callable[[np.ndarray, np.ndarray], float],
-    figures: PredictorConfig,
+    figures: NoiseConfig,
     score_name: str,
     own_name: str,
 ) -> None:
@@ -515,8 +515,8 @@ def _tune(
     low, high = shared_score(0.0), shared_score(1.0)
     if not low <= target <= high:
         raise UserError(
-            f"bank.predictor.{score_name}={target:g} is out of reach for this site's LLMs and the other "
-            f"figures: choose a value between {low:.3f} and {high:.3f}, or change bank.predictor.{own_name}"
+            f"bank.noise.{score_name}={target:g} is out of reach for this site's LLMs and the other "
+            f"figures: choose a value between {low:.3f} and {high:.3f}, or change bank.noise.{own_name}"
         )
     signals.shared_strength = _solve(shared_score, target, low, high)
 

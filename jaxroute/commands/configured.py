@@ -166,7 +166,7 @@ _COMMON = {
         "checkpoint",
         "policies",
         "workload.rate",
-        "eval.seeds",
+        "eval.episodes",
         "eval.loads",
         "eval.requests",
         "view",

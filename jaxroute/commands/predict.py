@@ -213,7 +213,7 @@ def _notes(
     names = ("quality_auc", "quality_own_r2", "length_r2", "length_own_r2")
     if all(folds[name] > 0 for name in names):
         strength = ", ".join(f"{name}: {folds[name]:.3f}" for name in names)
-        yield f"Noise as strong, without predictions: 'bank.predictor={{{strength}}}'"
+        yield f"Noise as strong, without predictions: 'bank.noise={{{strength}}}'"
 
 
 def _write(

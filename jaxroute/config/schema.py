@@ -58,8 +58,8 @@ class DynamicsConfig:
     """Mean time until an expert fails, s."""
     mean_downtime: float = 60.0
     """Mean time until it is back, s."""
-    refresh_ms: float = 0.0
-    """Least time between two looks of the router at the experts, ms; 0 shows them as they are."""
+    refresh_interval: float = 0.0
+    """Least time between two looks of the router at the experts, s; 0 shows them as they are."""
     random_sites: float = 0.0
     """Share of episodes that draw a site of their own from the site's experts and LLMs; training has its own share."""
 
@@ -71,8 +71,8 @@ class DynamicsConfig:
                 raise UserError(f"dynamics: {name}={getattr(self, name)} must be above 0 s, and finite")
         if not 0 <= self.random_sites <= 1:
             raise UserError(f"dynamics: random_sites={self.random_sites} is a share; it must lie between 0 and 1")
-        if not 0 <= self.refresh_ms < float("inf"):
-            raise UserError(f"dynamics: refresh_ms={self.refresh_ms} must not be negative, and finite")
+        if not 0 <= self.refresh_interval < float("inf"):
+            raise UserError(f"dynamics: refresh_interval={self.refresh_interval} must not be negative, and finite")
 
 
 @dataclass
@@ -122,7 +122,7 @@ class TrainConfig:
 class EvalConfig:
     """How to judge."""
 
-    seeds: int = 16
+    episodes: int = 16
     """Independent episodes; every policy meets the same ones."""
     requests: int = 800
     """Requests per episode that count."""
@@ -134,9 +134,9 @@ class EvalConfig:
     """Of the episodes; the same seed gives every policy the same ones."""
 
     def __post_init__(self) -> None:
-        if self.seeds < 1 or self.requests < 1 or self.warmup < 0:
+        if self.episodes < 1 or self.requests < 1 or self.warmup < 0:
             raise UserError(
-                f"eval: seeds={self.seeds} and requests={self.requests} must be at least 1, "
+                f"eval: episodes={self.episodes} and requests={self.requests} must be at least 1, "
                 f"warmup={self.warmup} at least 0"
             )
         if any(not 0 < load < float("inf") for load in self.loads):
@@ -170,7 +170,7 @@ class StudyConfig:
     """Rules to judge; all by default."""
     planners: list[str] = field(default_factory=list)
     """lookahead, clairvoyant: judged apart, beside rules and routers, because a decision takes them long."""
-    planner_seeds: int = 8
+    planner_episodes: int = 8
     """Episodes of planners."""
     planner_requests: int = 200
     """Requests in them that count."""
@@ -198,7 +198,7 @@ class StudyConfig:
                 raise UserError(
                     f"{where}: routers.{label} is empty; name its runs, e.g. study.routers.{label}=[outputs/<run>]"
                 )
-        least = {"seeds": 1, "requests": 1, "warmup": 0, "futures": 1, "horizon": 2}
+        least = {"episodes": 1, "requests": 1, "warmup": 0, "futures": 1, "horizon": 2}
         for name, bound in least.items():
             if getattr(self, f"planner_{name}") < bound:
                 raise UserError(f"{where}: planner_{name}={getattr(self, f'planner_{name}')} must be at least {bound}")

@@ -25,17 +25,17 @@ def evaluate_policies(
     rates: Sequence[float],
     *,
     seed: int,
-    seeds: int,
+    episodes: int,
     requests: int,
     warmup: int,
     on_done: Callable[[str], None] = lambda name: None,
 ) -> dict[float, dict[str, EpisodeRecords]]:
-    """Run every policy at every rate on the same `seeds` episodes of `warmup + requests` requests.
+    """Run every policy at every rate on the same `episodes` episodes of `warmup + requests` requests.
 
     Another `warmup` requests follow, which do not count but let those that do come to an end; otherwise long answers
     would drop out of the average. What is still in flight then is not counted either.
 
-    All rates and seeds run side by side, and all rules with them. Planners and networks, whose decisions cost more than
+    All rates and episodes run side by side, and all rules with them. Planners and networks, whose decisions cost more than
     the environment, run one after the other; networks that share `act`, such as a study's checkpoints, are compiled
     once. `on_done` is called with each policy's name.
 
@@ -43,10 +43,10 @@ def evaluate_policies(
         For each rate, each policy's records. Accelerator and wall time, loads and choices count from the arrival of
         request `warmup`.
     """
-    episode_keys = jax.random.split(jax.random.key(seed), seeds)
+    episode_keys = jax.random.split(jax.random.key(seed), episodes)
     # The same keys at every rate: the same prompts come, only faster.
     keys = jnp.tile(episode_keys, len(rates))
-    low_high = jnp.repeat(jnp.asarray(rates, jnp.float32), seeds)
+    low_high = jnp.repeat(jnp.asarray(rates, jnp.float32), episodes)
     low_high = jnp.stack([low_high, low_high], axis=1)
     rules = [policy for policy in policies if _is_light(policy)]
     groups = [rules] * bool(rules) + [[policy] for policy in policies if not _is_light(policy)]
@@ -64,19 +64,19 @@ def evaluate_policies(
                 params,
                 jnp.tile(low_high, (size, 1)),
                 jnp.tile(keys, size),
-                jnp.repeat(jnp.arange(size), len(rates) * seeds),
+                jnp.repeat(jnp.arange(size), len(rates) * episodes),
                 tuple(policy.params for policy in group),
                 tuple(policy.memory for policy in group),
             )
         )
         for position, policy in enumerate(group):
-            mine = slice(position * len(rates) * seeds, (position + 1) * len(rates) * seeds)
+            mine = slice(position * len(rates) * episodes, (position + 1) * len(rates) * episodes)
             by_policy[policy.name] = EpisodeRecords(*(np.asarray(column[mine]) for column in records))
             on_done(policy.name)
     return {
         rate: {
             policy.name: EpisodeRecords(
-                *(column[position * seeds : (position + 1) * seeds] for column in by_policy[policy.name])
+                *(column[position * episodes : (position + 1) * episodes] for column in by_policy[policy.name])
             )
             for policy in policies
         }

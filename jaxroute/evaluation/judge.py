@@ -36,7 +36,7 @@ def evaluate(config: Config, console: Console, *, command: str) -> EvaluationRes
     rates = sorted({nominal * load for load in [*settings.loads, 1.0]})
     console.print(
         f"Judging {len(policies)} policies on {config.workload.name}, bank {config.bank.kind}, "
-        f"site {config.site.name}: {settings.seeds} episodes of {settings.requests} requests "
+        f"site {config.site.name}: {settings.episodes} episodes of {settings.requests} requests "
         f"at {', '.join(f'{rate:.3g}' for rate in rates)} requests/s"
     )
     columns = (
@@ -54,7 +54,7 @@ def evaluate(config: Config, console: Console, *, command: str) -> EvaluationRes
             policies,
             rates,
             seed=settings.seed,
-            seeds=settings.seeds,
+            episodes=settings.episodes,
             requests=settings.requests,
             warmup=settings.warmup,
             on_done=lambda name: progress.update(task, advance=1, description=f"evaluated {name}"),
@@ -65,7 +65,7 @@ def evaluate(config: Config, console: Console, *, command: str) -> EvaluationRes
         bank=config.bank.kind,
         rates=rates,
         nominal_rate=nominal,
-        seeds=settings.seeds,
+        episodes=settings.episodes,
         requests=settings.requests,
         warmup=settings.warmup,
         reference=LEARNED if trained else None,

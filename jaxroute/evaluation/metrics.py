@@ -44,7 +44,7 @@ class EpisodeRecords(NamedTuple):
     preemptions: Int[np.ndarray, "seed request"]  # how often it lost its KV cache
     busy_seconds: Float[np.ndarray, "seed expert"]  # accelerator-seconds spent in iterations
     kv_token_seconds: Float[np.ndarray, "seed expert"]  # KV tokens held, integrated over time
-    duration: Float[np.ndarray, " seed"]  # simulated seconds
+    duration: Float[np.ndarray, " episode"]  # simulated seconds
     load_counts: Float[np.ndarray, "seed expert load"]  # decisions at which it was up, by its load as the router saw it
     choice_counts: Float[np.ndarray, "seed expert load"]  # of them, those that chose it
 
@@ -159,7 +159,7 @@ def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 def _distribution(
     values: Float[np.ndarray, "seed request"], counted: Bool[np.ndarray, "seed request"]
-) -> dict[str, Float[np.ndarray, " seed"]]:
+) -> dict[str, Float[np.ndarray, " episode"]]:
     """Mean and percentiles (linear interpolation) per seed of the counted values; nan if there are none."""
     summary = np.full((len(values), 1 + len(_PERCENTILES)), np.nan)
     for seed, (row, mask) in enumerate(zip(values, counted, strict=True)):
@@ -173,7 +173,7 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
     """Compute every metric of every episode; `METRICS` defines them.
 
     Args:
-        records: what happened, for all seeds.
+        records: what happened, for all episodes.
         warmup: the first `warmup` requests of each episode aren't counted, because they met an empty site.
 
     Returns:
@@ -203,7 +203,7 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
     in_time = completed & (normalised_latency <= requirement)
     number_ended = ended.sum(axis=1)
 
-    def per_ended(counted: np.ndarray) -> Float[np.ndarray, " seed"]:
+    def per_ended(counted: np.ndarray) -> Float[np.ndarray, " episode"]:
         return _divide(counted.sum(axis=1), number_ended)
 
     sum_of_qos = np.where(in_time, quality, 0.0).sum(axis=1)

@@ -31,7 +31,7 @@ class EvaluationResult:
     bank: str  # name of the request bank
     rates: Sequence[float]  # requests/s, one per load
     nominal_rate: float  # requests/s, the load that is shown first; one of `rates`
-    seeds: int  # independent episodes per policy and load
+    episodes: int  # independent episodes per policy and load
     requests: int  # requests per episode
     warmup: int  # of them not counted at the start
     reference: str | None  # the policy that others are compared with (the learned router), if any
@@ -71,7 +71,7 @@ class EvaluationResult:
         return self.intervals[rate][policy][metric]
 
     def expert_means(self, rate: float, policy: str, metric: str) -> Float[np.ndarray, "expert ..."]:
-        """Means over seeds of a metric with values per expert: (expert,) or (expert, load)."""
+        """Means over episodes of a metric with values per expert: (expert,) or (expert, load)."""
         return np.array(means(self.intervals[rate][policy][metric]))
 
     def ranking(self, rate: float) -> list[str]:

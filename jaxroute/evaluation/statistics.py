@@ -1,4 +1,4 @@
-"""Confidence intervals over independent seeds."""
+"""Confidence intervals over independent episodes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.262
 
 
 class Interval(NamedTuple):
-    """A mean over seeds and the half-width of its 95 % confidence interval: mean - ci95 to mean + ci95."""
+    """A mean over episodes and the half-width of its 95 % confidence interval: mean - ci95 to mean + ci95."""
 
     mean: float
     ci95: float
@@ -38,8 +38,8 @@ def student_t_975(degrees_of_freedom: int) -> float:
     )
 
 
-def mean_ci95(values: Float[np.ndarray, " seed"]) -> Interval:
-    """Mean over seeds with its Student-t confidence interval.
+def mean_ci95(values: Float[np.ndarray, " episode"]) -> Interval:
+    """Mean over episodes with its Student-t confidence interval.
 
     Seeds without a value (nan: nothing was measured, such as a latency when no
     request was completed) are left out. One seed says nothing about the spread,
@@ -56,7 +56,7 @@ def mean_ci95(values: Float[np.ndarray, " seed"]) -> Interval:
     return Interval(mean, student_t_975(n - 1) * float(values.std(ddof=1)) / math.sqrt(n))
 
 
-def paired_difference(a: Float[np.ndarray, " seed"], b: Float[np.ndarray, " seed"]) -> Interval:
+def paired_difference(a: Float[np.ndarray, " episode"], b: Float[np.ndarray, " episode"]) -> Interval:
     """Mean of `a - b` with its confidence interval, for policies that met the same requests.
 
     With common random numbers seed i is the same sequence of requests for both,
@@ -65,7 +65,7 @@ def paired_difference(a: Float[np.ndarray, " seed"], b: Float[np.ndarray, " seed
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape:
-        raise ValueError(f"paired values need the same seeds: {a.shape} and {b.shape}")
+        raise ValueError(f"paired values need the same episodes: {a.shape} and {b.shape}")
     return mean_ci95(a - b)
 
 

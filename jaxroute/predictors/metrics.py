@@ -28,7 +28,7 @@ def measure(truth: Answers, predicted: Answers) -> dict[str, float]:
         quality_auc: pooled over LLMs; of two answers of different quality, how often the better one has the higher
             prediction.
         llm_auc: the same within an LLM, mean over LLMs.
-        quality_own_r2, length_r2, length_own_r2: as `bank.predictor` defines them.
+        quality_own_r2, length_r2, length_own_r2: as `bank.noise` defines them.
         brier: mean squared error of quality.
         calibration_error: expected calibration error (Naeini et al. 2015), over bins of equal size.
         routed: mean quality if each prompt goes to the LLM of the best predicted quality.

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from jaxroute.evaluation.metrics import LOADS
-from jaxroute.evaluation.report.tables import plus_minus, seeds_text
+from jaxroute.evaluation.report.tables import episodes_text, plus_minus
 from jaxroute.evaluation.result import EvaluationResult
 from jaxroute.plotting import REFERENCE_COLOUR, STYLE, TEXT_COLOUR, expert_colours
 from jaxroute.policies import RULES
@@ -68,7 +68,7 @@ def _looks(result: EvaluationResult) -> dict[str, _Look]:
 
 def subtitle_of(result: EvaluationResult) -> str:
     """Say what was evaluated, for the line under a title."""
-    return f"{result.workload}, site {result.site}, {seeds_text(result)} of {result.requests:,} requests"
+    return f"{result.workload}, site {result.site}, {episodes_text(result)} of {result.requests:,} requests"
 
 
 def set_title(axes: Axes, title: str, subtitle: str) -> None:
@@ -145,7 +145,7 @@ def plot_qos_against_load(result: EvaluationResult) -> Figure:
     axes.set_xlabel("Load (requests per second)")
     axes.set_ylabel("Average QoS (quality of an answer in time; else 0)")
     axes.grid(axis="y")
-    bands = "; bands: 95 % confidence" if result.seeds > 1 else ""
+    bands = "; bands: 95 % confidence" if result.episodes > 1 else ""
     set_title(axes, "How quality of service holds up under load", subtitle_of(result) + bands)
     return figure
 
@@ -402,7 +402,7 @@ def plot_expert_choice(result: EvaluationResult) -> Figure:
         look = looks[policy] if policy in shown else _Look(_WEAK, "", "-", 0.8, 1, False)
         at_load = result.expert_means(rate, policy, "expert_load")
         chosen = result.expert_means(rate, policy, "expert_choice")
-        enough = at_load * result.seeds * result.requests >= _LEAST_DECISIONS
+        enough = at_load * result.episodes * result.requests >= _LEAST_DECISIONS
         share = 100 * np.divide(chosen, at_load, out=np.full(at_load.shape, np.nan), where=enough)
         label = policy if policy in shown else None
         for axes, of_expert in zip(panels, share, strict=False):

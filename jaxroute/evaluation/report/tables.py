@@ -90,12 +90,12 @@ def results_table(result: EvaluationResult, rate: float | None = None) -> Table:
     """
     rate = result.nominal_rate if rate is None else rate
     table = Table(
-        title=f"{result.workload} at {rate:g} requests/s, {seeds_text(result)} of {result.requests:,} requests",
+        title=f"{result.workload} at {rate:g} requests/s, {episodes_text(result)} of {result.requests:,} requests",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=0,
         title_style="bold",
-        caption="± half-width of the 95 % confidence interval over seeds",
+        caption="± half-width of the 95 % confidence interval over episodes",
     )
     table.add_column("policy", no_wrap=True, vertical="bottom")
     for column in COLUMNS:
@@ -135,9 +135,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def seeds_text(result: EvaluationResult) -> str:
-    """Write the number of seeds in words."""
-    return f"{result.seeds} seed{'' if result.seeds == 1 else 's'}"
+def episodes_text(result: EvaluationResult) -> str:
+    """Write the number of episodes in words."""
+    return f"{result.episodes} episode{'' if result.episodes == 1 else 's'}"
 
 
 def summary_text(result: EvaluationResult) -> str:
@@ -160,16 +160,16 @@ def summary_text(result: EvaluationResult) -> str:
         amount = f"{plus_minus(Interval(abs(difference.mean), difference.ci95), 4)} ({abs(relative):.1f} %)"
         if math.isnan(difference.ci95):
             words = f"{amount} {'above' if difference.mean >= 0 else 'below'}"
-            note = f" ({seeds_text(result)}: too few to tell whether this is chance)"
+            note = f" ({episodes_text(result)}: too few to tell whether this is chance)"
         else:
             words = {
                 "better": f"{amount} above",
                 "worse": f"{amount} below",
                 "": "not distinguishable from",
             }[verdict_of(difference)]
-            note = f" (paired over {seeds_text(result)})"
+            note = f" (paired over {episodes_text(result)})"
         sentences.append(f"That is {words} the best other policy, {rival}{note}.")
-        if len(result.rates) > 1 and result.seeds > 1:
+        if len(result.rates) > 1 and result.episodes > 1:
             sentences.append(_over_all_loads(result, subject))
     shown = [policy for policy in result.upper_references if policy in result.summaries[rate]]
     for policy in shown:

@@ -69,7 +69,7 @@ def write_results_json(result: EvaluationResult, path: str | Path) -> Path:
         "workload": result.workload,
         "site": result.site,
         "bank": result.bank,
-        "seeds": result.seeds,
+        "episodes": result.episodes,
         "requests": result.requests,
         "warmup": result.warmup,
         "reference": result.reference,

@@ -93,7 +93,7 @@ class _Part(NamedTuple):
     policies: list[Policy]
     networks: dict[str, str]  # of the routers among them
     rates: list[float]
-    seeds: int
+    episodes: int
     requests: int
     warmup: int
 
@@ -107,7 +107,7 @@ class _Part(NamedTuple):
             "networks": self.networks,
             "rates": self.rates,
             "seed": self.config.eval.seed,
-            "seeds": self.seeds,
+            "episodes": self.episodes,
             "requests": self.requests,
             "warmup": self.warmup,
         }
@@ -173,7 +173,7 @@ def run_study(config: Config, overrides: Sequence[str], run: Path, console: Cons
                 part.policies,
                 part.rates,
                 seed=part.config.eval.seed,
-                seeds=part.seeds,
+                episodes=part.episodes,
                 requests=part.requests,
                 warmup=part.warmup,
                 on_done=lambda name: progress.advance(policies),
@@ -261,7 +261,7 @@ def _parts(study: StudyConfig, overrides: Sequence[str]) -> list[_Part]:
             policies=routers + rules,
             networks={name: repr(found.network) for name, found in trained.items()},
             rates=[float(params.rate[0]) * load for load in cell.loads],
-            seeds=config.eval.seeds,
+            episodes=config.eval.episodes,
             requests=config.eval.requests,
             warmup=config.eval.warmup,
         )
@@ -271,7 +271,7 @@ def _parts(study: StudyConfig, overrides: Sequence[str]) -> list[_Part]:
                 part._replace(
                     name=_planned(cell.name),
                     policies=routers + rules + planners_named(study, env),
-                    seeds=study.planner_seeds,
+                    episodes=study.planner_episodes,
                     requests=study.planner_requests,
                     warmup=study.planner_warmup,
                 )
@@ -346,7 +346,7 @@ def _cell_result(
             bank=config.bank.kind,
             rates=part.rates,
             nominal_rate=part.rates[loads.index(1.0) if 1.0 in loads else 0],
-            seeds=part.seeds,
+            episodes=part.episodes,
             requests=part.requests,
             warmup=part.warmup,
             reference=next(iter(study.routers), None),
@@ -581,9 +581,9 @@ def _planner_table(study: StudyResult) -> StudyTable:
     run = next(cell.planned for cell in study.cells if cell.planned)
     return StudyTable(
         "Planners",
-        f"Average QoS on {run.seeds} episodes of {run.requests:,} requests of their own, which planners, routers and "
-        "the best rule have in common. Last columns: share of the planner's gain over the best rule that the router "
-        "reaches, where the gain's 95 % interval excludes 0. clairvoyant sees the future and cannot be deployed.",
+        f"Average QoS on {run.episodes} episodes of {run.requests:,} requests of their own, which planners, routers "
+        "and the best rule have in common. Last columns: share of the planner's gain over the best rule that the "
+        "router reaches, where the gain's 95 % interval excludes 0. clairvoyant sees the future and cannot be deployed.",
         ["cell", "req/s", "best rule", "its QoS", *study.routers, *study.planners]
         + [f"{router} of {planner}" for router in reference for planner in study.planners],
         rows,
@@ -716,7 +716,7 @@ def _json(study: StudyResult) -> dict[str, Any]:
                 "workload": cell.result.workload,
                 "site": cell.result.site,
                 "bank": cell.result.bank,
-                "seeds": cell.result.seeds,
+                "episodes": cell.result.episodes,
                 "requests": cell.result.requests,
                 "warmup": cell.result.warmup,
                 "experts": cell.result.expert_names,
