@@ -304,7 +304,7 @@ def test_a_broken_bank(folder, name, change, message):
 
 
 def test_settings_that_do_not_fit():
-    with pytest.raises(UserError, match=r"bank\.folder is not set: set it to one that python -m jaxroute\.bank build"):
+    with pytest.raises(UserError, match=r"bank\.folder is not set: set it to one that python -m jaxroute bank build"):
         build_bank(BankConfig(kind="table"), ["a"])
     with pytest.raises(UserError, match=r"bank\.folder does not fit bank\.kind='zeroeval': use bank\.kind=table"):
         BankConfig(kind="zeroeval", folder="x")

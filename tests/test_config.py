@@ -169,7 +169,7 @@ def write_site(folder, text=None, **changes):
         ("site=edge6",),
         ("site=edge16", "bank=mmlu_pro", "workload=azure_conv", "network=mlp"),
         ("eval.loads=[0.25,3]", "policies=[random]", "ppo.num_envs=8", "output_dir=somewhere", "wandb.group=a"),
-        ("workload.rate=12.5", "workload.requirements.1.latency=0.033", "reward.shaping=false", "train.rates=[1,1]"),
+        ("workload.rate=12.5", "workload.requirements.1.latency=0.033", "reward.shaping=false", "train.loads=[1,1]"),
     ],
 )
 def test_written_and_read_again(overrides, tmp_path):
@@ -218,7 +218,7 @@ def test_written_and_read_again(overrides, tmp_path):
         ("ppo.discount=1", "ppo: discount=1.0 must lie in [0, 1"),
         ("ppo.learning_rate=nan", "ppo: learning_rate=nan must be above 0"),
         ("reward.rejection_penalty=-1", "reward: rejection_penalty=-1.0 must not be negative"),
-        ("train.rates=[2,1]", "train: rates=[2.0, 1.0] must be two numbers"),
+        ("train.loads=[2,1]", "train: loads=[2.0, 1.0] must be two numbers"),
         ("train.log_interval=0", "train: log_interval=0 must be at least 1"),
         ("eval.loads=[1,-1]", "eval: loads=[1.0, -1.0] must all be above 0"),
     ],
@@ -235,7 +235,7 @@ def test_bad_option(override, message):
         ("ppo.learning_rate=inf", "ppo: learning_rate=inf"),
         ("reward.accelerator_price=-0.1", "reward: accelerator_price=-0.1 must not be negative"),
         ("reward.violation_penalty=nan", "reward: violation_penalty=nan"),
-        ("train.rates=[1,inf]", "train: rates=[1.0, inf]"),
+        ("train.loads=[1,inf]", "train: loads=[1.0, inf]"),
         ("eval.loads=[inf]", "eval: loads=[inf]"),
         ("seed=99999999999999999999", "seed=99999999999999999999"),
         ("eval.seed=99999999999999999999", "eval: seed=99999999999999999999"),

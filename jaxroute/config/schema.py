@@ -79,12 +79,15 @@ class DynamicsConfig:
 class TrainConfig:
     """How to train."""
 
-    rates: list[float] = field(default_factory=lambda: [2.0, 14.0])
-    """Least and greatest request rate, 1/s; each environment redraws its own in between."""
+    loads: list[float] = field(default_factory=lambda: [0.25, 1.75])
+    """Least and greatest load, as multiples of the workload's rate. Each environment draws its own in between, so that
+    one router learns what to do when the site is quiet and when it is overloaded."""
     redraw_every: int = 512
-    """Steps after which an environment draws a new rate."""
+    """Steps after which an environment draws a new load."""
     arrivals: str | None = "mixed"
-    """Arrival process to train on: mixed lets each environment draw its own; null takes the workload's."""
+    """Arrival process to train on. mixed: each environment draws Poisson, clustered, bursty or drifting arrivals, or
+    the workload's own where those are something else, so that the router copes with traffic it has not seen; null: the
+    workload's own alone."""
     random_sites: float = 0.5
     """Share of environments that draw a site of their own from the site's experts and LLMs, again at each horizon."""
     horizon: int = 0
@@ -103,8 +106,8 @@ class TrainConfig:
     """Latest states to keep, beside the one of the best average QoS."""
 
     def __post_init__(self) -> None:
-        if len(self.rates) != 2 or not 0 < self.rates[0] <= self.rates[1] < float("inf"):
-            raise UserError(f"train: rates={list(self.rates)} must be two numbers, 0 < least <= greatest")
+        if len(self.loads) != 2 or not 0 < self.loads[0] <= self.loads[1] < float("inf"):
+            raise UserError(f"train: loads={list(self.loads)} must be two numbers, 0 < least <= greatest")
         for name in ("redraw_every", "log_interval", "num_seeds", "save_interval", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train: {name}={getattr(self, name)} must be at least 1")
