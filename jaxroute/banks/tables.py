@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxroute.errors import UserError
-from jaxroute.files import complete_folder, json_object
+from jaxroute.files import complete_folder
+from jaxroute.tables import json_object
 
 if TYPE_CHECKING:
     import pandas
