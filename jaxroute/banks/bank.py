@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxroute.banks.tables import Predictions, Table, close, read_predictions, read_table, split_of_rows
-from jaxroute.errors import UserError
+from jaxroute.banks.tables import Predictions, Table, read_predictions, read_table, split_of_rows
+from jaxroute.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ def _generate(
     for llm in llms:
         if llm not in config.llms:
             raise UserError(
-                f"the embedded bank has no LLM '{llm}'{close(llm, config.llms)}: add its figures under "
+                f"the embedded bank has no LLM '{llm}'{did_you_mean(llm, config.llms)}: add its figures under "
                 "bank.llms or name a stand-in under bank.models"
             )
     train = _generate_split(config, llms, "train")
@@ -363,7 +363,7 @@ def _read_tables(
     for llm in llms:
         if llm not in table.llms:
             raise UserError(
-                f"{where} has no column '{llm}'{close(llm, table.llms)}: name a column "
+                f"{where} has no column '{llm}'{did_you_mean(llm, table.llms)}: name a column "
                 "for the site's model under bank.models"
             )
     chosen = [table.llms.index(llm) for llm in llms]
