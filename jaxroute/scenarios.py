@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from jaxroute.banks import build_bank
 from jaxroute.config import Config, load_config
 from jaxroute.env import EdgeRouting, EnvParams, OutageParams, RewardParams
-from jaxroute.errors import UserError
+from jaxroute.errors import UserError, did_you_mean
 from jaxroute.serving import build_site
 from jaxroute.workloads import Workload, build_workload, training_mix
 
@@ -53,9 +52,8 @@ def make(
         UserError: an unknown name or option, or data that is missing.
     """
     if name not in SCENARIOS:
-        near = difflib.get_close_matches(name, SCENARIOS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SCENARIOS)}"
-        raise UserError(f"scenario {name} is unknown; {hint}")
+        hint = did_you_mean(name, SCENARIOS)
+        raise UserError(f"scenario {name} is unknown{hint}; choose one of {', '.join(SCENARIOS)}")
     chosen = SCENARIOS[name] | groups
     config = load_config([f"{group}={choice}" for group, choice in chosen.items()] + list(overrides))
     return build_env(config, rate=rate, horizon=horizon, redraw_every=redraw_every, random_sites=random_sites)

@@ -29,15 +29,15 @@ class Site:
     attention_per_token: Float[Array, "expert"]
     """KV read per context token of the decoding sequences, s/token."""
     max_num_seqs: Int[Array, "expert"]
-    """Most requests in one batch."""
+    """Maximum requests in one batch."""
     max_num_batched_tokens: Int[Array, "expert"]
-    """Most tokens scheduled in one iteration."""
+    """Maximum tokens scheduled in one iteration."""
     max_waiting: Int[Array, "expert"]
-    """Most requests in the waiting queue; arrivals beyond are rejected."""
+    """Maximum requests in the waiting queue; further arrivals are rejected."""
     kv_capacity: Int[Array, "expert"]
     """KV cache size, tokens."""
     network_delay: Float[Array, "expert"]
-    """Router to expert, one way, s."""
+    """Network delay from router to expert, one way, s."""
 
     @property
     def num_experts(self) -> int:
@@ -93,22 +93,32 @@ def check_site(site: Site, name: str = "site") -> Site:
 
 @dataclass
 class ExpertConfig:
-    """One expert as written in configs/site; seconds and tokens, as in `Site`."""
+    """One expert as written in configs/site."""
 
     model: str
     """Name by which the request bank knows the LLM."""
     accelerator: str
     """What it runs on."""
     iteration_overhead: float
+    """Scheduler and launch cost of one iteration, s."""
     weight_load: float
+    """Time to stream the weights once, the memory-bound floor of an iteration, s."""
     compute_per_token: float
+    """Compute time per scheduled token, s/token."""
     decode_per_seq: float
+    """Extra cost per decoding sequence, s/sequence."""
     attention_per_token: float
+    """KV read per context token of the decoding sequences, s/token."""
     max_num_seqs: int
+    """Maximum requests in one batch."""
     max_num_batched_tokens: int
+    """Maximum tokens scheduled in one iteration."""
     max_waiting: int
+    """Maximum requests in the waiting queue; further arrivals are rejected."""
     kv_capacity: int
+    """KV cache size, tokens."""
     network_delay: float
+    """Network delay from router to expert, one way, s."""
 
     @property
     def label(self) -> str:
@@ -121,9 +131,9 @@ class SiteConfig:
     """A site as written in configs/site."""
 
     name: str
-    """Name of the site."""
+    """Name of the site in tables and file names."""
     experts: list[ExpertConfig] = field(default_factory=list)
-    """The experts."""
+    """The experts: one LLM on one accelerator each."""
 
     def __post_init__(self) -> None:
         if not self.experts:

@@ -250,9 +250,9 @@ class RequirementConfig:
     name: str
     """Name of the class."""
     latency: float
-    """Limit on the normalised latency, s per output token."""
+    """Maximum normalised latency, s per output token."""
     share: float
-    """Weight of the class among all."""
+    """Share of the requests, relative to the other classes."""
 
 
 @dataclass
@@ -260,26 +260,27 @@ class WorkloadConfig:
     """A workload as written in configs/workload: when requests come and how soon they must be served."""
 
     name: str
-    """Name of the workload."""
+    """Name of the workload in tables and file names."""
     arrivals: str
-    """poisson, gamma, mmpp, diurnal, mixed or trace."""
+    """Arrival process: poisson, gamma, mmpp, diurnal, mixed or trace."""
     requirements: list[RequirementConfig]
+    """The classes of service."""
     rate: float | None = None
     """Requests per second; a trace may leave it out and keep its recorded rate."""
     cv: float = 1.0
     """gamma: coefficient of variation of the gaps."""
     burst_ratio: float = 4.0
-    """mmpp: rate in a burst / rate outside."""
+    """mmpp: rate inside a burst divided by the rate outside."""
     burst_share: float = 0.2
-    """mmpp, mixed: share of time in bursts."""
+    """mmpp, mixed: share of the time that is spent in bursts."""
     burst_seconds: float = 20.0
-    """mmpp: mean length of a burst at the nominal rate, s."""
+    """mmpp: mean length of a burst, s, at the nominal rate."""
     amplitude: float = 0.6
     """diurnal: the rate swings between 1 - amplitude and 1 + amplitude times its mean."""
     period: float = 600.0
-    """diurnal: length of a swing at the nominal rate, s."""
+    """diurnal: length of one swing, s, at the nominal rate."""
     trace: str | None = None
-    """trace: a recorded trace in one of the formats of docs/traces.md, relative to the data folder."""
+    """trace: the recorded trace, in a format of docs/traces.md; a relative path starts at the data folder."""
 
     def __post_init__(self) -> None:
         where = f"workload {self.name}"
