@@ -48,7 +48,7 @@ def changed(
     site = params.site
     columns = {name: jnp.broadcast_to(jnp.asarray(fields[name], getattr(site, name).dtype), 6) for name in fields}
     rate = params.rate if rates is None else jnp.array(rates, jnp.float32)
-    return params._replace(site=site.replace(**columns), rate=rate)
+    return params._replace(site=site._replace(**columns), rate=rate)
 
 
 def tailored_reward(params: EnvParams, played: Any, earned: np.ndarray) -> np.ndarray:

@@ -360,7 +360,7 @@ def _draw_fleet(key: PRNGKeyArray, params: EnvParams, share: float) -> Fleet:
     site = jax.tree.map(lambda values: values[column], params.site)
     slower = _log_uniform(key_time, _TIME_FACTORS, num_experts)
     kv_capacity = (site.kv_capacity * _log_uniform(key_memory, _MEMORY_FACTORS, num_experts)).astype(jnp.int32)
-    site = site.replace(
+    site = site._replace(
         weight_load=site.weight_load * slower,
         compute_per_token=site.compute_per_token * slower,
         decode_per_seq=site.decode_per_seq * slower,

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 
 from jaxroute.errors import UserError
 
 
-@struct.dataclass
-class Site:
+class Site(NamedTuple):
     """The experts of one site; every array has the expert as its leading axis."""
 
     iteration_overhead: Float[Array, "expert"]
@@ -71,23 +68,23 @@ def check_site(site: Site, name: str = "site") -> Site:
     """
     checked = {}
     num_experts = np.size(site.iteration_overhead)
-    for entry in dataclasses.fields(site):
-        values = np.asarray(getattr(site, entry.name))
+    for field_name, given in site._asdict().items():
+        values = np.asarray(given)
         if values.shape != (num_experts,):
             raise UserError(
-                f"{name}: {entry.name} has shape {values.shape}, but iteration_overhead lists {num_experts} "
+                f"{name}: {field_name} has shape {values.shape}, but iteration_overhead lists {num_experts} "
                 "expert(s); give every field one value per expert"
             )
-        low = _MINIMUM[entry.name]
+        low = _MINIMUM[field_name]
         counts = isinstance(low, int)
         bad = ~(np.isfinite(values) & (values >= low) & (not counts or values <= _MOST))
         if bad.any():
             expert = int(np.argmax(bad))
             most = f", and at most {_MOST}" if counts else ""
             raise UserError(
-                f"{name}: {entry.name} of expert {expert} is {values[expert]}; it must be at least {low}{most}"
+                f"{name}: {field_name} of expert {expert} is {values[expert]}; it must be at least {low}{most}"
             )
-        checked[entry.name] = jnp.asarray(values, jnp.int32 if counts else jnp.float32)
+        checked[field_name] = jnp.asarray(values, jnp.int32 if counts else jnp.float32)
     return Site(**checked)
 
 
@@ -142,7 +139,6 @@ def build_site(config: SiteConfig) -> Site:
         UserError: a value is out of range.
     """
     columns: dict[str, Any] = {
-        entry.name: np.asarray([getattr(expert, entry.name) for expert in config.experts])
-        for entry in dataclasses.fields(Site)
+        name: np.asarray([getattr(expert, name) for expert in config.experts]) for name in Site._fields
     }
     return check_site(Site(**columns), name=f"site {config.name}")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-import jaxroute
+from jaxroute import __version__
 from jaxroute.config import Config, load_config, read_config
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.env.environment import observe
@@ -79,7 +79,7 @@ def export_router(
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "jaxroute": jaxroute.__version__,
+        "jaxroute": __version__,
         "jax": jax.__version__,
         "checkpoint": f"{run_of(run, 'run').resolve().name}, {policy.source.name} steps",
         "site": dataclasses.asdict(config.site),
