@@ -110,8 +110,6 @@ def build_env(
         requirement=workload.requirement,
         share=workload.share,
         reward=RewardParams(
-            violation_penalty=jnp.float32(weights.violation_penalty),
-            rejection_penalty=jnp.float32(weights.rejection_penalty),
             accelerator_price=jnp.float32(weights.accelerator_price),
             shaping=jnp.float32(weights.shaping),
         ),

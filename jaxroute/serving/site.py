@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxroute.errors import UserError
 
@@ -40,6 +40,27 @@ class Site(NamedTuple):
     def num_experts(self) -> int:
         """Number of experts."""
         return np.shape(self.weight_load)[0]
+
+    def iteration_time(
+        self,
+        num_tokens: Shaped[Array, "*lanes"],
+        num_decoding: Shaped[Array, "*lanes"],
+        context: Shaped[Array, "*lanes"],
+    ) -> Float[Array, "*lanes"]:
+        """Time of one iteration, s (docs/semantics.md, step 4); of JAX arrays or of NumPy's, as the site is.
+
+        Args:
+            num_tokens: tokens that it schedules.
+            num_decoding: sequences among them that decode.
+            context: tokens that these sequences attend to.
+        """
+        xp = self.weight_load.__array_namespace__()
+        return (
+            self.iteration_overhead
+            + xp.maximum(self.weight_load, self.compute_per_token * num_tokens)
+            + self.decode_per_seq * num_decoding
+            + self.attention_per_token * context
+        )
 
 
 # The least value that makes sense, field by field. A weight_load of zero would let an iteration take no time.
