@@ -31,6 +31,7 @@ from jaxroute.env.types import (
     SlotTable,
     Snapshot,
 )
+from jaxroute.errors import UserError
 from jaxroute.serving import (
     Site,
     SiteState,
@@ -45,6 +46,7 @@ from jaxroute.serving import (
     positions,
     running_and_waiting,
 )
+from jaxroute.serving.checks import whole
 from jaxroute.workloads.arrivals import ArrivalProcess, first_arrival_state
 
 # The recent arrival rate is an exponential mean over this many gaps, the recent latency over this time.
@@ -131,8 +133,12 @@ class EdgeRouting:
             was `lost`, whether this step's request was `rejected`, per expert `busy_seconds` and `kv_token_seconds`,
             the `gap` in s, and the totals `qos_sum`, `num_completed`, `num_late`, `num_lost`. With a horizon,
             `final_observation` is the observation before the automatic reset.
+
+        Raises:
+            UserError: `action` is not one whole number or, outside of `jit`, names no expert. In compiled code, an
+                action that names no expert is a request that is rejected.
         """
-        obs, state, reward, info = self._step(key, state, action, params)
+        obs, state, reward, info = self._step(key, state, _expert_number(action, self.num_experts), params)
         terminated = jnp.bool_(False)
         if not self.horizon:
             return obs, state, reward, terminated, jnp.bool_(False), info
@@ -210,6 +216,15 @@ class EdgeRouting:
             params.refresh_interval,
         )
         return obs, state._replace(potential=potential, seen=seen if self.stale else None)
+
+
+def _expert_number(action: Int[Array, ""], num_experts: int) -> Int[Array, ""]:
+    """Check an action as far as it is known: of traced ones, type and shape."""
+    if not isinstance(action, jax.core.Tracer):
+        return jnp.int32(whole("action", action, 0, num_experts - 1))
+    if action.shape or not jnp.issubdtype(action.dtype, jnp.integer):
+        raise UserError(f"action is {action.dtype}{list(action.shape)}; give the number of an expert, one integer")
+    return action
 
 
 class _Served(NamedTuple):

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxroute.errors import UserError
+from jaxroute.serving.checks import real_array
 
 
 class Site(NamedTuple):
@@ -78,7 +79,7 @@ _MINIMUM: dict[str, float] = {
 }
 
 # Of every count. The router sees tokens in float32, which holds whole numbers exactly up to here.
-_MOST = 2**24
+MAX_COUNT = 2**24
 
 
 def check_site(site: Site, name: str = "site") -> Site:
@@ -87,10 +88,12 @@ def check_site(site: Site, name: str = "site") -> Site:
     Raises:
         UserError: a field has another length than the others, is not finite, or is out of range.
     """
+    if not isinstance(site, Site):
+        raise UserError(f"{name} is a {type(site).__name__}; give a jaxroute.Site, e.g. build_site(...) or params.site")
     checked = {}
     num_experts = np.size(site.iteration_overhead)
     for field_name, given in site._asdict().items():
-        values = np.asarray(given)
+        values = real_array(f"{name}: {field_name}", given)
         if values.shape != (num_experts,):
             raise UserError(
                 f"{name}: {field_name} has shape {values.shape}, but iteration_overhead lists {num_experts} "
@@ -98,13 +101,13 @@ def check_site(site: Site, name: str = "site") -> Site:
             )
         low = _MINIMUM[field_name]
         counts = isinstance(low, int)
-        bad = ~(np.isfinite(values) & (values >= low) & (not counts or values <= _MOST))
-        if bad.any():
-            expert = int(np.argmax(bad))
-            most = f", and at most {_MOST}" if counts else ""
-            raise UserError(
-                f"{name}: {field_name} of expert {expert} is {values[expert]}; it must be at least {low}{most}"
-            )
+        bad = ~(np.isfinite(values) & (values >= low) & (not counts or values <= MAX_COUNT))
+        broken = counts & (values != np.round(values))
+        if (bad | broken).any():
+            expert = int(np.argmax(bad | broken))
+            wanted = f"at least {low}" + (f", and at most {MAX_COUNT}" if counts else "")
+            wanted = wanted if bad[expert] else "a whole number"
+            raise UserError(f"{name}: {field_name} of expert {expert} is {values[expert]}; it must be {wanted}")
         checked[field_name] = jnp.asarray(values, jnp.int32 if counts else jnp.float32)
     return Site(**checked)
 
