@@ -78,7 +78,7 @@ def time_one_site(params: EnvParams, sizes: Sizes) -> dict[str, dict[str, float]
     rows = generator.integers(len(params.bank.prompt_tokens), size=sizes.requests)
     prompt, output = np.asarray(params.bank.prompt_tokens)[rows], np.asarray(params.bank.output_tokens)[rows]
     assignment = generator.integers(params.site.num_experts, size=sizes.requests)
-    site = {name: np.asarray(values) for name, values in vars(params.site).items()}
+    site = {name: np.asarray(values) for name, values in params.site._asdict().items()}
     results: dict[str, Any] = {}
 
     def serve(name: str, call: Callable[[], Any]) -> dict[str, float]:

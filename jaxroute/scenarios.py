@@ -122,8 +122,6 @@ def _build(
         requirement=workload.requirement,
         share=workload.share,
         reward=RewardParams(
-            violation_penalty=jnp.float32(weights.violation_penalty),
-            rejection_penalty=jnp.float32(weights.rejection_penalty),
             accelerator_price=jnp.float32(weights.accelerator_price),
             shaping=jnp.float32(weights.shaping),
         ),

@@ -30,10 +30,6 @@ def _check_seed(where: str, seed: int) -> None:
 class RewardConfig:
     """The tailored reward; a weight of 0 switches a part off."""
 
-    violation_penalty: float = 0.0
-    """Penalty per request that completes late or is lost."""
-    rejection_penalty: float = 0.0
-    """Penalty per rejected request."""
     accelerator_price: float = 0.02
     """Price of one busy accelerator-second, in QoS: what it must bring in to be worth spending."""
     shaping: bool = True
@@ -43,9 +39,8 @@ class RewardConfig:
     quality and timing are independent given the predictions."""
 
     def __post_init__(self) -> None:
-        for name in ("violation_penalty", "rejection_penalty", "accelerator_price"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"reward: {name}={getattr(self, name)} must not be negative, and finite")
+        if not 0 <= self.accelerator_price < float("inf"):
+            raise UserError(f"reward: accelerator_price={self.accelerator_price} must not be negative, and finite")
 
 
 @dataclass
