@@ -3,7 +3,7 @@
 One *frozen-batch* model serves three purposes: edge features of the graph, the `impact_greedy` policy, and the
 potential of the reward. It supposes that an expert's batch stays as it is (at a steady load, requests leave as
 others come), that lengths are log-normal around their predictions, and that iteration times are known up to
-`RATE_ERROR`. Formulas and their derivation: docs/learning.md.
+`RATE_ERROR`. Formulas and their derivation: docs/explanation/learning.md.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Load(NamedTuple):
 
 
 def iteration_time(site: Site, num_seqs: Array, context: Array) -> Array:
-    """Time of one decode iteration (docs/semantics.md, step 4), s."""
+    """Time of one decode iteration (docs/reference/semantics.md, step 4), s."""
     return (
         site.iteration_overhead
         + jnp.maximum(site.weight_load, site.compute_per_token * num_seqs)

@@ -1,7 +1,8 @@
 """A trained router in a gateway: it is told what happens to requests, and says where to send the next one.
 
 `Router.load` reads what `python -m jaxroute export` wrote. The router keeps the observation graph itself, on the host:
-who is where, for how long, and what is left of it. What the gateway does not tell is inferred, as docs/export.md says.
+who is where, for how long, and what is left of it. What the gateway does not tell is
+inferred, as docs/how-to/export.md says.
 """
 
 from __future__ import annotations
@@ -383,7 +384,7 @@ class Router:
     # --- What is inferred -----------------------------------------------------------------------------------
 
     def _advance(self, now: float) -> None:
-        """Let the experts decode until now, at the pace of their batch (docs/semantics.md, step 4)."""
+        """Let the experts decode until now, at the pace of their batch (docs/reference/semantics.md, step 4)."""
         gap = now - self._now
         if not gap >= 0 or now == math.inf:
             raise UserError(f"the clock goes back: now={now} comes after now={self._now}")

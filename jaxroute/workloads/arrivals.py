@@ -260,7 +260,7 @@ class WorkloadConfig:
     period: float = 600.0
     """diurnal: length of a swing at the nominal rate, s."""
     trace: str | None = None
-    """trace: a recorded trace in one of the formats of docs/traces.md, relative to the data folder."""
+    """trace: a recorded trace in one of the formats of docs/how-to/traces.md, relative to the data folder."""
 
     def __post_init__(self) -> None:
         where = f"workload {self.name}"
@@ -279,7 +279,7 @@ class WorkloadConfig:
             if getattr(self, key) >= 1:
                 raise UserError(f"{where}: {key}={getattr(self, key)} must be below 1")
         if self.arrivals == "trace" and not self.trace:
-            raise UserError(f"{where}: trace is missing; name a file in one of the formats of docs/traces.md")
+            raise UserError(f"{where}: trace is missing; name a file in one of the formats of docs/how-to/traces.md")
         if not self.requirements:
             raise UserError(f"{where}: requirements is empty; give at least one class of service")
         for requirement in self.requirements:

@@ -116,7 +116,7 @@ FORMATS = (
     Format("table", ".csv", ("arrival_time", "prompt_tokens", "output_tokens"), "a time in s", _numbers),
     Format("table", ".parquet", ("arrival_time", "prompt_tokens", "output_tokens"), "a time in s", _numbers),
 )  # fmt: skip
-"""All formats, described in docs/traces.md."""
+"""All formats, described in docs/how-to/traces.md."""
 
 
 # --- reading ------------------------------------------------------------------------------------------------
