@@ -48,7 +48,7 @@ class Site(NamedTuple):
         num_decoding: Shaped[Array, "*lanes"],
         context: Shaped[Array, "*lanes"],
     ) -> Float[Array, "*lanes"]:
-        """Time of one iteration, s (docs/semantics.md, step 4); of JAX arrays or of NumPy's, as the site is.
+        """Time of one iteration, s (docs/reference/semantics.md, step 4); of JAX arrays or of NumPy's, as the site is.
 
         Args:
             num_tokens: tokens that it schedules.

@@ -3,7 +3,7 @@
 python -m jaxroute export RUN --out FOLDER [--predictor FOLDER] [option=value ...]
 
 The folder holds the decision, from what a gateway knows to the expert, as one StableHLO program with the parameters in
-it, and a manifest. `jaxroute.gateway.Router` reads it; docs/export.md describes both.
+it, and a manifest. `jaxroute.gateway.Router` reads it; docs/how-to/export.md describes both.
 """
 
 from __future__ import annotations
