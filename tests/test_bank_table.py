@@ -9,9 +9,9 @@ import pytest
 from test_bank import auc, log_lengths, r2, table_config, write_tables
 
 from jaxroute.banks import measures
-from jaxroute.banks.bank import BankConfig, build_bank, load_table
+from jaxroute.banks.bank import BankConfig, build_bank
 from jaxroute.banks.noise import NoiseConfig
-from jaxroute.banks.tables import split_of_rows
+from jaxroute.banks.tables import read_table, split_of_rows
 from jaxroute.commands import bank as command_line
 from jaxroute.config import load_config
 from jaxroute.errors import UserError
@@ -89,7 +89,7 @@ def test_every_format_gives_the_same_bank(tmp_path, capsys, suffix):
     code, out, _ = run(capsys, "build", write_long(long, tmp_path / f"mine{suffix}"), "--out", tmp_path / "bank")
     assert code == 0
     assert f"400 prompts x 3 LLMs, 0 cells missing.\nUse it with: bank=table bank.folder={tmp_path / 'bank'}" in out
-    table = load_table(tmp_path / "bank")
+    table = read_table(tmp_path / "bank")
     assert sorted(table.llms) == sorted(LLMS)
     order, columns = np.argsort(table.queries["prompt_tokens"].to_numpy()), [table.llms.index(llm) for llm in LLMS]
     np.testing.assert_array_equal(table.quality[order][:, columns], wide(long, "quality"))
@@ -107,7 +107,7 @@ def test_absent_rows_and_empty_lengths_are_missing_cells(tmp_path, capsys, caplo
     long.loc[4, "output_tokens"] = None  # row 5: the second prompt, medium-7b
     path = write_long(long.drop(index=[0, 2]), tmp_path / "mine.csv")
     assert run(capsys, "build", path, "--out", tmp_path / "bank")[0] == 0
-    table = load_table(tmp_path / "bank")
+    table = read_table(tmp_path / "bank")
     assert np.isnan(table.quality).sum() == 2
     assert np.isnan(table.output_tokens).sum() == 3
     with caplog.at_level(logging.WARNING):
@@ -121,7 +121,7 @@ def test_prompt_tokens_are_estimated_and_it_says_so(tmp_path, capsys):
     assert code == 0
     assert "Ignored columns: grader." in out
     assert "prompt_tokens is estimated: characters / 4." in out
-    queries = load_table(tmp_path / "bank").queries
+    queries = read_table(tmp_path / "bank").queries
     assert list(queries.columns) == ["prompt", "prompt_tokens"]
     np.testing.assert_allclose(queries["prompt_tokens"], queries["prompt"].str.len() / 4, atol=0.5)
 
@@ -130,7 +130,7 @@ def test_a_published_table_becomes_the_same_bank(tmp_path, capsys):
     write_tables(tmp_path / "zeroeval", missing=20)
     args = ("build", tmp_path / "zeroeval", "--out", tmp_path / "bank", "--models", "large-27b,small-2b")
     assert run(capsys, *args)[0] == 0
-    assert load_table(tmp_path / "bank").llms == ["large-27b", "small-2b"]
+    assert read_table(tmp_path / "bank").llms == ["large-27b", "small-2b"]
     for split in ("train", "test"):
         published = build_bank(table_config(split=split), ["a", "c"], tmp_path)
         assert same(build_bank(own(tmp_path / "bank", split=split), ["a", "c"]), published)
@@ -172,12 +172,12 @@ def test_describe_the_published(data_dir, capsys):
     pool += "Qwen1.5-7B-Chat,Yi-6b-Chat,Mixtral-8x7B-Instruct-v0.1,c4ai-command-r-v01"
     _, out, _ = run(capsys, "describe", data_dir / "mmlu_pro", "--models", pool)
     assert "best single LLM Meta-Llama-3_1-8B-Instruct 0.442, oracle (the best LLM of each prompt) 0.778." in out
-    assert {"prompt", "category", "id"} <= set(load_table(data_dir / "mmlu_pro").queries.columns)
+    assert {"prompt", "category", "id"} <= set(read_table(data_dir / "mmlu_pro").queries.columns)
     _, out, _ = run(capsys, "describe", data_dir / "zeroeval")
     assert (
         "Complete for these 57 LLMs: 0 of 2840 prompts; a site needs 100: fewer LLMs (--models) or more prompts." in out
     )
-    assert {"prompt", "category", "id"} <= set(load_table(data_dir / "zeroeval").queries.columns)
+    assert {"prompt", "category", "id"} <= set(read_table(data_dir / "zeroeval").queries.columns)
 
 
 # --- mistakes in an evaluation ---------------------------------------------------------------------------------
@@ -196,18 +196,18 @@ def changed(row, **cells):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed(5, model="small-2b"), "row 5: prompt and model ('small-2b') are those of row 4; keep one"),
-        (changed(5, quality=-0.5), "row 5: quality '-0.5' is not from 0 to 1: rescale it"),
-        (changed(7, quality=100), "row 7: quality '100' is not from 0 to 1: rescale it"),
-        (changed(5, quality="inf"), "row 5: quality 'inf' is not from 0 to 1"),
-        (changed(5, quality=""), "row 5: quality '' is not from 0 to 1"),
-        (changed(5, quality="good"), "row 5: quality 'good' is not a number"),
-        (changed(6, output_tokens=0), "row 6: output_tokens '0' is not above 0"),
-        (changed(6, output_tokens="inf"), "row 6: output_tokens 'inf' is not above 0"),
-        (changed(6, prompt_tokens=-3), "row 6: prompt_tokens '-3' is not above 0"),
-        (changed(5, model=" "), "row 5: model ' ' is empty: fill it in"),
-        (changed(5, prompt=None), "row 5: prompt '' is empty: fill it in"),
-        (changed(5, category="math"), "row 5: category 'math' where row 4 has 'crux' for the same prompt"),
+        (changed(5, model="small-2b"), "mine.csv:10: prompt and model ('small-2b') are those of line 8; keep one"),
+        (changed(5, quality=-0.5), "mine.csv:10: quality '-0.5' is not from 0 to 1: rescale it"),
+        (changed(7, quality=100), "mine.csv:14: quality '100' is not from 0 to 1: rescale it"),
+        (changed(5, quality="inf"), "mine.csv:10: quality 'inf' is not from 0 to 1"),
+        (changed(5, quality=""), "mine.csv:10: quality '' is not from 0 to 1"),
+        (changed(5, quality="good"), "mine.csv:10: quality 'good' is not a number"),
+        (changed(6, output_tokens=0), "mine.csv:12: output_tokens '0' is not above 0"),
+        (changed(6, output_tokens="inf"), "mine.csv:12: output_tokens 'inf' is not above 0"),
+        (changed(6, prompt_tokens=-3), "mine.csv:12: prompt_tokens '-3' is not above 0"),
+        (changed(5, model=" "), "mine.csv:10: model ' ' is empty: fill it in"),
+        (changed(5, prompt=None), "mine.csv:10: prompt '' is empty: fill it in"),
+        (changed(5, category="math"), "mine.csv:10: category 'math' where line 8 has 'crux' for the same prompt"),
         (lambda table: table.rename(columns={"model": "model_name"}), "no column 'model' (did you mean model_name?)"),
         (lambda table: table.head(0), "has no rows"),
     ],
@@ -225,13 +225,13 @@ def test_a_mistake_names_its_row_and_writes_nothing(tmp_path, capsys, change, me
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("mine.jsonl", '{"prompt": "a"}\n{"prompt": \n', "row 2: '{\"prompt\":' is not JSON"),
-        ("mine.jsonl", '{"prompt": "a"}\n[1]\n', "row 2: '[1]' is not a JSON object"),
-        ("mine.csv", "prompt,model\na,b\na,b,c\n", "is not a readable .csv file"),
-        ("mine.csv", "", "is not a readable .csv file"),
+        ("mine.jsonl", '{"prompt": "a"}\n{"prompt": \n', "mine.jsonl:2: '{\"prompt\":' is not JSON"),
+        ("mine.jsonl", '{"prompt": "a"}\n[1]\n', "mine.jsonl:2: '[1]' is not a JSON object"),
+        ("mine.csv", "prompt,model,quality,output_tokens\na,b,1,2\na,b,1,2,c\n", "mine.csv:3: cannot read 'a,b,1,2,c'"),
+        ("mine.csv", "", "mine.csv is empty: give a file with one row per answer"),
         ("mine.parquet", "prompt", "is not a readable Parquet file"),
-        ("mine.xlsx", "", "is of an unknown kind: name a .csv, .jsonl or .parquet file"),
-        ("mine.csv", None, "does not exist: name a .csv"),
+        ("mine.xlsx", "PK\x03\x04", "mine.xlsx is a ZIP archive or a spreadsheet: unpack it, or save the sheet as CSV"),
+        ("mine.csv", None, "does not exist or is not a file: check the path, and give a file with one row"),
     ],
 )
 def test_a_file_that_cannot_be_read(tmp_path, capsys, name, content, message):
@@ -315,8 +315,6 @@ def test_settings_that_do_not_fit():
         BankConfig(kind="zeroeval", folder="x")
     with pytest.raises(UserError, match=r"bank\.predictions does not fit bank\.kind='embedded'"):
         BankConfig(predictions="x")
-    with pytest.raises(UserError, match=r"kind='embedded' is generated and has no table"):
-        load_table(BankConfig())
 
 
 # --- predictions -----------------------------------------------------------------------------------------------
