@@ -2,14 +2,17 @@
 
 import json
 import logging
+from decimal import Decimal
 
 import numpy as np
 import pandas as pd
 import pytest
+from shapes import check_reads_every_shape, check_refuses_every_broken_file, csv_text, json_lines
 from test_bank import auc, log_lengths, r2, table_config, write_tables
 
 from jaxroute.banks import measures
 from jaxroute.banks.bank import BankConfig, build_bank
+from jaxroute.banks.evaluations import read_evaluation
 from jaxroute.banks.noise import NoiseConfig
 from jaxroute.banks.tables import read_table, split_of_rows
 from jaxroute.commands import bank as command_line
@@ -63,6 +66,17 @@ def write_long(table, path):
 
 def wide(table, name):
     return table.pivot(index="prompt_tokens", columns="model", values=name)[LLMS].to_numpy()
+
+
+SHORT = [
+    {"prompt": f"p{number}", "model": "ab"[number % 2], "quality": number / 4, "output_tokens": 10 + number}
+    for number in range(5)
+]
+
+
+def contents(path):
+    table, _ = read_evaluation(path)
+    return table.queries.to_dict("list"), table.quality, table.output_tokens, table.llms
 
 
 def own(folder, **overrides):
@@ -178,6 +192,110 @@ def test_describe_the_published(data_dir, capsys):
         "Complete for these 57 LLMs: 0 of 2840 prompts; a site needs 100: fewer LLMs (--models) or more prompts." in out
     )
     assert {"prompt", "category", "id"} <= set(read_table(data_dir / "zeroeval").queries.columns)
+
+
+def test_every_shape_of_an_evaluation(tmp_path):
+    check_reads_every_shape(tmp_path, SHORT, contents)
+
+
+def test_every_broken_evaluation(tmp_path):
+    check_refuses_every_broken_file(tmp_path, SHORT, contents)
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [
+        (True, 1), (False, 0), ("True", 1), ("False", 0), ("true", 1), (" FALSE ", 0), (1, 1), (0, 0), ("1", 1),
+        ("1.0", 1),
+        (".5", 0.5), ("1e-1", 0.1), ("5E-1", 0.5), ("75%", 0.75), ("100 %", 1), (Decimal("0.25"), 0.25),
+        (np.float32(0.5), 0.5),
+        ("yes", None), ("correct", None), ("150%", None), ("0,5", None), ("%", None), (None, None), ("", None),
+        ("NaN", None),
+        (float("nan"), None), ("null", None), ("None", None), (2, None), (-1, None), (10**400, None), ("1" * 400, None),
+        ("inf", None), ([1], None), ({"score": 1}, None), (b"1", None), ("0x1", None), ("1\x00", None),
+        ("\ud800", None),
+    ],
+)  # fmt: skip
+def test_every_way_to_write_a_quality(tmp_path, cell, value):
+    check_cell(tmp_path, "quality", cell, value)
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [
+        (12, 12), ("12", 12), ("12.0", 12), (12.0, 12), ("1.2e1", 12), (Decimal("12"), 12), (np.int8(12), 12),
+        (None, np.nan), ("", np.nan), ("nan", np.nan), ("None", np.nan), ("N/A", np.nan), (float("nan"), np.nan),
+        ("1,234", None), ("12 tokens", None), (0, None), (-3, None), ("inf", None), (10**400, None), (True, None),
+        ("true", None), ([12], None), ({}, None), (b"12", None), ("12%", None),
+    ],
+)  # fmt: skip
+def test_every_way_to_write_a_length(tmp_path, cell, value):
+    check_cell(tmp_path, "output_tokens", cell, value)
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [
+        ("None", "None"), ("nan", "nan"), ("true", "true"), (5, "5"), (2.5, "2.5"), ("ü\x00", "ü\x00"), (" a", " a"),
+        (None, None), ("", None), (" \n", None), (float("nan"), None), ([{"role": "user"}], None), ({"a": 1}, None),
+        (b"a", None), (True, "True"), ("\ud800", None), ("a\udc80" * 90, None),
+    ],
+)  # fmt: skip
+def test_every_way_to_write_a_prompt(tmp_path, cell, value):
+    check_cell(tmp_path, "prompt", cell, value)
+
+
+def check_cell(folder, name, cell, value):
+    """In every kind that can hold it, the cell has this value, or (value None) ends in one line that names the row."""
+    rows = [{**row, name: cell} if number == 1 else row for number, row in enumerate(SHORT)]
+    kinds = {"jsonl": (rows, 2), "parquet": (rows[1:2], 1)}  # a column of Parquet holds one type
+    if isinstance(cell, str):
+        kinds["csv"] = (rows, 3)
+    written = 0
+    for kind, (written_rows, place) in kinds.items():
+        path = folder / f"mine.{kind}"
+        try:
+            if kind == "parquet":
+                pd.DataFrame(written_rows).to_parquet(path)
+            else:
+                path.write_text((csv_text if kind == "csv" else json_lines)(written_rows))
+        except (TypeError, ValueError, OverflowError, NotImplementedError):  # this kind cannot hold it
+            continue
+        written += 1
+        if value is None:
+            where = f"mine.parquet, row {place}" if kind == "parquet" else f"mine.{kind}:{place}"
+            with pytest.raises(UserError, match=f"{where}: {name} ") as raised:
+                read_evaluation(path)
+            assert str(raised.value).isprintable()
+        else:
+            table, _ = read_evaluation(path)
+            row = place - {"jsonl": 1, "parquet": 1, "csv": 2}[kind]
+            column = table.queries["prompt"] if name == "prompt" else getattr(table, name)[:, table.llms.index("b")]
+            np.testing.assert_equal(column[row], value)
+    assert written
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "dtype"),
+    [
+        ("quality", [1, 0, None], "Float64"), ("quality", [True, False, True], "boolean"),
+        ("quality", [1, 0, 1], "category"),
+        ("quality", ["True", "False", "1"], "category"), ("quality", [1, 0, 1], "uint8"),
+        ("output_tokens", [5, None, 7], "Int64"), ("output_tokens", [5, 6, 7], "category"),
+        ("output_tokens", [5, 6, 7], "uint16"),
+        ("model", ["a", "b", "a"], "category"), ("prompt", ["a", "b", "c"], "string"),
+    ],
+)  # fmt: skip
+def test_types_of_parquet(tmp_path, name, values, dtype):
+    frame = pd.DataFrame(SHORT[:3])
+    frame[name] = pd.Series(values, dtype=dtype)
+    frame.to_parquet(tmp_path / "mine.parquet")
+    if name == "quality" and values[2] is None:
+        with pytest.raises(UserError, match=r"mine\.parquet, row 3: quality None is not from 0 to 1"):
+            read_evaluation(tmp_path / "mine.parquet")
+    else:
+        table, _ = read_evaluation(tmp_path / "mine.parquet")
+        assert len(table.queries) == 3
 
 
 # --- mistakes in an evaluation ---------------------------------------------------------------------------------
