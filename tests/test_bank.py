@@ -321,7 +321,7 @@ def test_more_prompts_than_rows(tmp_path):
 
 def test_unknown_column_names_the_close_ones(tmp_path):
     write_tables(tmp_path / "zeroeval")
-    with pytest.raises(UserError, match=r"no column 'Large-27B-it' \(close: large-27b.*bank\.models"):
+    with pytest.raises(UserError, match=r"no column 'Large-27B-it' \(did you mean large-27b.*bank\.models"):
         build_bank(table_config(), ["a", "Large-27B-it"], tmp_path)
 
 
@@ -432,7 +432,7 @@ def test_every_site_finds_its_columns(bank, site, data_dir):
 
 
 def test_unknown_llm_names_the_close_ones():
-    with pytest.raises(UserError, match=r"no LLM 'gemma-2-9b' \(close: gemma-2-9b-it.*bank\.models"):
+    with pytest.raises(UserError, match=r"no LLM 'gemma-2-9b' \(did you mean gemma-2-9b-it\?\).*bank\.models"):
         build_bank(configured("embedded"), ["gemma-2-9b"])
 
 

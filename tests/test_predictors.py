@@ -396,7 +396,7 @@ def test_some_llms_without_categories(bank, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        ({}, ["--models", "small-3b"], "has no LLM 'small-3b' (close: small-2b"),
+        ({}, ["--models", "small-3b"], "has no LLM 'small-3b' (did you mean small-2b?)"),
         ({}, ["--seed", "-1"], "--seed=-1 is negative"),
         ({"drop": "prompt"}, [], "queries.parquet has no column 'prompt', and a predictor needs the prompts' text"),
         ({"prompt": None}, [], "queries.parquet, row 3: prompt is no text but "),

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxroute.banks.tables import Predictions, Table, close, read_predictions, read_table, split_of_rows
-from jaxroute.errors import UserError
+from jaxroute.banks.tables import Predictions, Table, read_predictions, read_table, split_of_rows
+from jaxroute.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -61,21 +61,17 @@ class NoiseConfig:
 
     A real predictor learns mostly how hard and how long a prompt is for all LLMs alike, and little of which
     LLM does better. The two are separate figures: the second decides what routing by quality alone can gain.
-
-    Attributes:
-        quality_auc: area under the ROC curve of predicted quality. Where quality is graded: of two answers
-            of different quality, how often the better one has the higher prediction (which is the same for
-            quality 0 or 1).
-        quality_own_r2: R2 of the predicted quality's deviation from the prompt's mean over LLMs.
-        length_r2: R2 of the predicted log length.
-        length_own_r2: R2 of the predicted log length's deviation from the prompt's mean over LLMs.
-
     """
 
     quality_auc: float = 0.826
+    """Area under the ROC curve of the predicted quality. For graded quality: how often the better of two answers has
+    the higher prediction, which is the same thing for quality 0 or 1."""
     quality_own_r2: float = 0.010
+    """R2 of the predicted quality's deviation from the prompt's mean over LLMs."""
     length_r2: float = 0.561
+    """R2 of the predicted log length."""
     length_own_r2: float = 0.087
+    """R2 of the predicted log length's deviation from the prompt's mean over LLMs."""
 
     def __post_init__(self) -> None:
         if not 0.5 < self.quality_auc < 1:
@@ -146,37 +142,31 @@ class LLMFigures:
 
 @dataclass
 class BankConfig:
-    """Which bank, how much of it, and how well its outcomes can be predicted.
-
-    Attributes:
-        kind: "embedded" (generated, no download), "zeroeval" or "mmlu_pro" (published tables), or "table" (the
-            folder's).
-        folder: of kind "table": what `python -m jaxroute bank build` wrote.
-        predictions: folder of a predictor's predictions for the rows of a real table, which the router sees
-            instead of those as good as `predictor`.
-        num_prompts: rows; None takes every row of a real table (the embedded bank needs a number).
-        seed: of the generated prompts, the prediction noise and the choice of rows.
-        split: "train" or "test", two disjoint populations: other draws for the embedded bank, two fixed
-            halves of a real table, which do not depend on the seed. "all": every row of a real table.
-        models: a site's model name -> name of its column in the bank; identity where absent.
-        predictor: strength of the predictions.
-        max_output_tokens: generation limit of the embedded bank, tokens.
-        domains: figures of the embedded bank's domains.
-        llms: figures of the embedded bank's LLMs, by name.
-
-    """
+    """Which bank, how much of it, and how well its outcomes can be predicted."""
 
     kind: str = "embedded"
+    """embedded (generated, no download), zeroeval or mmlu_pro (published tables), or table (your own, see folder)."""
     folder: str | None = None
+    """table: the folder that `jaxroute bank build` wrote."""
     predictions: str | None = None
+    """Folder that `jaxroute predict` wrote for this table; null draws predictions as good as bank.noise says."""
     num_prompts: int | None = 4096
+    """Number of prompts; null takes every row of a table. The embedded bank needs a number."""
     seed: int = 0
+    """Seed of the generated prompts, the prediction noise and the choice of rows."""
     split: str = "train"
+    """train or test: disjoint prompts, drawn apart for the embedded bank, fixed halves of a table. all: every row of a
+    table."""
     models: dict[str, str] = field(default_factory=dict)
+    """The bank's column for a model of the site, where their names differ."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    """How good the predictions are."""
     max_output_tokens: int = 4096
+    """embedded: generation limit, tokens."""
     domains: list[DomainFigures] = field(default_factory=list)
+    """embedded: figures of each domain of prompts."""
     llms: dict[str, LLMFigures] = field(default_factory=dict)
+    """embedded: figures of each LLM, by name."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -273,7 +263,7 @@ def _generate(
     for llm in llms:
         if llm not in config.llms:
             raise UserError(
-                f"the embedded bank has no LLM '{llm}'{close(llm, config.llms)}: add its figures under "
+                f"the embedded bank has no LLM '{llm}'{did_you_mean(llm, config.llms)}: add its figures under "
                 "bank.llms or name a stand-in under bank.models"
             )
     train = _generate_split(config, llms, "train")
@@ -363,7 +353,7 @@ def _read_tables(
     for llm in llms:
         if llm not in table.llms:
             raise UserError(
-                f"{where} has no column '{llm}'{close(llm, table.llms)}: name a column "
+                f"{where} has no column '{llm}'{did_you_mean(llm, table.llms)}: name a column "
                 "for the site's model under bank.models"
             )
     chosen = [table.llms.index(llm) for llm in llms]

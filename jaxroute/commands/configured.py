@@ -154,7 +154,7 @@ _COMMON = {
         "ppo.num_envs",
         "ppo.total_steps",
         "warm_start.num_states",
-        "train.rates",
+        "train.loads",
         "train.num_seeds",
         "seed",
         "output_dir",

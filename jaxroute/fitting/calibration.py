@@ -23,9 +23,9 @@ from jaxtyping import Array, Bool, Float, Float64, Int
 from scipy.optimize import least_squares
 
 from jaxroute.errors import UserError
-from jaxroute.files import json_object
 from jaxroute.serving.playback import replay_program
 from jaxroute.serving.site import Site
+from jaxroute.tables import json_object
 
 MIN_REQUESTS = 30
 COEFFICIENTS = ("weight_load", "compute_per_token", "decode_per_seq", "attention_per_token", "kv_capacity")
