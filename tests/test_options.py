@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_page_is_up_to_date():
-    assert (ROOT / "docs" / "options.md").read_text() == page(), (
-        "run: python -m jaxroute.config.options > docs/options.md"
+    assert (ROOT / "docs" / "reference" / "options.md").read_text() == page(), (
+        "run: python -m jaxroute.config.options > docs/reference/options.md"
     )
 
 

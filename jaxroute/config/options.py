@@ -1,7 +1,7 @@
 """Every option of train.py and eval.py, with its type, default and meaning.
 
-`python -m jaxroute.config.options` prints docs/options.md. All is read from the dataclasses of the configuration and
-the YAML files in configs/, so that nothing is said twice.
+`python -m jaxroute.config.options` prints docs/reference/options.md. All is read from the dataclasses of the
+configuration and the YAML files in configs/, so that nothing is said twice.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def meanings(schema: type) -> dict[str, str]:
 
 
 def page() -> str:
-    """Return docs/options.md."""
+    """Return docs/reference/options.md."""
     lines = [
         "# Options",
         "",

@@ -3,7 +3,7 @@
 One *frozen-batch* model serves three purposes: edge features of the graph, the `impact_greedy` policy, and the
 potential of the reward. It supposes that an expert's batch stays as it is (at a steady load, requests leave as
 others come), that lengths are log-normal around their predictions, and that iteration times are known up to
-`RATE_ERROR`. Formulas and their derivation: docs/learning.md.
+`RATE_ERROR`. Formulas and their derivation: docs/explanation/learning.md.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What a router believes of the experts: who is where, who runs, and how far each request is.
 
-The gateway tells little: where it sent a request, when the first and the last token came back, and perhaps how far the
-expert is. The rest is inferred at each event, as docs/export.md says. All requests live in one array, (field, slot,
-expert), in the order in which they were sent to their expert, so that an event costs a few NumPy operations.
+The gateway tells little: where it sent a request, when the first and the last token came back, and perhaps how far
+the expert is. The rest is inferred at each event, as docs/how-to/export.md says. All requests live in one array,
+(field, slot, expert), in the order in which they were sent to their expert, so that an event costs a few NumPy
+operations.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ class Belief:
     # --- What is inferred -----------------------------------------------------------------------------------
 
     def advance(self, now: float) -> None:
-        """Let the experts decode until now, at the pace of their batch (docs/semantics.md, step 4).
+        """Let the experts decode until now, at the pace of their batch (docs/reference/semantics.md, step 4).
 
         Raises:
             UserError: the clock goes back; nothing has changed then.

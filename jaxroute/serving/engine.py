@@ -1,6 +1,6 @@
 """Continuous batching with event skipping: what happens at the experts between two arrivals.
 
-Semantics: docs/semantics.md (iteration-level scheduling, chunked prefill, KV memory, preemption by
+Semantics: docs/reference/semantics.md (iteration-level scheduling, chunked prefill, KV memory, preemption by
 recompute, as vLLM V1 does them). Nothing steps token by token: while every running request decodes and
 nobody can be admitted, any number of iterations is applied in closed form.
 

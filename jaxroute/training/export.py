@@ -3,7 +3,7 @@
 python -m jaxroute export RUN --out FOLDER [--predictor FOLDER] [option=value ...]
 
 The folder holds the decision, from what a gateway knows to the expert, as one StableHLO program with the parameters in
-it, and a manifest. `jaxroute.gateway.Router` reads it; docs/export.md describes both.
+it, and a manifest. `jaxroute.gateway.Router` reads it; docs/how-to/export.md describes both.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def export_router(
         "format_version": FORMAT_VERSION,
         "jaxroute": __version__,
         "jax": jax.__version__,
-        "checkpoint": f"{run_of(run, 'run').resolve().name}, {policy.source.name} steps",
+        "checkpoint": policy.label,
         "site": dataclasses.asdict(config.site),
         "log_length_error": log_length_error,
         "slots": env.num_slots,

@@ -280,7 +280,7 @@ class WorkloadConfig:
     period: float = 600.0
     """diurnal: length of one swing, s, at the nominal rate."""
     trace: str | None = None
-    """trace: the recorded trace, in a format of docs/traces.md; a relative path starts at the data folder."""
+    """trace: the recorded trace, in a format of docs/how-to/traces.md; a relative path starts at the data folder."""
 
     def __post_init__(self) -> None:
         where = f"workload {self.name}"
@@ -299,7 +299,7 @@ class WorkloadConfig:
             if getattr(self, key) >= 1:
                 raise UserError(f"{where}: {key}={getattr(self, key)} must be below 1")
         if self.arrivals == "trace" and not self.trace:
-            raise UserError(f"{where}: trace is missing; name a file in one of the formats of docs/traces.md")
+            raise UserError(f"{where}: trace is missing; name a file in one of the formats of docs/how-to/traces.md")
         if not self.requirements:
             raise UserError(f"{where}: requirements is empty; give at least one class of service")
         for requirement in self.requirements:

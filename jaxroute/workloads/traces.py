@@ -117,7 +117,7 @@ FORMATS = (
     ),
     Format("table", ("arrival_time", "prompt_tokens", "output_tokens"), "a time in s", _numbers),
 )  # fmt: skip
-"""All formats, described in docs/traces.md."""
+"""All formats, described in docs/how-to/traces.md."""
 
 
 # --- reading ------------------------------------------------------------------------------------------------
