@@ -19,6 +19,7 @@ __all__ = ["SCENARIOS", "Outcomes", "Requests", "Site", "UserError", "__version_
 
 _MODULES = {
     "SCENARIOS": "jaxroute.scenarios",
+    "load_router": "jaxroute.runs",
     "make": "jaxroute.scenarios",
     "load_router": "jaxroute.runs",
     "Outcomes": "jaxroute.serving",
