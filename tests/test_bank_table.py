@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 from test_bank import auc, log_lengths, r2, table_config, write_tables
 
-from jaxroute.banks import bank
-from jaxroute.banks.bank import BankConfig, NoiseConfig, build_bank, load_table, split_of_rows
+from jaxroute.banks import measures
+from jaxroute.banks.bank import BankConfig, build_bank, load_table
+from jaxroute.banks.noise import NoiseConfig
+from jaxroute.banks.tables import split_of_rows
 from jaxroute.commands import bank as command_line
 from jaxroute.config import load_config
 from jaxroute.errors import UserError
@@ -393,9 +395,9 @@ def test_auc_of_grades_counts_every_pair(grades):
     rng = np.random.default_rng(grades)
     quality = rng.integers(0, grades, (60, 5)) / grades
     score = quality + rng.standard_normal(quality.shape)
-    assert bank.auc(quality, score) == pytest.approx(pairs_in_order(quality, score), abs=1e-12)
+    assert measures.auc(quality, score) == pytest.approx(pairs_in_order(quality, score), abs=1e-12)
     if grades == 2:
-        assert bank.auc(2 * quality, score) == pytest.approx(auc(2 * quality, score), abs=1e-12)
+        assert measures.auc(2 * quality, score) == pytest.approx(auc(2 * quality, score), abs=1e-12)
 
 
 def test_predictions_of_graded_quality_are_as_good_as_configured(tmp_path, capsys):

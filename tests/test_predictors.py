@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jaxroute.banks.bank import BankConfig, build_bank, load_table, split_of_rows
-from jaxroute.banks.tables import Table, choose_llms, write_table
+from jaxroute.banks.bank import BankConfig, build_bank, load_table
+from jaxroute.banks.tables import Table, choose_llms, split_of_rows, write_table
 from jaxroute.commands import predict as command_line
 from jaxroute.errors import UserError
 from jaxroute.predictors import Predictor
