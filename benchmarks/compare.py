@@ -78,7 +78,7 @@ def time_one_site(params: EnvParams, sizes: Sizes) -> dict[str, dict[str, float]
     rows = generator.integers(len(params.bank.prompt_tokens), size=sizes.requests)
     prompt, output = np.asarray(params.bank.prompt_tokens)[rows], np.asarray(params.bank.output_tokens)[rows]
     assignment = generator.integers(params.site.num_experts, size=sizes.requests)
-    site = {name: np.asarray(values) for name, values in vars(params.site).items()}
+    site = {name: np.asarray(values) for name, values in params.site._asdict().items()}
     results: dict[str, Any] = {}
 
     def serve(name: str, call: Callable[[], Any]) -> dict[str, float]:
@@ -139,8 +139,8 @@ def time_stable_baselines3(params: EnvParams, sizes: Sizes) -> dict[str, float]:
 def time_jaxroute_training(network: str, sizes: Sizes) -> dict[str, float]:
     """PPO steps/s of jaxroute with the same settings."""
     options = [
-        f"site={sizes.site}", f"network={network}", f"train.rates=[{sizes.rate},{sizes.rate}]", "train.arrivals=null",
-        "train.random_sites=0",
+        f"site={sizes.site}", f"network={network}", f"workload.rate={sizes.rate}",
+        "train.loads=[1,1]", "train.arrivals=null", "train.random_sites=0",
         f"ppo.num_envs={sizes.training_envs}", f"ppo.num_steps={sizes.num_steps}", f"ppo.num_epochs={_EPOCHS}",
         f"ppo.num_minibatches={_MINIBATCHES}", f"ppo.learning_rate={_LEARNING_RATE}",
     ]  # fmt: skip

@@ -31,13 +31,12 @@ class GymnasiumSite(gymnasium.Env):
     """
 
     def __init__(self, params: EnvParams, seed: int) -> None:
-        self.site = {name: np.asarray(values) for name, values in vars(params.site).items()}
+        self.site = {name: np.asarray(values) for name, values in params.site._asdict().items()}
         self.num_experts = params.site.num_experts
         self.bank = params.bank._replace(**{name: np.asarray(column) for name, column in params.bank._asdict().items()})
         self.rate = float(params.rate[0])
         self.requirements, self.shares = np.asarray(params.requirement), np.asarray(params.share, np.float64)
         self.shares /= self.shares.sum()
-        self.penalties = float(params.reward.violation_penalty), float(params.reward.rejection_penalty)
         self.generator = np.random.default_rng(seed)
         self.action_space = gymnasium.spaces.Discrete(self.num_experts)
         size = self.num_experts * _EXPERT_FEATURES + _ARRIVAL_FEATURES
@@ -60,7 +59,6 @@ class GymnasiumSite(gymnasium.Env):
     def step(self, action: int) -> tuple[Float[np.ndarray, "feature"], float, bool, bool, dict[str, Any]]:
         """Route the request to expert `action`, and let time pass until the next one arrives."""
         bank, expert = self.bank, self.experts[action]
-        violation_penalty, rejection_penalty = self.penalties
         request = Request(
             index=self.count,
             arrival=self.now,
@@ -72,8 +70,6 @@ class GymnasiumSite(gymnasium.Env):
         if expert.arrive(request):
             quality = float(bank.predicted_quality[self.row, action])
             self.in_flight[action].append(_Routed(request, quality, self.requirement))
-        else:
-            reward -= rejection_penalty
         self.now += self.generator.exponential(1 / self.rate)
         for expert, in_flight in zip(self.experts, self.in_flight, strict=True):
             expert.advance(self.now)
@@ -82,8 +78,7 @@ class GymnasiumSite(gymnasium.Env):
                 request = routed.request
                 if math.isfinite(request.finish):
                     latency = request.finish + expert.network_delay - request.arrival
-                    late = latency / request.output > routed.requirement
-                    reward += -violation_penalty if late else routed.quality
+                    reward += routed.quality if latency / request.output <= routed.requirement else 0.0
             in_flight[:] = [routed for routed in in_flight if not math.isfinite(routed.request.finish)]
         self.count += 1
         self._draw_request()

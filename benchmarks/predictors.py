@@ -20,8 +20,8 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.publish import publish
-from jaxroute.banks.bank import load_table, split_of_rows
-from jaxroute.banks.tables import choose_llms
+from jaxroute.banks.bank import load_table
+from jaxroute.banks.tables import choose_llms, split_of_rows
 from jaxroute.devices import use_compilation_cache
 from jaxroute.predictors import Predictor
 from jaxroute.predictors.metrics import measure

@@ -17,7 +17,7 @@ from jaxroute.devices import use_compilation_cache
 from jaxroute.evaluation import evaluate_policies, summarise
 from jaxroute.policies import RULES
 from jaxroute.policies.rules import LEAST, MOST
-from jaxroute.scenarios import build_env, training_workload
+from jaxroute.scenarios import training_env
 
 GRID = {
     "quality_threshold": [0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5],
@@ -34,9 +34,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=600)
     options = parser.parse_args()
     use_compilation_cache()
-    config = training_workload(load_config())
-    env, params = build_env(config)
-    low, high = config.train.rates
+    config = load_config(["train.random_sites=0"])
+    env, params = training_env(config)
+    low, high = np.asarray(params.rate)
     rates = [float(rate) for rate in np.linspace(low, high, 4)]
     policies = [
         RULES[rule]._replace(name=f"{rule} {value:g}", params=value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +10,10 @@ import numpy as np
 from jaxroute.banks import build_bank
 from jaxroute.config import Config, load_config
 from jaxroute.env import EdgeRouting, EnvParams, OutageParams, RewardParams
-from jaxroute.errors import UserError
+from jaxroute.errors import UserError, did_you_mean
 from jaxroute.serving import build_site
-from jaxroute.workloads import build_workload
+from jaxroute.serving.checks import real, real_array, whole
+from jaxroute.workloads import Workload, build_workload, training_mix
 
 SCENARIOS: dict[str, dict[str, str]] = {
     f"{prefix}-{workload}": {"site": site, "workload": "azure_conv" if workload == "azure" else workload}
@@ -53,9 +53,8 @@ def make(
         UserError: an unknown name or option, or data that is missing.
     """
     if name not in SCENARIOS:
-        near = difflib.get_close_matches(name, SCENARIOS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(SCENARIOS)}"
-        raise UserError(f"scenario {name} is unknown; {hint}")
+        hint = did_you_mean(name, SCENARIOS)
+        raise UserError(f"scenario {name} is unknown{hint}; choose one of {', '.join(SCENARIOS)}")
     chosen = SCENARIOS[name] | groups
     config = load_config([f"{group}={choice}" for group, choice in chosen.items()] + list(overrides))
     return build_env(config, rate=rate, horizon=horizon, redraw_every=redraw_every, random_sites=random_sites)
@@ -74,8 +73,32 @@ def build_env(
     Raises:
         UserError: data that is missing or malformed, a bank that does not fit the site.
     """
-    site = build_site(config.site)
     workload = build_workload(config.workload, config.data_path)
+    if rate is None:
+        rate = workload.rate
+    if random_sites is None:
+        random_sites = config.dynamics.random_sites
+    return _build(config, workload, rate=rate, horizon=horizon, redraw_every=redraw_every, random_sites=random_sites)
+
+
+def _build(
+    config: Config,
+    workload: Workload,
+    *,
+    rate: float | tuple[float, float],
+    horizon: int,
+    redraw_every: int,
+    random_sites: float,
+) -> tuple[EdgeRouting, EnvParams]:
+    rates = real_array("rate", rate)
+    if rates.shape not in ((), (2,)):
+        raise UserError(f"rate has shape {rates.shape}; give one number, or the least and the greatest")
+    low, high = np.broadcast_to(rates, 2).tolist()
+    if not _LEAST_RATE <= low <= high <= _GREATEST_RATE:
+        raise UserError(
+            f"rate={rate} must be from {_LEAST_RATE:g} to {_GREATEST_RATE:g} requests per second, the least first"
+        )
+    site = build_site(config.site)
     bank = build_bank(config.bank, config.site.models, config.data_path)
     longest, memory = int(np.max(np.asarray(bank.prompt_tokens))), int(np.max(np.asarray(site.kv_capacity)))
     if longest >= memory:
@@ -83,23 +106,19 @@ def build_env(
             f"bank {config.bank.kind}: its longest prompt has {longest} tokens, but no expert of site "
             f"{config.site.name} has more than {memory} tokens of KV cache; raise kv_capacity or choose another bank"
         )
-    if rate is None:
-        rate = workload.rate
-    low, high = rate if isinstance(rate, tuple) else (rate, rate)
-    if not _LEAST_RATE <= low <= high <= _GREATEST_RATE:
-        raise UserError(
-            f"rate={rate} must be from {_LEAST_RATE:g} to {_GREATEST_RATE:g} requests per second, the least first"
-        )
     weights, dynamics = config.reward, config.dynamics
+    share = real("random_sites", random_sites)
+    if not 0 <= share <= 1:
+        raise UserError(f"random_sites={share} must be a share of the environments, from 0 to 1")
     env = EdgeRouting(
         num_experts=site.num_experts,
         num_slots=int(np.max(np.asarray(site.max_num_seqs) + np.asarray(site.max_waiting))),
         arrival_process=workload.process,
-        redraw_every=redraw_every,
-        horizon=horizon,
+        redraw_every=whole("redraw_every", redraw_every, 0),
+        horizon=whole("horizon", horizon, 0),
         expected_quality=weights.expected_quality,
         outages=dynamics.outages,
-        random_sites=dynamics.random_sites if random_sites is None else random_sites,
+        random_sites=share,
         stale=dynamics.refresh_interval > 0,
     )
     params = EnvParams(
@@ -110,8 +129,6 @@ def build_env(
         requirement=workload.requirement,
         share=workload.share,
         reward=RewardParams(
-            violation_penalty=jnp.float32(weights.violation_penalty),
-            rejection_penalty=jnp.float32(weights.rejection_penalty),
             accelerator_price=jnp.float32(weights.accelerator_price),
             shaping=jnp.float32(weights.shaping),
         ),
@@ -123,13 +140,19 @@ def build_env(
     return env, params
 
 
-def training_workload(config: Config) -> Config:
-    """Return the configuration with the arrivals that a router is trained on, `train.arrivals`."""
+def training_workload(config: Config) -> Workload:
+    """Build the workload that a router is trained on: the configured one, with the arrivals of `train.arrivals`.
+
+    Raises:
+        UserError: as `build_workload`.
+    """
+    workload = build_workload(config.workload, config.data_path)
     if config.train.arrivals is None:
-        return config
-    rate = sum(config.train.rates) / 2
-    workload = dataclasses.replace(config.workload, arrivals=config.train.arrivals, rate=rate, rate_scale=1.0)
-    return dataclasses.replace(config, workload=workload)
+        return workload
+    if config.train.arrivals == "mixed":
+        return training_mix(config.workload, workload)
+    other = dataclasses.replace(config.workload, arrivals=config.train.arrivals, rate=workload.rate)
+    return build_workload(other, config.data_path)
 
 
 def training_env(config: Config) -> tuple[EdgeRouting, EnvParams]:
@@ -138,9 +161,12 @@ def training_env(config: Config) -> tuple[EdgeRouting, EnvParams]:
     Raises:
         UserError: as `build_env`.
     """
-    return build_env(
-        training_workload(config),
-        rate=(config.train.rates[0], config.train.rates[1]),
+    workload = training_workload(config)
+    low, high = (load * workload.rate for load in config.train.loads)
+    return _build(
+        config,
+        workload,
+        rate=(low, high),
         horizon=config.train.horizon,
         redraw_every=config.train.redraw_every,
         random_sites=config.train.random_sites,

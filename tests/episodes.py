@@ -18,8 +18,8 @@ from jaxroute.policies import RULES
 NUM_ENVS, NUM_STEPS = 8, 64
 SCRIPT = "script"
 ROUTERS = (SCRIPT, *RULES)
-# The drawn outcome is a choice that is compiled into the step; the penalties are there to be seen.
-OVERRIDES = ("reward.expected_quality=false", "reward.violation_penalty=0.1", "reward.rejection_penalty=0.1")
+# The drawn outcome is a choice that is compiled into the step; the price is high enough to be seen.
+OVERRIDES = ("reward.expected_quality=false", "reward.accelerator_price=0.1")
 
 
 class Episodes(NamedTuple):
@@ -48,16 +48,14 @@ def changed(
     site = params.site
     columns = {name: jnp.broadcast_to(jnp.asarray(fields[name], getattr(site, name).dtype), 6) for name in fields}
     rate = params.rate if rates is None else jnp.array(rates, jnp.float32)
-    return params._replace(site=site.replace(**columns), rate=rate)
+    return params._replace(site=site._replace(**columns), rate=rate)
 
 
 def tailored_reward(params: EnvParams, played: Any, earned: np.ndarray) -> np.ndarray:
-    """The reward of each recorded step, from what it earned: penalties and accelerator time off, shaping on."""
+    """The reward of each recorded step, from what it earned: accelerator time off, shaping on."""
     weights, info = jax.tree.map(np.asarray, params.reward), played.info
     return (
         earned
-        - weights.violation_penalty * (info["num_late"] + info["num_lost"])
-        - weights.rejection_penalty * info["rejected"]
         - weights.accelerator_price * info["busy_seconds"].sum(-1)
         + weights.shaping * (played.next_state.potential - played.state.potential)
     )

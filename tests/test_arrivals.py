@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +12,11 @@ from jaxroute.errors import UserError
 from jaxroute.workloads.arrivals import (
     PROCESSES,
     RequirementConfig,
+    Workload,
     WorkloadConfig,
     build_workload,
     first_arrival_state,
+    training_mix,
 )
 
 NUM_GAPS = 50_000
@@ -222,7 +225,7 @@ def test_an_environment_alone_is_as_among_others(arrivals):
 
 
 def test_seconds_are_those_of_the_nominal_rate():
-    config = workload(arrivals="mmpp", rate_scale=0.5, burst_seconds=3.0, period=100.0)
+    config = workload(arrivals="mmpp", rate=4.0, burst_seconds=3.0, period=100.0)
     pattern = build_workload(config, None).params.pattern
     np.testing.assert_array_equal(pattern.burst_length, [12.0, 12.0])
     np.testing.assert_array_equal(pattern.period, [400.0, 400.0])
@@ -252,12 +255,10 @@ def test_a_trace_is_looked_up_in_the_data_folder(tmp_path):
     assert built.rate == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(
-    ("rate", "rate_scale", "expected"), [(None, 1.0, 0.25), (None, 2.0, 0.5), (8.0, 1.0, 8.0), (8.0, 0.5, 4.0)]
-)
-def test_the_rate_is_the_recorded_one_unless_given(tmp_path, rate, rate_scale, expected):
+@pytest.mark.parametrize(("rate", "expected"), [(None, 0.25), (8.0, 8.0)])
+def test_the_rate_is_the_recorded_one_unless_given(tmp_path, rate, expected):
     path = write_trace(tmp_path, [0.0, 4.0, 8.0])
-    built = build_workload(workload(arrivals="trace", rate=rate, rate_scale=rate_scale, trace=str(path)), None)
+    built = build_workload(workload(arrivals="trace", rate=rate, trace=str(path)), None)
     assert built.rate == pytest.approx(expected)
     np.testing.assert_allclose(built.params.gaps, [1.0, 1.0])
 
@@ -287,7 +288,6 @@ def test_shares_become_probabilities():
         ({"rate": -1.0}, "rate=-1.0"),
         ({"rate": float("nan")}, "rate=nan"),
         ({"rate": float("inf")}, "rate=inf"),
-        ({"rate_scale": 0.0}, "rate_scale"),
         ({"arrivals": "gamma", "cv": 0.0}, "cv=0.0"),
         ({"burst_ratio": 0.5}, "burst_ratio=0.5"),
         ({"burst_ratio": float("inf")}, "burst_ratio=inf"),
@@ -336,3 +336,42 @@ def assert_one_line(error, *named):
     assert "\n" not in message
     for name in named:
         assert name in message
+
+
+# ---- What training meets ------------------------------------------------------------------------------------
+
+
+def mix_of(**changes: object) -> Workload:
+    config = workload(**changes)
+    return training_mix(config, build_workload(config, None))
+
+
+@pytest.mark.parametrize("arrivals", [name for name in PROCESSES if name not in ("poisson", "mixed")])
+def test_a_fifth_of_the_training_mix_follows_the_workloads_own_process(tmp_path, arrivals):
+    options = {"arrivals": arrivals, "rate": 8.0, "cv": 9.0, "burst_ratio": 30.0, "amplitude": 0.95}
+    if arrivals == "trace":
+        options["trace"] = str(write_trace(tmp_path, RECORDED))
+    built = mix_of(**options)
+    keys, starts = starts_of(built)
+    own = np.asarray(starts.kind) == 4
+    assert 0.1 < own.mean() < 0.3
+    # An environment that follows the workload's own process does so draw by draw.
+    number = int(np.flatnonzero(own)[0])
+    start = jax.tree.map(lambda leaf: leaf[number], starts)
+    _, mixed_gaps = run(built.process, built.params, keys[number], start)
+    _, own_gaps = run(PROCESSES[arrivals], built.params, keys[number], start)
+    np.testing.assert_array_equal(mixed_gaps, own_gaps)
+    # The others vary as `mixed` has it, not with the workload's own figures.
+    assert np.asarray(starts.pattern.burst_ratio)[~own].max() <= 6.0
+    np.testing.assert_array_equal(np.asarray(starts.pattern.burst_ratio)[own], np.float32(30.0))
+
+
+def test_the_mix_of_poisson_arrivals_is_mixed_itself():
+    built, expected = mix_of(arrivals="poisson", rate=8.0), build_workload(workload(arrivals="mixed", rate=8.0), None)
+    assert built.process is expected.process
+    chex.assert_trees_all_equal(built.params, expected.params)
+
+
+def test_the_training_mix_keeps_the_mean_gap(tmp_path):
+    gaps, _ = episodes_of(mix_of(arrivals="trace", trace=str(write_trace(tmp_path, RECORDED))))
+    assert gaps.mean() == pytest.approx(1, abs=0.1)

@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 from test_bank import auc, log_lengths, r2, table_config, write_tables
 
-from jaxroute.banks import bank
-from jaxroute.banks.bank import BankConfig, NoiseConfig, build_bank, load_table, split_of_rows
+from jaxroute.banks import measures
+from jaxroute.banks.bank import BankConfig, build_bank, load_table
+from jaxroute.banks.noise import NoiseConfig
+from jaxroute.banks.tables import split_of_rows
 from jaxroute.commands import bank as command_line
 from jaxroute.config import load_config
 from jaxroute.errors import UserError
@@ -206,7 +208,7 @@ def changed(row, **cells):
         (changed(5, model=" "), "row 5: model ' ' is empty: fill it in"),
         (changed(5, prompt=None), "row 5: prompt '' is empty: fill it in"),
         (changed(5, category="math"), "row 5: category 'math' where row 4 has 'crux' for the same prompt"),
-        (lambda table: table.rename(columns={"model": "model_name"}), "no column 'model' (close: model_name"),
+        (lambda table: table.rename(columns={"model": "model_name"}), "no column 'model' (did you mean model_name?)"),
         (lambda table: table.head(0), "has no rows"),
     ],
 )
@@ -245,7 +247,10 @@ def test_a_file_that_cannot_be_read(tmp_path, capsys, name, content, message):
 def test_mistakes_on_the_command_line(tmp_path, capsys):
     path = write_long(answers(rows=4), tmp_path / "mine.csv")
     for argv, message in [
-        (["build", path, "--out", tmp_path / "b", "--models", "small,large-27b"], "no LLM 'small' (close: small-2b"),
+        (
+            ["build", path, "--out", tmp_path / "b", "--models", "small,large-27b"],
+            "no LLM 'small' (did you mean small-2b?)",
+        ),
         (["build", path, "--out", tmp_path], f"{tmp_path} exists already: name another folder"),
         (["build", path, "--out", path / "b"], "cannot be written"),
         (["build", path], "the following arguments are required: --out"),
@@ -304,7 +309,7 @@ def test_a_broken_bank(folder, name, change, message):
 
 
 def test_settings_that_do_not_fit():
-    with pytest.raises(UserError, match=r"bank\.folder is not set: set it to one that python -m jaxroute\.bank build"):
+    with pytest.raises(UserError, match=r"bank\.folder is not set: set it to one that python -m jaxroute bank build"):
         build_bank(BankConfig(kind="table"), ["a"])
     with pytest.raises(UserError, match=r"bank\.folder does not fit bank\.kind='zeroeval': use bank\.kind=table"):
         BankConfig(kind="zeroeval", folder="x")
@@ -369,7 +374,7 @@ def test_predictions_of_other_llms(folder, tmp_path):
     write_predictions(tmp_path / "mine", np.full((ROWS, 3), 0.5), np.full((ROWS, 3), 99.0))
     path = tmp_path / "mine" / "predicted_quality.parquet"
     pd.read_parquet(path).rename(columns={"small-2b": "small-3b"}).to_parquet(path)
-    with pytest.raises(UserError, match=r"predicted_quality\.parquet has no column 'small-2b' \(close: small-3b"):
+    with pytest.raises(UserError, match=r"predicted_quality\.parquet has no column 'small-2b' \(did you mean small-3b"):
         build_bank(own(folder, predictions=str(tmp_path / "mine")), ["a", "b"])
     with pytest.raises(UserError, match=r"predicted_quality\.parquet does not exist: set bank\.predictions"):
         build_bank(own(folder, predictions=str(tmp_path)), ["a", "b"])
@@ -390,9 +395,9 @@ def test_auc_of_grades_counts_every_pair(grades):
     rng = np.random.default_rng(grades)
     quality = rng.integers(0, grades, (60, 5)) / grades
     score = quality + rng.standard_normal(quality.shape)
-    assert bank.auc(quality, score) == pytest.approx(pairs_in_order(quality, score), abs=1e-12)
+    assert measures.auc(quality, score) == pytest.approx(pairs_in_order(quality, score), abs=1e-12)
     if grades == 2:
-        assert bank.auc(2 * quality, score) == pytest.approx(auc(2 * quality, score), abs=1e-12)
+        assert measures.auc(2 * quality, score) == pytest.approx(auc(2 * quality, score), abs=1e-12)
 
 
 def test_predictions_of_graded_quality_are_as_good_as_configured(tmp_path, capsys):

@@ -262,7 +262,7 @@ def snapshot():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["polices=[random]"], "unknown option polices; did you mean policies?"),
+        (["polices=[random]"], "unknown option polices (did you mean policies?)"),
         (["site=edge4"], "unknown site edge4"),
         (["site=edge3", "workload=azure_conv"], "set JAXROUTE_DATA or data_dir"),
         (["site=edge3", "bank=zeroeval", "data_dir=nowhere"], "nowhere/zeroeval/queries.parquet does not exist"),
@@ -276,7 +276,7 @@ def test_bad_command(main, args, message, capsys):
 def test_unknown_policy(main, capsys, monkeypatch):
     monkeypatch.setattr("jaxroute.commands.train.train", lambda *args: pytest.fail("it trained"))
     said = refuses(main, *TINY, "policies=[shortest_que]", "output_dir=new", capsys=capsys)
-    assert "policies: shortest_que is unknown; did you mean shortest_queue?" in said
+    assert "policies: shortest_que is unknown (did you mean shortest_queue?)" in said
 
 
 def test_no_policy_at_all(capsys):

@@ -39,10 +39,10 @@ RANDOM = {"random_sites": 1.0, "horizon": HORIZON, "redraw_every": 7}
 @cache
 def scenario():
     """Few seats, a small bank, and outages and refreshes for those that look."""
-    overrides = ("bank.num_prompts=200", "reward.violation_penalty=0.1", "reward.rejection_penalty=0.2")
+    overrides = ("bank.num_prompts=200", "reward.accelerator_price=0.1")
     env, params = jaxroute.make("edge-poisson", rate=RATE, overrides=overrides)
     counts = {"max_num_seqs": SEATS, "max_waiting": WAITING}
-    site = params.site.replace(**{name: jnp.full(NUM_EXPERTS, value, jnp.int32) for name, value in counts.items()})
+    site = params.site._replace(**{name: jnp.full(NUM_EXPERTS, value, jnp.int32) for name, value in counts.items()})
     outages = OutageParams(mean_uptime=jnp.float32(UPTIME), mean_downtime=jnp.float32(DOWNTIME))
     params = params._replace(site=site, outages=outages, refresh_interval=jnp.float32(REFRESH))
     return dataclasses.replace(env, num_slots=SEATS + WAITING), params

@@ -295,8 +295,14 @@ def test_more_requests_than_the_site_lets_in(router, seen):
         (lambda router: arrive(router, "a", 2.0), "'a' is at expert 0 already"),
         (lambda router: arrive(router, "b", 0.5), r"the clock goes back: now=0.5 comes after now=1.0"),
         (lambda router: arrive(router, "b", float("nan")), "the clock goes back"),
-        (lambda router: arrive(router, "b", 2.0, prompt_tokens=0), "prompt_tokens=0 must be at least 1"),
-        (lambda router: arrive(router, "b", 2.0, latency_requirement=0), "latency_requirement=0 above 0"),
+        (
+            lambda router: arrive(router, "b", 2.0, prompt_tokens=0),
+            "prompt_tokens=0 must be a whole number, at least 1",
+        ),
+        (
+            lambda router: arrive(router, "b", 2.0, latency_requirement=0),
+            "latency_requirement=0 must be above 0 s per token",
+        ),
         (lambda router: arrive(router, "b", 2.0, arrived=3.0), "arrived=3.0 must not be later than now=2.0"),
         (lambda router: arrive(router, "b", 2.0, predicted_quality=[0.5]), "give a value for each of the 2 experts"),
         (lambda router: arrive(router, "b", 2.0, predicted_quality=None), "give a value for each of the 2 experts"),
@@ -308,19 +314,22 @@ def test_more_requests_than_the_site_lets_in(router, seen):
         (lambda router: router.first_token("b", now=2.0), "'b' is at no expert"),
         (lambda router: router.first_token("a", now=0.0), "the clock goes back"),
         (lambda router: router.finished("a", now=0.0, output_tokens=1), "the clock goes back"),
-        (lambda router: router.finished("a", now=2.0, output_tokens=0), "output_tokens=0 must be at least 1"),
-        (lambda router: router.progress("a", now=2.0, generated=-1), "must not be negative"),
+        (
+            lambda router: router.finished("a", now=2.0, output_tokens=0),
+            "output_tokens=0 must be a whole number, at least 1",
+        ),
+        (lambda router: router.progress("a", now=2.0, generated=-1), "generated=-1 must be a whole number, at least 0"),
         (lambda router: router.expert_down(2), "expert 2 is unknown; experts are numbered from 0 to 1"),
         (lambda router: router.expert_up("m"), "expert 'm' is unknown"),
     ],
 )
 def test_mistakes_are_named_and_change_nothing(router, seen, mistake, message):
     arrive(router, "a", 1.0)
-    before = router._held.copy()
+    before = router._belief._held.copy()
     with pytest.raises(UserError, match=message) as caught:
         mistake(router)
     assert "\n" not in str(caught.value)
-    np.testing.assert_array_equal(router._held, before)
+    np.testing.assert_array_equal(router._belief._held, before)
     batch = look(router, seen, 1.0)
     assert (batch.waiting, batch.age[0]) == ([1, 0, 0, 0, 0], 0)
 

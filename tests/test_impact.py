@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxroute
-from jaxroute.env.impact import Batch, assess, estimate_impact
+from jaxroute.env.impact import assess, estimate_impact
+from jaxroute.env.types import Batch, Described
 from jaxroute.serving.reference import simulate
 
 NUM_EXPERTS, NUM_SLOTS = 6, 8
@@ -22,9 +23,9 @@ MEAN_OVER_MEDIAN = np.exp(LOG_ERROR**2 / 2)
 
 
 @jax.jit
-def estimate(site, batch, log_error, arrival):
-    outlook, load = assess(site, batch, log_error)
-    return outlook, estimate_impact(site, batch, outlook, load, log_error, *arrival)
+def estimate(site, log_error, batch, request):
+    outlook, load = assess(site, log_error, batch)
+    return outlook, estimate_impact(site, log_error, batch, outlook, load, request)
 
 
 def in_flight(expert, **known):
@@ -64,9 +65,9 @@ def predict(requests=(), experts=None, prompt_tokens=16, requirement=2.0, mean_l
         for name in Batch._fields:
             fields[name][slot, expert] = not request["running"] if name == "waiting" else request[name]
     length = np.full(NUM_EXPERTS, mean_length / MEAN_OVER_MEDIAN)
-    arrival = (prompt_tokens, requirement, np.full(NUM_EXPERTS, quality), length)
-    arrival = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), arrival)
-    return jax.tree.map(np.asarray, estimate(site, Batch(**fields), jnp.full(NUM_EXPERTS, LOG_ERROR), arrival))
+    request = Described(prompt_tokens, requirement, 0.0, np.full(NUM_EXPERTS, quality), length)
+    request = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), request)
+    return jax.tree.map(np.asarray, estimate(site, jnp.full(NUM_EXPERTS, LOG_ERROR), Batch(**fields), request))
 
 
 # ---- With pencil and paper ---------------------------------------------------------------------------------
@@ -152,12 +153,14 @@ def test_a_runaway_answer_is_not_about_to_end():
 def test_alone_on_a_real_expert_as_simulated():
     """One request of the predicted length, on each expert of edge6."""
     _, params = edge6()
-    site = {name: np.asarray(values) for name, values in vars(params.site).items()}
+    site = {name: np.asarray(values) for name, values in params.site._asdict().items()}
     exact = jnp.full(NUM_EXPERTS, 1e-3)
     nobody = Batch(*(np.zeros((NUM_SLOTS, NUM_EXPERTS), bool) for _ in range(2)), *[np.zeros((8, 6), np.float32)] * 7)
     for prompt, length in ((30, 20), (200, 150), (1500, 800)):
-        arrival = (jnp.float32(prompt), jnp.float32(0.05), jnp.ones(6), jnp.full(6, length, jnp.float32))
-        _, impact = estimate(params.site, nobody, exact, arrival)
+        request = Described(
+            jnp.float32(prompt), jnp.float32(0.05), jnp.float32(0.0), jnp.ones(6), jnp.full(6, length, jnp.float32)
+        )
+        _, impact = estimate(params.site, exact, nobody, request)
         apart = simulate(site, 1e3 * np.arange(6), np.full(6, prompt), np.full(6, length), np.arange(6))
         per_token = (apart.latency + site["network_delay"]) / length
         np.testing.assert_allclose(impact.ttft, apart.ttft, rtol=0.03)

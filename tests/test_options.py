@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_page_is_up_to_date():
-    assert (ROOT / "docs" / "options.md").read_text() == page(), (
-        "run: python -m jaxroute.config.options > docs/options.md"
+    assert (ROOT / "docs" / "reference" / "options.md").read_text() == page(), (
+        "run: python -m jaxroute.config.options > docs/reference/options.md"
     )
 
 
@@ -36,9 +36,9 @@ def test_help_lists_what_people_set_most(capsys):
 
 
 def test_multirun_combines_what_is_listed():
-    runs = _runs(["-m", "seed=0,1", "ppo.discount=choice(0.98,0.99)", "train.rates=[2,14]", "output_dir=some/where"])
+    runs = _runs(["-m", "seed=0,1", "ppo.discount=choice(0.98,0.99)", "train.loads=[0.5,2]", "output_dir=some/where"])
     assert [run[:-1] for run in runs] == [
-        ["train.rates=[2,14]", f"seed={seed}", f"ppo.discount={discount}"]
+        ["train.loads=[0.5,2]", f"seed={seed}", f"ppo.discount={discount}"]
         for seed in (0, 1)
         for discount in (0.98, 0.99)
     ]

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jaxroute.banks.bank import BankConfig, build_bank, load_table, split_of_rows
-from jaxroute.banks.tables import Table, choose_llms, write_table
+from jaxroute.banks.bank import BankConfig, build_bank, load_table
+from jaxroute.banks.tables import Table, choose_llms, split_of_rows, write_table
 from jaxroute.commands import predict as command_line
 from jaxroute.errors import UserError
 from jaxroute.predictors import Predictor
@@ -396,7 +396,7 @@ def test_some_llms_without_categories(bank, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        ({}, ["--models", "small-3b"], "has no LLM 'small-3b' (close: small-2b"),
+        ({}, ["--models", "small-3b"], "has no LLM 'small-3b' (did you mean small-2b?)"),
         ({}, ["--seed", "-1"], "--seed=-1 is negative"),
         ({"drop": "prompt"}, [], "queries.parquet has no column 'prompt', and a predictor needs the prompts' text"),
         ({"prompt": None}, [], "queries.parquet, row 3: prompt is no text but "),

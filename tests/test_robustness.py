@@ -123,8 +123,6 @@ def draw_params(key: jax.Array, env: EdgeRouting, rates: jax.Array, most_tokens:
         requirement=draws.between(1e-3, 10.0, (NUM_CLASSES,)),
         share=share / share.sum(),
         reward=RewardParams(
-            violation_penalty=draws.or_zero(0.01, 1.0, ()),
-            rejection_penalty=draws.or_zero(0.01, 1.0, ()),
             accelerator_price=draws.or_zero(0.01, 1.0, ()),
             shaping=jnp.round(draws.uniform()),
         ),
@@ -231,13 +229,7 @@ def wrong_sums(
     """Which rules about what has been since the beginning are broken, and whether the reward is right."""
     weights = params.reward
     accelerator_time = weights.accelerator_price * info["busy_seconds"].sum()
-    qos = (
-        reward
-        + weights.violation_penalty * (info["num_late"] + info["num_lost"])
-        + weights.rejection_penalty * info["rejected"]
-        + accelerator_time
-        - weights.shaping * (after.potential - before.potential)
-    )
+    qos = reward + accelerator_time - weights.shaping * (after.potential - before.potential)
     in_flight = (after.site.slots.status == SlotStatus.ACTIVE).sum()
     given_back = after.request.age > 0
     # The request that waits for its expert has arrived already if it was given back, and so have those marked.

@@ -245,7 +245,7 @@ def test_every_cell_composes(name):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("study.cels=[]", "unknown option study.cels; did you mean study.cells?"),
+        ("study.cels=[]", "unknown option study.cels (did you mean study.cells?)"),
         ("study.cells=[]", "study quick: cells is empty"),
         ("study.cells=[{name: a/b}]", "cell name 'a/b' names a file"),
         ("study.cells=[{name: a}, {name: a}]", "each name once"),

@@ -275,7 +275,7 @@ def test_the_latest_checkpoint_is_the_one_with_the_most_steps(tmp_path):
         (r"hidden: 32", "hidden: 64", r"another network or site: \['params'\].* is \(.*\), but \(.*\) is needed"),
         (r"kind: han", "kind: mlp", r"another network or site: .*absent"),
         (r"kind: han", "kind: gnn", r"config\.yaml: network: kind=gnn is unknown"),
-        (r"use_impact", "use_impacts", r"config\.yaml: unknown option network\.use_impacts; did you mean"),
+        (r"use_impact", "use_impacts", r"config\.yaml: unknown option network\.use_impacts \(did you mean"),
     ],
 )
 def test_a_configuration_that_does_not_fit(old, new, message, trained, scenario, tmp_path):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxroute.adapters.flat import LIMIT, flat_observation, num_features
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.errors import UserError
+from jaxroute.serving.checks import whole, whole_array
 
 try:
     from gymnasium import Env
@@ -34,8 +35,7 @@ class GymnasiumVectorEnv(VectorEnv):
     """
 
     def __init__(self, env: EdgeRouting, params: EnvParams, num_envs: int) -> None:
-        if num_envs < 1:
-            raise UserError(f"num_envs={num_envs} must be at least 1")
+        num_envs = whole("num_envs", num_envs, 1)
         self.env, self.params, self.num_envs = env, params, num_envs
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
         self.single_observation_space = Box(-LIMIT, LIMIT, (num_features(env, params),), np.float32)
@@ -63,9 +63,16 @@ class GymnasiumVectorEnv(VectorEnv):
         Bool[np.ndarray, "env"],
         dict[str, Any],
     ]:
-        """Route each environment's request to the expert that `actions` names."""
+        """Route each environment's request to the expert that `actions` names.
+
+        Raises:
+            UserError: before `reset`, or actions that are not the number of one expert for each environment.
+        """
         if self._state is None:
             raise UserError("GymnasiumVectorEnv.step was called before reset; call reset first")
+        actions = whole_array("actions", actions, 0, self.env.num_actions - 1)
+        if actions.shape != (self.num_envs,):
+            raise UserError(f"actions has shape {actions.shape}; give one for each environment, ({self.num_envs},)")
         obs, final_obs, mask, reward, terminated, truncated, totals, self._state, self._key = _step(
             self.env, self.params, self._key, self._state, jnp.asarray(actions, jnp.int32)
         )
@@ -99,7 +106,12 @@ class GymnasiumEnv(Env):
         return obs[0], {"action_mask": infos["action_mask"][0]}
 
     def step(self, action: int) -> tuple[Float[np.ndarray, "feature"], float, bool, bool, dict[str, Any]]:
-        """Route the request to expert `action`, and let time pass until the next one arrives."""
+        """Route the request to expert `action`, and let time pass until the next one arrives.
+
+        Raises:
+            UserError: before `reset`, or an action that is not the number of an expert.
+        """
+        action = whole("action", action, 0, self._envs.env.num_actions - 1)
         obs, reward, terminated, truncated, infos = self._envs.step(np.array([action]))
         last = infos["final_obs"][0] if truncated[0] else obs[0]
         info = {name: infos[name][0] for name in (*TOTALS, "action_mask")}

@@ -11,16 +11,16 @@ The published evaluations hold codes instead (`correct.parquet`, `out_tokens.par
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxroute.errors import UserError
-from jaxroute.files import complete_folder, json_object
+from jaxroute.errors import UserError, did_you_mean
+from jaxroute.files import complete_folder
+from jaxroute.tables import json_object
 
 if TYPE_CHECKING:
     import pandas
@@ -81,7 +81,9 @@ def read_table(folder: Path) -> Table:
         raise UserError(f"{quality_path} has no column of an LLM: add one per LLM")
     for llm in cells[tokens_path].columns:
         if llm not in queries.columns and llm not in llms:
-            raise UserError(f"{quality_path} has no column '{llm}'{close(llm, llms)}: both tables need the same LLMs")
+            raise UserError(
+                f"{quality_path} has no column '{llm}'{did_you_mean(llm, llms)}: both tables need the same LLMs"
+            )
     if "prompt_tokens" not in queries.columns:
         raise UserError(f"{folder / 'queries.parquet'} has no column 'prompt_tokens': add the prompts' token counts")
     prompt_tokens = _floats(folder / "queries.parquet", queries, ["prompt_tokens"])
@@ -186,7 +188,9 @@ def _floats(path: Path, table: pandas.DataFrame, columns: Sequence[str]) -> Floa
     values = np.empty((len(table), len(columns)))
     for column, name in enumerate(columns):
         if name not in table.columns:
-            raise UserError(f"{path} has no column '{name}'{close(name, table.columns)}: it needs one column per LLM")
+            raise UserError(
+                f"{path} has no column '{name}'{did_you_mean(name, table.columns)}: it needs one column per LLM"
+            )
         try:
             values[:, column] = table[name].to_numpy(float, na_value=np.nan)
         except (TypeError, ValueError) as error:
@@ -210,13 +214,6 @@ def _check(
         )
 
 
-def close(name: str, known: Iterable[Any]) -> str:
-    """Name the nearest known names, for error messages."""
-    lowered = {str(candidate).lower(): str(candidate) for candidate in known}
-    near = difflib.get_close_matches(name.lower(), list(lowered), n=3, cutoff=0.4)
-    return f" (close: {', '.join(lowered[candidate] for candidate in near)})" if near else ""
-
-
 # --- building from a long table -----------------------------------------------------------------------------
 
 
@@ -234,7 +231,7 @@ def read_long_table(path: Path) -> tuple[Table, list[str]]:
     rows = _read_rows(path)
     for name in _NEEDED:
         if name not in rows.columns:
-            raise UserError(f"{path} has no column '{name}'{close(name, rows.columns)}: add or rename it")
+            raise UserError(f"{path} has no column '{name}'{did_you_mean(name, rows.columns)}: add or rename it")
     if not len(rows):
         raise UserError(f"{path} has no rows: add one per answer")
     notes = []
@@ -346,7 +343,7 @@ def choose_llms(table: Table, llms: Sequence[str], where: Path) -> Table:
     """Return the table with only these LLMs, in this order."""
     for llm in llms:
         if llm not in table.llms:
-            raise UserError(f"{where} has no LLM '{llm}'{close(llm, table.llms)}: name some of its columns")
+            raise UserError(f"{where} has no LLM '{llm}'{did_you_mean(llm, table.llms)}: name some of its columns")
     chosen = [table.llms.index(llm) for llm in dict.fromkeys(llms)]
     return table._replace(
         quality=table.quality[:, chosen],

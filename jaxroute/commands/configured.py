@@ -154,7 +154,7 @@ _COMMON = {
         "ppo.num_envs",
         "ppo.total_steps",
         "warm_start.num_states",
-        "train.rates",
+        "train.loads",
         "train.num_seeds",
         "seed",
         "output_dir",
@@ -195,7 +195,7 @@ def _help(program: str, purpose: str, everything: bool) -> str:
     if not everything:
         lines += [
             "",
-            "--help=all and docs/options.md list every option; --cfg prints the configuration that results.",
+            "--help=all and docs/reference/options.md list every option; --cfg prints the configuration that results.",
             "--multirun (-m) runs every combination of listed values: -m seed=0,1,2 ppo.discount=0.98,0.99",
         ]
     return "\n".join(lines)

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Grid
 
-from jaxroute.banks.bank import load_table, split_of_rows
-from jaxroute.banks.tables import Table, choose_llms
+from jaxroute.banks.bank import load_table
+from jaxroute.banks.tables import Table, choose_llms, split_of_rows
 from jaxroute.commands.arguments import Parser, run_command
 from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--process", choices=tuple(_FITS), help="arrival process; by default the one that fits better")
     fit.set_defaults(run=_fit)
     for command in (describe, fit):
-        command.add_argument("file", type=Path, metavar="FILE", help="a trace; docs/traces.md lists the formats")
+        command.add_argument("file", type=Path, metavar="FILE", help="a trace; docs/how-to/traces.md lists the formats")
         command.add_argument("--plot", type=Path, metavar="OUT.png", help="a figure")
     return parser
 
@@ -189,7 +189,7 @@ def gamma_dispersion(window: Float64[np.ndarray, "window"], cv: float) -> Float6
 def mmpp_dispersion(
     window: Float64[np.ndarray, "window"], ratio: float, share: float, length: float
 ) -> Float64[np.ndarray, "window"]:
-    """Index of dispersion for counts of the mmpp of docs/workloads.md.
+    """Index of dispersion for counts of the mmpp of docs/reference/workloads.md.
 
     Args:
         window: lengths of windows, in mean gaps.

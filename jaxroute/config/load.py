@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -18,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from jaxroute.config.schema import Config
-from jaxroute.errors import UserError
+from jaxroute.errors import UserError, closest
 
 
 def config_folder() -> Path:
@@ -142,14 +141,15 @@ def _explain(error: Exception) -> str:
 def _suggestion(key: str) -> str:
     known = list(_option_names(Config))
     numbered = re.sub(r"\.\d+\.", f".{_NUMBER}.", key)
-    near = difflib.get_close_matches(numbered, known, n=1)
-    if not near:
-        words = difflib.get_close_matches(key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known], n=1)
-        near = [name for name in known if name.rsplit(".", 1)[-1] in words][:1]
-    if not near:
-        return "; see python train.py --help"
+    near = closest(numbered, known)
+    if near is None:
+        by_last_word = {name.rpartition(".")[2]: name for name in reversed(known)}
+        word = closest(key.rpartition(".")[2], by_last_word)
+        if word is None:
+            return "; see python train.py --help"
+        near = by_last_word[word]
     number = re.search(r"\.(\d+)\.", key)
-    return f"; did you mean {near[0].replace(_NUMBER, number.group(1)) if number else near[0]}?"
+    return f" (did you mean {near.replace(_NUMBER, number.group(1)) if number else near}?)"
 
 
 def _option_names(schema: type, prefix: str = "") -> Iterator[str]:

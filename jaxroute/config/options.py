@@ -1,14 +1,13 @@
 """Every option of train.py and eval.py, with its type, default and meaning.
 
-`python -m jaxroute.config.options` prints docs/options.md. All is read from the dataclasses of the configuration and
-the YAML files in configs/, so that nothing is said twice.
+`python -m jaxroute.config.options` prints docs/reference/options.md. All is read from the dataclasses of the
+configuration and the YAML files in configs/, so that nothing is said twice.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
-import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -16,8 +15,6 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from jaxroute.config.load import config_folder, load_config
 from jaxroute.config.schema import Config
-from jaxroute.serving import Site
-from jaxroute.serving.site import ExpertConfig
 
 
 class Option(NamedTuple):
@@ -44,11 +41,8 @@ def groups() -> dict[str, list[str]]:
 
 
 def meanings(schema: type) -> dict[str, str]:
-    """What is written about each field of a dataclass: the string below it, or its entry under `Attributes:`."""
+    """Return what is written below each field of a dataclass."""
     found = {}
-    for entry in re.split(r"\n(?=\w+: )", _section(inspect.getdoc(schema) or "")):
-        name, _, text = entry.partition(": ")
-        found[name.strip()] = " ".join(text.split())
     body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
     assert isinstance(body, ast.ClassDef)
     for statement, following in zip(body.body, body.body[1:], strict=False):
@@ -60,7 +54,7 @@ def meanings(schema: type) -> dict[str, str]:
 
 
 def page() -> str:
-    """Return docs/options.md."""
+    """Return docs/reference/options.md."""
     lines = [
         "# Options",
         "",
@@ -86,7 +80,7 @@ def page() -> str:
 
 def _options(schema: type, values: Any, prefix: str) -> Iterator[Option]:
     hints = get_type_hints(schema)
-    about = (meanings(Site) if schema is ExpertConfig else {}) | meanings(schema)
+    about = meanings(schema)
     # What has no parts first, so that sections do not interrupt it.
     for entry in sorted(fields(schema), key=lambda entry: _inner(hints[entry.name]) is not None):
         hint, value, name = hints[entry.name], getattr(values, entry.name, None), prefix + entry.name
@@ -118,12 +112,6 @@ def _shown(value: Any) -> str:
     text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
     # Long ones, such as the figures of a bank, are for the YAML file.
     return f"`{text}`" if len(text) <= 40 else "see configs/"
-
-
-def _section(doc: str) -> str:
-    """Return the entries under `Attributes:`, one a paragraph."""
-    _, _, attributes = doc.partition("Attributes:\n")
-    return textwrap.dedent(attributes.partition("\n\n")[0])
 
 
 if __name__ == "__main__":

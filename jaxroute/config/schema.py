@@ -30,22 +30,17 @@ def _check_seed(where: str, seed: int) -> None:
 class RewardConfig:
     """The tailored reward; a weight of 0 switches a part off."""
 
-    violation_penalty: float = 0.0
-    """Per request that completes late or is lost."""
-    rejection_penalty: float = 0.0
-    """Per rejected request."""
     accelerator_price: float = 0.02
-    """Per busy accelerator-second: the QoS that one must bring in to be worth spending."""
+    """Price of one busy accelerator-second, in QoS: what it must bring in to be worth spending."""
     shaping: bool = True
     """Potential-based shaping with the estimator's expected QoS of all requests in flight."""
     expected_quality: bool = True
-    """Reward the predicted quality, not the drawn outcome: the same on average if quality and timing are independent
-    given the predictions, with much less noise."""
+    """Reward the predicted quality instead of the drawn outcome. It has far less noise and the same mean, provided that
+    quality and timing are independent given the predictions."""
 
     def __post_init__(self) -> None:
-        for name in ("violation_penalty", "rejection_penalty", "accelerator_price"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"reward: {name}={getattr(self, name)} must not be negative, and finite")
+        if not 0 <= self.accelerator_price < float("inf"):
+            raise UserError(f"reward: accelerator_price={self.accelerator_price} must not be negative, and finite")
 
 
 @dataclass
@@ -53,15 +48,15 @@ class DynamicsConfig:
     """What goes wrong at the site: experts that fail, and metrics that come late."""
 
     outages: str = "none"
-    """What an expert that fails does to the requests there: they are lost, or retried; none fails."""
+    """What happens to the requests of an expert that fails: lost or retried; with none, no expert fails."""
     mean_uptime: float = 600.0
-    """Mean time until an expert fails, s."""
+    """Mean time between repair and the next failure of an expert, s."""
     mean_downtime: float = 60.0
-    """Mean time until it is back, s."""
+    """Mean time to repair, s."""
     refresh_interval: float = 0.0
-    """Least time between two looks of the router at the experts, s; 0 shows them as they are."""
+    """Minimum time between two updates of what the router sees of the experts, s; 0 shows their present state."""
     random_sites: float = 0.0
-    """Share of episodes that draw a site of their own from the site's experts and LLMs; training has its own share."""
+    """Share of episodes that draw a new site from the site's experts and LLMs. Training uses train.random_sites."""
 
     def __post_init__(self) -> None:
         if self.outages not in ("none", "lost", "retried"):
@@ -79,32 +74,35 @@ class DynamicsConfig:
 class TrainConfig:
     """How to train."""
 
-    rates: list[float] = field(default_factory=lambda: [2.0, 14.0])
-    """Least and greatest request rate, 1/s; each environment redraws its own in between."""
+    loads: list[float] = field(default_factory=lambda: [0.25, 1.75])
+    """Least and greatest load, as multiples of the workload's rate. Each environment draws its own in between, so that
+    one router learns what to do when the site is quiet and when it is overloaded."""
     redraw_every: int = 512
-    """Steps after which an environment draws a new rate."""
+    """Steps after which an environment draws a new load."""
     arrivals: str | None = "mixed"
-    """Arrival process to train on: mixed lets each environment draw its own; null takes the workload's."""
+    """Arrival process to train on. mixed: each environment draws Poisson, clustered, bursty or drifting arrivals, or
+    the workload's own where those are something else, so that the router copes with traffic it has not seen; null: the
+    workload's own alone."""
     random_sites: float = 0.5
-    """Share of environments that draw a site of their own from the site's experts and LLMs, again at each horizon."""
+    """Share of environments that draw a new site from the site's experts and LLMs at the start and at each horizon."""
     horizon: int = 0
-    """Steps after which an environment starts over; 0 never does."""
+    """Steps after which an environment starts again; 0 never does."""
     log_interval: int = 10
-    """Most updates between two looks from the host: so many, or the next fewer that divide their number."""
+    """Maximum updates per host sync, lowered to a divisor of the total."""
     num_seeds: int = 1
-    """Routers to train side by side in one program, with seed, seed + 1, ..."""
+    """Number of routers to train in parallel in one program, with seeds seed, seed + 1, ..."""
     distributed: bool = False
-    """Several processes train together; each is started with the same options."""
+    """Train in several processes together. Start each with the same options."""
     evaluate: bool = True
-    """Judge the trained router against the rules at the end."""
+    """Judge the trained router against the rules after training."""
     save_interval: int = 10
-    """Most looks from the host between two saves of the whole state, from which a run can go on."""
+    """Maximum host syncs between two saves of the state that a run resumes from."""
     keep: int = 2
-    """Latest states to keep, beside the one of the best average QoS."""
+    """Number of latest states to keep, in addition to the one with the best average QoS."""
 
     def __post_init__(self) -> None:
-        if len(self.rates) != 2 or not 0 < self.rates[0] <= self.rates[1] < float("inf"):
-            raise UserError(f"train: rates={list(self.rates)} must be two numbers, 0 < least <= greatest")
+        if len(self.loads) != 2 or not 0 < self.loads[0] <= self.loads[1] < float("inf"):
+            raise UserError(f"train: loads={list(self.loads)} must be two numbers, 0 < least <= greatest")
         for name in ("redraw_every", "log_interval", "num_seeds", "save_interval", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train: {name}={getattr(self, name)} must be at least 1")
@@ -123,15 +121,15 @@ class EvalConfig:
     """How to judge."""
 
     episodes: int = 16
-    """Independent episodes; every policy meets the same ones."""
+    """Number of independent episodes, the same ones for every policy."""
     requests: int = 800
-    """Requests per episode that count."""
+    """Requests per episode that count towards the results."""
     warmup: int = 300
-    """Requests at the start of an episode that do not count: the site fills up."""
+    """Requests at the start of an episode that do not count, while the site fills up."""
     loads: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5])
     """Multiples of the workload's rate to judge at; 1 is always among them."""
     seed: int = 1_000_000
-    """Of the episodes; the same seed gives every policy the same ones."""
+    """Seed of the episodes."""
 
     def __post_init__(self) -> None:
         if self.episodes < 1 or self.requests < 1 or self.warmup < 0:
@@ -209,13 +207,13 @@ class WandbConfig:
     """Weights & Biases tracking."""
 
     mode: str = "disabled"
-    """disabled, offline (needs no account) or online."""
+    """disabled, offline (writes to the run directory, needs no account) or online."""
     project: str = "jaxroute"
-    """Project at W&B."""
+    """Name of the W&B project."""
     group: str | None = None
-    """Runs that belong together, such as the seeds of one setting."""
+    """Name that runs share, such as the seeds of one setting."""
     tags: list[str] = field(default_factory=list)
-    """Words to find the run by."""
+    """Labels of the run."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("disabled", "offline", "online"):
@@ -238,24 +236,24 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     study: StudyConfig | None = None
-    """eval.py: judge in many settings instead of one."""
+    """eval: judge in many settings instead of one."""
     seed: int = 0
-    """Of everything random in training."""
+    """Seed of everything random in training."""
     data_dir: str | None = None
-    """Folder of real traces and banks; the environment variable JAXROUTE_DATA by default."""
+    """Folder with recorded traces and published banks; by default, what the environment variable JAXROUTE_DATA says."""
     output_dir: str | None = None
-    """Where the run goes; outputs/<time>-<what> by default."""
+    """Folder that the run writes into; outputs/<time>-<what> by default."""
     checkpoint: str | None = None
-    """eval.py: a run directory or one of its checkpoints; without it the rules are compared alone."""
+    """eval: a run directory or one of its checkpoints. Without one, only the rules are compared."""
     policies: list[str] | None = None
-    """Rules to judge; all by default."""
+    """Rules to compare with; all by default."""
     resume: str | None = None
-    """train.py: a run directory, whose training goes on as if it had not been interrupted, with its own options."""
+    """train: a run directory. Its training continues as if it had never been interrupted, with its own options."""
     fork: str | None = None
-    """train.py: a run directory or one of its states or checkpoints, to start a new run from, with the run's options
-    unless the command line changes them."""
+    """train: a run directory, or one of its states or checkpoints. A new run starts from it, with its options unless
+    the command line changes them."""
     view: str | None = None
-    """eval.py: instead of judging, record one episode of this policy, jaxroute or a rule, to watch in a browser."""
+    """eval: record one episode of this policy (jaxroute or a rule) to watch in a browser, instead of judging."""
 
     def __post_init__(self) -> None:
         _check_seed("", self.seed)

@@ -19,6 +19,7 @@ from jaxroute.env.types import (
     Arrival,
     Batch,
     Candidates,
+    Described,
     EnvParams,
     EnvState,
     Experts,
@@ -30,6 +31,7 @@ from jaxroute.env.types import (
     SlotTable,
     Snapshot,
 )
+from jaxroute.errors import UserError
 from jaxroute.serving import (
     Site,
     SiteState,
@@ -44,6 +46,7 @@ from jaxroute.serving import (
     positions,
     running_and_waiting,
 )
+from jaxroute.serving.checks import whole
 from jaxroute.workloads.arrivals import ArrivalProcess, first_arrival_state
 
 # The recent arrival rate is an exponential mean over this many gaps, the recent latency over this time.
@@ -130,8 +133,12 @@ class EdgeRouting:
             was `lost`, whether this step's request was `rejected`, per expert `busy_seconds` and `kv_token_seconds`,
             the `gap` in s, and the totals `qos_sum`, `num_completed`, `num_late`, `num_lost`. With a horizon,
             `final_observation` is the observation before the automatic reset.
+
+        Raises:
+            UserError: `action` is not one whole number or, outside of `jit`, names no expert. In compiled code, an
+                action that names no expert is a request that is rejected.
         """
-        obs, state, reward, info = self._step(key, state, action, params)
+        obs, state, reward, info = self._step(key, state, _expert_number(action, self.num_experts), params)
         terminated = jnp.bool_(False)
         if not self.horizon:
             return obs, state, reward, terminated, jnp.bool_(False), info
@@ -166,9 +173,7 @@ class EdgeRouting:
         if self.outages != "none":
             failed, up = _outages(jax.random.fold_in(key, 3), up, gap, params, fleet)
 
-        served = _serve(
-            site_of(state, params), state.site, state.table, retries, state.up, failed, request, action, gap
-        )
+        served = _serve(site_of(state, params), state, failed, action, gap)
         retries = served.retries
         step = state.step + 1
         next_request = _draw_request(key_request, step, params, fleet)
@@ -206,18 +211,20 @@ class EdgeRouting:
         seen, potential, obs = _see(
             site_of(state, params),
             by_expert(params.bank.log_length_error, state.fleet),
-            state.site,
-            state.table,
-            state.retries,
-            state.up,
-            state.latency_sum / jnp.maximum(state.latency_count, 1e-6),
-            state.request,
-            state.mean_gap,
-            state.seen,
+            state,
             gap,
             params.refresh_interval,
         )
         return obs, state._replace(potential=potential, seen=seen if self.stale else None)
+
+
+def _expert_number(action: Int[Array, ""], num_experts: int) -> Int[Array, ""]:
+    """Check an action as far as it is known: of traced ones, type and shape."""
+    if not isinstance(action, jax.core.Tracer):
+        return jnp.int32(whole("action", action, 0, num_experts - 1))
+    if action.shape or not jnp.issubdtype(action.dtype, jnp.integer):
+        raise UserError(f"action is {action.dtype}{list(action.shape)}; give the number of an expert, one integer")
+    return action
 
 
 class _Served(NamedTuple):
@@ -237,20 +244,13 @@ class _Served(NamedTuple):
 
 @lanes_last
 def _serve(
-    site: Site,
-    state: SiteState,
-    table: SlotTable,
-    retries: Retries | None,
-    up: Bool[Array, "expert"],
-    failed: Bool[Array, "expert"],
-    request: Request,
-    action: Int[Array, ""],
-    gap: Float[Array, ""],
+    site: Site, state: EnvState, failed: Bool[Array, "expert"], action: Int[Array, ""], gap: Float[Array, ""]
 ) -> _Served:
-    """Send the request to the chosen expert, if it takes it, and let `gap` pass, at whose end some experts fail."""
+    """Send the request to the chosen expert, if it takes it, and let `gap` s pass, at whose end some experts fail."""
+    request, table, retries, up = state.request, state.table, state.retries, state.up
     prompt = jnp.broadcast_to(request.prompt_tokens, request.output_tokens.shape)
-    accepted = (positions(up) == action) & up & can_accept(site, state, prompt, request.output_tokens)
-    state, placement = enqueue(site, state, accepted, request.number, prompt, request.output_tokens)
+    accepted = (positions(up) == action) & up & can_accept(site, state.site, prompt, request.output_tokens)
+    experts, placement = enqueue(site, state.site, accepted, request.number, prompt, request.output_tokens)
     table = SlotTable(
         quality=placement.put(table.quality, request.quality),
         predicted_quality=placement.put(table.predicted_quality, request.predicted_quality),
@@ -265,9 +265,9 @@ def _serve(
             age=placement.put(retries.age, request.age),
         )
         age_before = retries.age
-    state = advance(site, state, gap)
+    experts = advance(site, experts, gap)
 
-    slots = state.slots
+    slots = experts.slots
     ended = slots.status == SlotStatus.ENDED
     lost = failed & (slots.status == SlotStatus.ACTIVE)
     if retries is not None:
@@ -291,15 +291,15 @@ def _serve(
         "preemptions": slots.preemptions,
         "lost": lost,
         "rejected": ~accepted.any(0),
-        "busy_seconds": state.busy_seconds,
-        "kv_token_seconds": state.kv_token_seconds,
+        "busy_seconds": experts.busy_seconds,
+        "kv_token_seconds": experts.kv_token_seconds,
         "qos_sum": _total(qos),
         "num_completed": _total(ended.astype(jnp.int32)),
         "num_late": _total((ended & ~in_time).astype(jnp.int32)),
         "num_lost": _total(lost.astype(jnp.int32)),
     }
     return _Served(
-        site=clear(state, failed),
+        site=clear(experts, failed),
         table=table,
         retries=retries,
         latency_sum=fold(jnp.add, jnp.where(ended, normalised, 0.0)),
@@ -320,7 +320,7 @@ def _reward(
     earned: Float[Array, ""],
     info: dict[str, Array],
 ) -> Float[Array, ""]:
-    """Return the tailored reward: QoS that ended, penalties, accelerator time, and shaping by the potential's change.
+    """Return the tailored reward: QoS that ended, accelerator time, and shaping by the potential's change.
 
     Phi(s') - Phi(s) adds up to nothing in the long run, so the best policy by average QoS stays the best. It moves the
     credit from where a request ends to where it is routed, and to where its prospects change. With a discount before
@@ -329,13 +329,7 @@ def _reward(
     """
     weights = params.reward
     shaping = next_potential - potential
-    return (
-        earned
-        - weights.violation_penalty * (info["num_late"] + info["num_lost"])
-        - weights.rejection_penalty * info["rejected"]
-        - weights.accelerator_price * info["busy_seconds"].sum()
-        + weights.shaping * shaping
-    )
+    return earned - weights.accelerator_price * info["busy_seconds"].sum() + weights.shaping * shaping
 
 
 def _draw_rate(key: PRNGKeyArray, params: EnvParams, fleet: Fleet | None) -> Float[Array, ""]:
@@ -360,7 +354,7 @@ def _draw_fleet(key: PRNGKeyArray, params: EnvParams, share: float) -> Fleet:
     site = jax.tree.map(lambda values: values[column], params.site)
     slower = _log_uniform(key_time, _TIME_FACTORS, num_experts)
     kv_capacity = (site.kv_capacity * _log_uniform(key_memory, _MEMORY_FACTORS, num_experts)).astype(jnp.int32)
-    site = site.replace(
+    site = site._replace(
         weight_load=site.weight_load * slower,
         compute_per_token=site.compute_per_token * slower,
         decode_per_seq=site.decode_per_seq * slower,
@@ -454,17 +448,7 @@ def _row(table: Float[Array, "row expert"], row: Int[Array, ""]) -> Float[Array,
 
 
 def observe(
-    site: Site,
-    log_error: Float[Array, "expert"],
-    batch: Batch,
-    recent_latency: Float[Array, "expert"],
-    up: Bool[Array, "expert"],
-    prompt_tokens: Int[Array, ""],
-    latency_requirement: Float[Array, ""],
-    predicted_quality: Float[Array, "expert"],
-    predicted_output_tokens: Float[Array, "expert"],
-    age: Float[Array, ""],
-    mean_gap: Float[Array, ""],
+    site: Site, log_error: Float[Array, "expert"], known: Snapshot, request: Described, mean_gap: Float[Array, ""]
 ) -> Observation:
     """Lay out what a router knows of the experts and of the arriving request, for rules and networks to decide on.
 
@@ -474,30 +458,13 @@ def observe(
     Args:
         site: limits and profile of the experts.
         log_error: standard deviation of the log length around its prediction.
-        batch: the requests at each expert.
-        recent_latency: s/token, as in `Experts`.
-        up: which experts serve.
-        prompt_tokens: of the arriving request, as all that follows but the last.
-        latency_requirement: s per output token.
-        predicted_quality: at each expert.
-        predicted_output_tokens: at each expert, the median.
-        age: s since its first arrival.
+        known: what is known of the experts.
+        request: the one that has arrived.
         mean_gap: between arrivals lately, s.
     """
-    outlook, load = assess(site, batch, log_error)
-    prompt = prompt_tokens.astype(jnp.float32)
-    impact = estimate_impact(
-        site,
-        batch,
-        outlook,
-        load,
-        log_error,
-        prompt,
-        latency_requirement,
-        predicted_quality,
-        predicted_output_tokens,
-        age,
-    )
+    batch = known.batch
+    outlook, load = assess(site, log_error, batch)
+    impact = estimate_impact(site, log_error, batch, outlook, load, request)
     experts = Experts(
         num_running=load.num_active - load.num_waiting,
         num_waiting=load.num_waiting,
@@ -511,11 +478,11 @@ def observe(
         weight_load=site.weight_load,
         compute_per_token=site.compute_per_token,
         network_delay=site.network_delay,
-        recent_latency=recent_latency,
+        recent_latency=known.recent_latency,
         expected_qos=outlook.expected_qos,
-        up=up,
+        up=known.up,
         # The true length is unknown to the router, so that a request too long for the memory is found out late.
-        available=up & (load.num_waiting < site.max_waiting) & (prompt_tokens < site.kv_capacity),
+        available=known.up & (load.num_waiting < site.max_waiting) & (request.prompt_tokens < site.kv_capacity),
     )
     active = batch.running | batch.waiting
 
@@ -523,9 +490,9 @@ def observe(
         return jnp.swapaxes(jnp.where(active, value, 0.0), 0, 1)
 
     return Observation(
-        arrival=Arrival(prompt, latency_requirement, 1 / mean_gap, age),
+        arrival=Arrival(request.prompt_tokens, request.latency_requirement, 1 / mean_gap, request.age),
         experts=experts,
-        candidates=Candidates(predicted_quality, predicted_output_tokens, impact),
+        candidates=Candidates(request.predicted_quality, request.predicted_output_tokens, impact),
         in_flight=InFlight(
             prompt_tokens=per_expert(batch.prompt_tokens),
             kv_tokens=per_expert(batch.computed),
@@ -544,25 +511,15 @@ def observe(
 
 @lanes_last
 def _see(
-    site: Site,
-    log_error: Float[Array, "expert"],
-    state: SiteState,
-    table: SlotTable,
-    retries: Retries | None,
-    up: Bool[Array, "expert"],
-    recent_latency: Float[Array, "expert"],
-    request: Request,
-    mean_gap: Float[Array, ""],
-    seen: Snapshot | None,
-    gap: Float[Array, ""],
-    refresh_interval: Float[Array, ""],
+    site: Site, log_error: Float[Array, "expert"], state: EnvState, gap: Float[Array, ""], refresh: Float[Array, ""]
 ) -> tuple[Snapshot, Float[Array, ""], Observation]:
     """Return the latest look at the experts, their potential now, and what the router sees of both request and experts.
 
-    The look is at the present, unless that in `seen` is more recent than `refresh_interval`.
+    `gap` has passed since the last time; the look is at the present, unless that in `state.seen` is then younger than
+    `refresh`, both in s.
     """
-    slots = state.slots
-    running, waiting = running_and_waiting(state)
+    slots, table, seen = state.site.slots, state.table, state.seen
+    running, waiting = running_and_waiting(state.site)
     age = site.network_delay - slots.ready
     batch = Batch(
         running=running,
@@ -570,28 +527,17 @@ def _see(
         prompt_tokens=slots.prompt_tokens.astype(jnp.float32),
         computed=slots.computed.astype(jnp.float32),
         generated=slots.generated.astype(jnp.float32),
-        age=age if retries is None else age + retries.age,
+        age=age if state.retries is None else age + state.retries.age,
         latency_requirement=table.latency_requirement,
         predicted_quality=table.predicted_quality,
         predicted_output_tokens=table.predicted_output_tokens,
     )
-    look = Snapshot(batch, recent_latency, up, age=jnp.zeros_like(mean_gap))
+    recent_latency = state.latency_sum / jnp.maximum(state.latency_count, 1e-6)
+    look = Snapshot(batch, recent_latency, state.up, age=jnp.zeros_like(gap))
     if seen is not None:
         old = seen._replace(age=seen.age + gap)
-        look = jax.tree.map(lambda new, old: jnp.where(seen.age + gap >= refresh_interval, new, old), look, old)
-    obs = observe(
-        site,
-        log_error,
-        look.batch,
-        look.recent_latency,
-        look.up,
-        request.prompt_tokens,
-        request.latency_requirement,
-        request.predicted_quality,
-        request.predicted_output_tokens,
-        request.age,
-        mean_gap,
-    )
+        look = jax.tree.map(lambda new, old: jnp.where(seen.age + gap >= refresh, new, old), look, old)
+    obs = observe(site, log_error, look, state.request.described(), state.mean_gap)
     # Of the true state, which is what the router sees unless its look is late.
-    expected_qos = obs.experts.expected_qos if seen is None else assess(site, batch, log_error)[0].expected_qos
+    expected_qos = obs.experts.expected_qos if seen is None else assess(site, log_error, batch)[0].expected_qos
     return look, expected_qos.sum(0), obs

@@ -3,7 +3,7 @@
 One *frozen-batch* model serves three purposes: edge features of the graph, the `impact_greedy` policy, and the
 potential of the reward. It supposes that an expert's batch stays as it is (at a steady load, requests leave as
 others come), that lengths are log-normal around their predictions, and that iteration times are known up to
-`RATE_ERROR`. Formulas and their derivation: docs/learning.md.
+`RATE_ERROR`. Formulas and their derivation: docs/explanation/learning.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtr
 from jaxtyping import Array, Float
 
-from jaxroute.env.types import Batch, Impact
+from jaxroute.env.types import Batch, Described, Impact
 from jaxroute.serving import Site, fold, running_sums
 
 # Relative error (standard deviation) of the frozen batch's iteration time over the life of a request.
@@ -36,7 +36,7 @@ class Outlook(NamedTuple):
     in_time: Float[Array, "slot expert"]
 
 
-class _Load(NamedTuple):
+class Load(NamedTuple):
     """Sums over an expert's batch that every prediction needs."""
 
     active: Float[Array, "slot expert"]
@@ -49,16 +49,6 @@ class _Load(NamedTuple):
     """Mean time between two requests leaving the batch, s."""
     elapsed: Float[Array, "slot expert"]
     """Time that each request will have spent on other than its own decode iterations, s."""
-
-
-def iteration_time(site: Site, num_seqs: Array, context: Array) -> Array:
-    """Time of one decode iteration (docs/semantics.md, step 4), s."""
-    return (
-        site.iteration_overhead
-        + jnp.maximum(site.weight_load, site.compute_per_token * num_seqs)
-        + site.decode_per_seq * num_seqs
-        + site.attention_per_token * context
-    )
 
 
 def _prefill_stall(site: Site, tokens: Array, num_seqs: Array) -> Array:
@@ -95,8 +85,11 @@ def _probability_in_time(
     return latency, ndtr(jnp.log(requirement / latency) / spread)
 
 
-def assess(site: Site, batch: Batch, log_error: Float[Array, "expert"]) -> tuple[Outlook, _Load]:
-    """Predict the fate of every request in flight if nothing else were sent there."""
+def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple[Outlook, Load]:
+    """Predict the fate of every request in flight if nothing else were sent there.
+
+    `log_error` is the standard deviation of the log length around its prediction.
+    """
     active = (batch.running | batch.waiting).astype(jnp.float32)
     remaining = _expected_remaining(jnp.maximum(batch.predicted_output_tokens, 1.0), batch.generated, log_error)
     footprint = active * (batch.prompt_tokens + batch.generated)
@@ -107,7 +100,7 @@ def assess(site: Site, batch: Batch, log_error: Float[Array, "expert"]) -> tuple
     total_footprint = footprint.sum(0)
     num_seqs = jnp.minimum(num_active, site.max_num_seqs)
     context = total_footprint * num_seqs / per_request
-    time = iteration_time(site, num_seqs, context)
+    time = site.iteration_time(num_seqs, num_seqs, context)
     need = jnp.where(active > 0, batch.prompt_tokens + batch.generated - batch.computed, 0.0)
     # A decoding request needs one token, which belongs to the decode iteration.
     prefill = jnp.where(need > 1, need, 0.0).sum(0)
@@ -133,42 +126,38 @@ def assess(site: Site, batch: Batch, log_error: Float[Array, "expert"]) -> tuple
         remaining_tokens=remaining * active,
         in_time=in_time * active,
     )
-    load = _Load(active, num_active, context, num_waiting, seats, departure_time, elapsed)
+    load = Load(active, num_active, context, num_waiting, seats, departure_time, elapsed)
     return outlook, load
 
 
 def estimate_impact(
     site: Site,
+    log_error: Float[Array, "expert"],
     batch: Batch,
     outlook: Outlook,
-    load: _Load,
-    log_error: Float[Array, "expert"],
-    prompt_tokens: Float[Array, ""],
-    latency_requirement: Float[Array, ""],
-    predicted_quality: Float[Array, "expert"],
-    predicted_output_tokens: Float[Array, "expert"],
-    age: Float[Array, ""] | float = 0.0,
+    load: Load,
+    request: Described,
 ) -> Impact:
     """Predict what routing the arriving request to each expert would do, to it and to those there.
 
-    `age` is the time since its first arrival, s.
+    `outlook` and `load` are what `assess` makes of the same batch.
     """
     num_before = jnp.minimum(load.num_active, site.max_num_seqs)
     num_seqs = jnp.minimum(load.num_active + 1, site.max_num_seqs)
-    mean_length = predicted_output_tokens * jnp.exp(log_error**2 / 2)
+    mean_length = request.predicted_output_tokens * jnp.exp(log_error**2 / 2)
     # Halfway through its answer, the newcomer's context holds its prompt and half of what it will say.
-    context = load.context + (num_seqs - num_before) * (prompt_tokens + mean_length / 2)
-    slower = iteration_time(site, num_seqs, context)
+    context = load.context + (num_seqs - num_before) * (request.prompt_tokens + mean_length / 2)
+    slower = site.iteration_time(num_seqs, num_seqs, context)
 
     before = _prefill_stall(site, outlook.pending_prefill, num_before)
-    after = _prefill_stall(site, outlook.pending_prefill + prompt_tokens, num_seqs)
+    after = _prefill_stall(site, outlook.pending_prefill + request.prompt_tokens, num_seqs)
     wait = jnp.maximum(load.num_waiting + 1 - load.seats, 0.0) * load.departure_time
     # On average half an iteration is left to run when it comes; then one that completes its prefill.
     residual = jnp.where(load.num_active > 0, outlook.iteration_time / 2, 0.0)
-    ttft = age + site.network_delay + residual + wait + after + slower
+    ttft = request.age + site.network_delay + residual + wait + after + slower
     fixed = ttft + site.network_delay - slower
     normalised_latency, in_time = _probability_in_time(
-        fixed, jnp.zeros_like(fixed), mean_length, slower, latency_requirement, log_error
+        fixed, jnp.zeros_like(fixed), mean_length, slower, request.latency_requirement, log_error
     )
 
     shared = jnp.minimum(outlook.remaining_tokens, mean_length)
@@ -187,7 +176,7 @@ def estimate_impact(
         tpot=slower,
         normalised_latency=normalised_latency,
         in_time=in_time,
-        qos=predicted_quality * in_time,
+        qos=request.predicted_quality * in_time,
         qos_loss=fold(jnp.add, batch.predicted_quality * lost),
         added_violations=fold(jnp.add, lost),
     )

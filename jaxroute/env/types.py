@@ -118,6 +118,19 @@ class Batch(NamedTuple):
     predicted_output_tokens: Float[Array, "slot expert"]
 
 
+class Described(NamedTuple):
+    """The arriving request as it is described to a router."""
+
+    prompt_tokens: Float[Array, ""]
+    latency_requirement: Float[Array, ""]
+    """s per output token."""
+    age: Float[Array, ""]
+    """Time since its first arrival, s: 0, unless an expert that failed has given it back."""
+    predicted_quality: Float[Array, "expert"]
+    predicted_output_tokens: Float[Array, "expert"]
+    """Medians."""
+
+
 class Snapshot(NamedTuple):
     """What the router knows of the experts, as of some moment."""
 
@@ -148,10 +161,6 @@ class Observation(NamedTuple):
 class RewardParams(NamedTuple):
     """Weights of the tailored reward's parts."""
 
-    violation_penalty: Float[Array, ""]
-    """Per request that completes late or is lost."""
-    rejection_penalty: Float[Array, ""]
-    """Per rejected request."""
     accelerator_price: Float[Array, ""]
     """Per accelerator-second spent in iterations."""
     shaping: Float[Array, ""]
@@ -208,6 +217,16 @@ class Request(NamedTuple):
     predicted_quality: Float[Array, "expert"]
     predicted_output_tokens: Float[Array, "expert"]
     latency_requirement: Float[Array, ""]
+
+    def described(self) -> Described:
+        """Return what a router is told of it."""
+        return Described(
+            prompt_tokens=self.prompt_tokens.astype(jnp.float32),
+            latency_requirement=self.latency_requirement,
+            age=self.age,
+            predicted_quality=self.predicted_quality,
+            predicted_output_tokens=self.predicted_output_tokens,
+        )
 
 
 class SlotTable(NamedTuple):

@@ -35,9 +35,9 @@ def evaluate_policies(
     Another `warmup` requests follow, which do not count but let those that do come to an end; otherwise long answers
     would drop out of the average. What is still in flight then is not counted either.
 
-    All rates and episodes run side by side, and all rules with them. Planners and networks, whose decisions cost more than
-    the environment, run one after the other; networks that share `act`, such as a study's checkpoints, are compiled
-    once. `on_done` is called with each policy's name.
+    All rates and episodes run side by side, and all rules with them. Planners and networks, whose decisions cost more
+    than the environment, run one after the other; networks that share `act`, such as a study's checkpoints, are
+    compiled once. `on_done` is called with each policy's name.
 
     Returns:
         For each rate, each policy's records. Accelerator and wall time, loads and choices count from the arrival of

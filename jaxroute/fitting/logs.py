@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64, Int
 
 from jaxroute.errors import UserError
-from jaxroute.files import json_object
+from jaxroute.tables import json_object
 
 MIN_REQUESTS = 30
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -26,7 +25,7 @@ MANIFEST, DECIDE, PREDICTOR = "manifest.json", "decide.jax_export", "predictor"
 
 # What the exported function takes: four float32 arrays, the fields of each along its first axis.
 FIELDS: dict[str, tuple[str, ...]] = {
-    "site": (*(entry.name for entry in dataclasses.fields(Site)), "log_length_error"),  # (field, expert)
+    "site": (*Site._fields, "log_length_error"),  # (field, expert)
     "batch": Batch._fields,  # (field, slot, expert); masks are 0 or 1
     "experts": ("recent_latency", "up", "predicted_quality", "predicted_output_tokens"),  # (field, expert)
     "arrival": ("prompt_tokens", "latency_requirement", "age", "mean_gap"),  # (field,)

@@ -34,31 +34,31 @@ class PPOConfig:
     """PPO's settings, as written in configs/ppo."""
 
     num_envs: int | None = None
-    """Environments side by side; null takes what fits the backend (256 on a CPU, 8192 on an accelerator)."""
+    """Parallel environments; null takes 256 on a CPU, 8,192 on an accelerator."""
     num_steps: int = 32
     """Steps of each environment per update."""
     num_epochs: int = 1
-    """Passes over each update's steps."""
+    """Passes over the steps of an update."""
     num_minibatches: int = 8
-    """Gradient steps a pass, each on whole environments."""
+    """Gradient steps per pass. Each uses all steps of its share of the environments."""
     total_steps: int | None = None
-    """Environment steps in all; null takes 786,432 on a CPU, 100,663,296 on an accelerator."""
+    """Total environment steps; null takes 786,432 on a CPU, 100,663,296 on an accelerator."""
     learning_rate: float = 1e-4
-    """Of Adam. After the warm start; without one, 1e-3 is better."""
+    """Learning rate of Adam. The default suits training after a warm start; without one, 1e-3 is better."""
     anneal: bool = True
     """Lower the learning rate linearly to zero."""
     discount: float = 0.985
-    """Gamma, per request."""
+    """Discount factor gamma, per request."""
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation."""
     clip: float = 0.2
-    """Ratio of probabilities, to either side of 1, beyond which there is nothing more to gain."""
+    """Clipping range: the ratio of new to old probabilities gains nothing beyond 1 - clip and 1 + clip."""
     entropy_bonus: float = 0.0
-    """Weight of the policy's entropy."""
+    """Weight of the policy's entropy in the loss."""
     value_weight: float = 0.5
-    """Weight of the critic's loss."""
+    """Weight of the critic's loss in the total loss."""
     max_grad_norm: float = 0.5
-    """Gradients beyond are scaled down to it."""
+    """Gradients with a larger norm are scaled down to it."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_epochs", "num_minibatches", "total_steps"):

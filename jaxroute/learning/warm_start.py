@@ -42,15 +42,15 @@ class WarmStartConfig:
     """The warm start's settings."""
 
     num_states: int | None = None
-    """States to label in a round; 0 leaves the warm start out, null takes 28,160 on a CPU, 262,144 elsewhere."""
+    """States to label per round; 0 skips the warm start, null takes 28,160 on a CPU, 262,144 on an accelerator."""
     num_rounds: int = 2
-    """Rounds of labelling; each ends with a regression on the labels of all rounds so far."""
+    """Rounds of labelling. Each ends with a regression on the labels of all rounds so far."""
     horizon: int = 30
-    """Decisions that the drawn future of a label lasts."""
+    """Length of the simulated future behind a label, in decisions."""
     num_epochs: int = 30
-    """Passes of a regression over all labels."""
+    """Passes over all labels in a regression."""
     learning_rate: float = 1e-3
-    """Of the regression; it falls to zero along a cosine."""
+    """Learning rate of the regression, lowered to zero along a cosine."""
 
     def __post_init__(self) -> None:
         if self.num_states is not None and self.num_states < 0:

@@ -18,17 +18,17 @@ class NetworkConfig:
     """A network as written in configs/network."""
 
     kind: str = "han"
-    """han, or mlp for the flat ablation."""
+    """han (the graph network) or mlp (the flat ablation)."""
     hidden: int = 32
-    """Width of the embeddings."""
+    """Width of the embeddings; a multiple of heads."""
     heads: int = 2
-    """Attention heads, which share the width."""
+    """Attention heads; each gets an equal part of the width."""
     dense: bool = True
-    """Use that every expert has as many slots, which is faster; false follows the edges with jraph."""
+    """Compute on dense arrays, which is faster as all experts have the same number of slots; false uses jraph."""
     semantic_attention: bool = True
-    """Weigh the edge types by attention; false takes their mean."""
+    """Weight the edge types by attention; false takes their mean."""
     use_impact: bool = True
-    """See what the estimator says of each choice, and correct it; false learns without."""
+    """Show the network the estimated impact of each choice and let it learn a correction; false hides the estimate."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("han", "mlp"):

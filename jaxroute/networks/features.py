@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxroute.env.types import Observation
+from jaxroute.errors import UserError
 
 _TYPICAL_TIME_PER_TOKEN = 0.03
 _TYPICAL_RATE = 8.0
@@ -45,7 +46,13 @@ def _log_ratio(value: Array, typical: Array | float) -> Array:
 
 
 def features_of(obs: Observation, use_impact: bool = True) -> Features:
-    """Scale an observation; `use_impact=False` hides the action impact estimator (an ablation)."""
+    """Scale an observation; `use_impact=False` hides the action impact estimator (an ablation).
+
+    Raises:
+        UserError: `obs` is something else, e.g. the flat vector of an adapter.
+    """
+    if not isinstance(obs, Observation):
+        raise UserError(f"obs is a {type(obs).__name__}; give the Observation that reset and step return")
     arrival, experts, requests = obs.arrival, obs.experts, obs.in_flight
     impact = obs.candidates.impact
     requirement = arrival.latency_requirement

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from functools import cache
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxroute.errors import UserError
+from jaxroute.errors import UserError, did_you_mean
 from jaxroute.policies.protocol import Memory, Params, Policy, best_available
 from jaxroute.policies.rules import RULES
 
@@ -47,9 +46,8 @@ def rules_named(names: Sequence[str] | None) -> list[Policy]:
         raise UserError(f"policies is empty; leave it out for all rules, or name some: {', '.join(RULES)}")
     for name in names:
         if name not in RULES:
-            near = difflib.get_close_matches(name, RULES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known rules: {', '.join(RULES)}"
-            raise UserError(f"policies: {name} is unknown; {hint}")
+            hint = did_you_mean(name, RULES)
+            raise UserError(f"policies: {name} is unknown{hint}; choose from {', '.join(RULES)}")
         if names.count(name) > 1:
             raise UserError(f"policies: {name} is there {names.count(name)} times; name each once")
     return [RULES[name] for name in names]

@@ -102,12 +102,8 @@ def action_values(
     next ones where `base` sends them. All experts meet the same future (common random numbers), so that the
     differences say more than the values.
     """
-    nothing = jnp.float32(0.0)
     price = jnp.float32(accelerator_price)
-    reward = RewardParams(
-        violation_penalty=nothing, rejection_penalty=nothing, accelerator_price=price, shaping=nothing
-    )
-    params = params._replace(reward=reward)
+    params = params._replace(reward=RewardParams(accelerator_price=price, shaping=jnp.float32(0.0)))
     # What the base would do first does not count: the first step is in the loop because compiling another takes long.
     seen = jax.eval_shape(env.step, step_keys[0], state, jnp.int32(0), params)[0]
     nothing_seen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seen)

@@ -216,7 +216,7 @@ def impact_greedy(params: Params, obs: Observation, key: PRNGKeyArray, memory: M
     return best_available(obs, obs.candidates.impact.qos - obs.candidates.impact.qos_loss), memory
 
 
-# Tuned on the training workload by `python -m benchmarks.tune_rules`; see docs/policies.md.
+# Tuned on the training workload by `python -m benchmarks.tune_rules`; see docs/reference/policies.md.
 QUALITY_GAP = 0.2
 LATENCY_WEIGHT = 0.15
 WIN_PROBABILITY = 0.55

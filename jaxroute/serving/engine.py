@@ -1,6 +1,6 @@
 """Continuous batching with event skipping: what happens at the experts between two arrivals.
 
-Semantics: docs/semantics.md (iteration-level scheduling, chunked prefill, KV memory, preemption by
+Semantics: docs/reference/semantics.md (iteration-level scheduling, chunked prefill, KV memory, preemption by
 recompute, as vLLM V1 does them). Nothing steps token by token: while every running request decodes and
 nobody can be admitted, any number of iterations is applied in closed form.
 
@@ -333,6 +333,21 @@ def _next_start(state: SiteState) -> Float[Array, "lane"]:
     return jnp.where(state.duration == _NEVER, start, _NEVER)
 
 
+class _Schedule(NamedTuple):
+    """An iteration as it is scheduled; of each expert, or of each slot."""
+
+    tokens: Int[Array, "slot lane"]
+    preempted: Bool[Array, "slot lane"]
+    num_admitted: Int[Array, "lane"]
+    head_ready: Float[Array, "lane"]
+    duration: Float[Array, "lane"]
+    growth: Float[Array, "lane"]
+    max_iterations: Int[Array, "lane"]
+    num_running: Int[Array, "lane"]
+    context: Int[Array, "lane"]
+    kv_held: Int[Array, "lane"]
+
+
 def _next_event(site: Site, state: SiteState, event: Int[Array, "lane"], until: Float[Array, "lane"]) -> SiteState:
     """Apply the iterations up to the next event, and schedule what follows if that is before `until`.
 
@@ -345,24 +360,59 @@ def _next_event(site: Site, state: SiteState, event: Int[Array, "lane"], until: 
     clock = jnp.where(due & ~done, _next_start(state), state.clock + elapsed)
     schedules = due & (clock < until)
 
-    # The iterations end: tokens are computed, and whoever reached its target emits one.
-    slots = state.slots
+    slots = _end_iterations(site, state.slots, done, k, clock)
+    next_ = _schedule(site, slots, state.num_admitted, clock)
+    evicted = schedules & next_.preempted
+    return SiteState(
+        slots=slots._replace(
+            computed=jnp.where(evicted, 0, slots.computed),
+            scheduled=jnp.where(schedules, next_.tokens, jnp.where(done, 0, slots.scheduled)),
+            preemptions=slots.preemptions + evicted,
+        ),
+        num_admitted=jnp.where(schedules, next_.num_admitted, state.num_admitted),
+        clock=clock,
+        head_ready=jnp.where(schedules, next_.head_ready, state.head_ready),
+        duration=jnp.where(schedules, next_.duration, jnp.where(done, _NEVER, state.duration)),
+        growth=jnp.where(schedules, next_.growth, state.growth),
+        max_iterations=jnp.where(schedules, next_.max_iterations, state.max_iterations),
+        num_running=jnp.where(schedules | done, next_.num_running, state.num_running),
+        context=jnp.where(schedules, next_.context, state.context),
+        kv_held=jnp.where(schedules, next_.kv_held, state.kv_held),
+        busy_seconds=state.busy_seconds + elapsed,
+        kv_token_seconds=state.kv_token_seconds + _kv_token_seconds(state, k),
+    )
+
+
+def _end_iterations(
+    site: Site, slots: Slots, done: Bool[Array, "lane"], k: Int[Array, "lane"], clock: Float[Array, "lane"]
+) -> Slots:
+    """Let k iterations end at `clock`: tokens are computed, and whoever has all that it needs emits one."""
     worked = done & (slots.scheduled > 0)
     emitted = worked & (slots.scheduled == slots.prompt_tokens + slots.generated - slots.computed)
-    computed = slots.computed + jnp.where(worked, slots.scheduled * k, 0)
     generated = slots.generated + jnp.where(emitted, k, 0)
     finished = emitted & (generated >= slots.output_tokens)
     since_arrival = clock + site.network_delay - slots.ready
-    status = jnp.where(finished, SlotStatus.ENDED, slots.status)
+    return slots._replace(
+        status=jnp.where(finished, SlotStatus.ENDED, slots.status),
+        computed=slots.computed + jnp.where(worked, slots.scheduled * k, 0),
+        generated=generated,
+        ttft=jnp.where(emitted & (slots.generated == 0), since_arrival, slots.ttft),
+        latency=jnp.where(finished, since_arrival, slots.latency),
+    )
 
-    # The next one is scheduled: running requests first, in order of admission, then the queue, up to the first for whom
-    # there is no room. Slots are in this order, so sums over those before tell what is left for each.
-    active = status == SlotStatus.ACTIVE
-    running = active & (positions(status) < state.num_admitted)
-    need = jnp.where(active, slots.prompt_tokens + generated - computed, 0)
+
+def _schedule(site: Site, slots: Slots, num_admitted: Int[Array, "lane"], clock: Float[Array, "lane"]) -> _Schedule:
+    """Schedule the iteration that starts at `clock`.
+
+    Running requests come first, in order of admission, then the queue, up to the first for whom there is no room. Slots
+    are in this order, so sums over those before tell what is left for each.
+    """
+    active = slots.status == SlotStatus.ACTIVE
+    running = active & (positions(active) < num_admitted)
+    need = jnp.where(active, slots.prompt_tokens + slots.generated - slots.computed, 0)
     # No more than the budget, so that the sums are exact in float32.
     wanted = jnp.minimum(need, site.max_num_batched_tokens)
-    wanted_so_far, computed_so_far, count = running_sums(wanted, jnp.where(active, computed, 0), active)
+    wanted_so_far, computed_so_far, count = running_sums(wanted, jnp.where(active, slots.computed, 0), active)
     tokens = jnp.clip(site.max_num_batched_tokens - (wanted_so_far - wanted), 0, need)
     fits = computed_so_far + jnp.minimum(wanted_so_far, site.max_num_batched_tokens) <= site.kv_capacity
     welcome = fits & (tokens > 0) & (count <= site.max_num_seqs) & (slots.ready <= clock)
@@ -370,42 +420,27 @@ def _next_event(site: Site, state: SiteState, event: Int[Array, "lane"], until: 
     (num_turned_away,) = running_sums(turned_away)
     runs = active & (num_turned_away == 0)
     tokens = jnp.where(runs, tokens, 0)
-    decoding = runs & (tokens == 1) & (need == 1) & (computed >= slots.prompt_tokens)
+    decoding = runs & (tokens == 1) & (need == 1) & (slots.computed >= slots.prompt_tokens)
     preempted = running & ~runs
     head = turned_away & (num_turned_away == 1)
 
     num_tokens, num_running, num_decoding = _total(tokens), _total(runs), _total(decoding)
-    kv_held = _total(jnp.where(runs, computed, 0)) + num_tokens
-    context = _total(jnp.where(decoding, computed + 1, 0))
-    head_ready = fold(jnp.minimum, jnp.where(head, slots.ready, _NEVER))
-    to_completion = fold(jnp.minimum, jnp.where(decoding, slots.output_tokens - generated, _MANY))
+    kv_held = _total(jnp.where(runs, slots.computed, 0)) + num_tokens
+    context = _total(jnp.where(decoding, slots.computed + 1, 0))
+    to_completion = fold(jnp.minimum, jnp.where(decoding, slots.output_tokens - slots.generated, _MANY))
     to_full = 1 + (site.kv_capacity - kv_held) // jnp.maximum(num_decoding, 1)
     steady = (num_decoding == num_running) & (_total(preempted) == 0)
-    duration = jnp.where(num_running > 0, _iteration_time(site, num_tokens, num_decoding, context), _NEVER)
-    evicted = schedules & preempted
-    return SiteState(
-        slots=slots._replace(
-            status=status,
-            computed=jnp.where(evicted, 0, computed),
-            generated=generated,
-            scheduled=jnp.where(schedules, tokens, jnp.where(done, 0, slots.scheduled)),
-            preemptions=slots.preemptions + evicted,
-            ttft=jnp.where(emitted & (slots.generated == 0), since_arrival, slots.ttft),
-            latency=jnp.where(finished, since_arrival, slots.latency),
-        ),
-        num_admitted=jnp.where(schedules, _total(num_turned_away == 0), state.num_admitted),
-        clock=clock,
-        head_ready=jnp.where(schedules, head_ready, state.head_ready),
-        duration=jnp.where(schedules, duration, jnp.where(done, _NEVER, state.duration)),
-        growth=jnp.where(schedules, site.attention_per_token * num_decoding, state.growth),
-        max_iterations=jnp.where(
-            schedules, jnp.where(steady, jnp.clip(to_full, 1, to_completion), 1), state.max_iterations
-        ),
-        num_running=jnp.where(schedules | done, num_running, state.num_running),
-        context=jnp.where(schedules, context, state.context),
-        kv_held=jnp.where(schedules, kv_held, state.kv_held),
-        busy_seconds=state.busy_seconds + elapsed,
-        kv_token_seconds=state.kv_token_seconds + _kv_token_seconds(state, k),
+    return _Schedule(
+        tokens=tokens,
+        preempted=preempted,
+        num_admitted=_total(num_turned_away == 0),
+        head_ready=fold(jnp.minimum, jnp.where(head, slots.ready, _NEVER)),
+        duration=jnp.where(num_running > 0, site.iteration_time(num_tokens, num_decoding, context), _NEVER),
+        growth=site.attention_per_token * num_decoding,
+        max_iterations=jnp.where(steady, jnp.clip(to_full, 1, to_completion), 1),
+        num_running=num_running,
+        context=context,
+        kv_held=kv_held,
     )
 
 
@@ -418,7 +453,7 @@ def _decode_until(site: Site, state: SiteState, until: Float[Array, "lane"]) -> 
     # A request that arrives now may join the iteration that starts now.
     pauses = (k > 0) & (elapsed == left)
     context = state.context + k * state.num_running
-    duration = _iteration_time(site, state.num_running, state.num_running, context)
+    duration = site.iteration_time(state.num_running, state.num_running, context)
     slots = state.slots
     decoded = jnp.where(slots.scheduled > 0, k, 0)
     return state._replace(
@@ -436,17 +471,6 @@ def _decode_until(site: Site, state: SiteState, until: Float[Array, "lane"]) -> 
         kv_held=state.kv_held + k * state.num_running,
         busy_seconds=state.busy_seconds + elapsed,
         kv_token_seconds=state.kv_token_seconds + _kv_token_seconds(state, k),
-    )
-
-
-def _iteration_time(
-    site: Site, num_tokens: Int[Array, "lane"], num_decoding: Int[Array, "lane"], context: Int[Array, "lane"]
-) -> Float[Array, "lane"]:
-    return (
-        site.iteration_overhead
-        + jnp.maximum(site.weight_load, site.compute_per_token * num_tokens)
-        + site.decode_per_seq * num_decoding
-        + site.attention_per_token * context
     )
 
 

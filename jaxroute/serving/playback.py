@@ -12,15 +12,16 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 from jaxroute.errors import UserError
+from jaxroute.serving.checks import real_array, whole_array
 from jaxroute.serving.engine import SiteState, SlotStatus, advance, can_accept, enqueue, idle_site
-from jaxroute.serving.site import Site, check_site
+from jaxroute.serving.site import MAX_COUNT, Site, check_site
 
 
 class Requests(NamedTuple):
     """Requests in order of arrival. Token counts may differ by expert (an LLM's own length and tokenizer)."""
 
     arrival_time: ArrayLike
-    """(R,), s, non-decreasing; float64, as absolute times may be large."""
+    """(R,), s, in order; float64, as absolute times may be large. Dates are refused: subtract the first one."""
     prompt_tokens: ArrayLike
     """(R,) or (R, N), at least 1."""
     output_tokens: ArrayLike
@@ -52,8 +53,11 @@ def replay(site: Site, requests: Requests, assignment: ArrayLike) -> Outcomes:
         Outcomes as seen at the expert: what a user sees adds the network delay back.
 
     Raises:
-        UserError: arrays disagree in length, times go backwards, a count is below 1, an expert does not exist.
+        UserError: something is no number, arrays disagree in length, times go backwards, a count is below 1, an expert
+            does not exist.
     """
+    if not isinstance(requests, Requests):
+        raise UserError(f"requests is a {type(requests).__name__}; give jaxroute.Requests")
     site = check_site(site)
     gaps, prompts, outputs, experts = _check_requests(site, requests, assignment)
     if gaps.size == 0:
@@ -71,7 +75,7 @@ def _check_requests(
     site: Site, requests: Requests, assignment: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return gaps (R,) float32, prompt and output tokens (R, N) int32 and experts (R,) int32."""
-    times = np.asarray(requests.arrival_time, np.float64)
+    times = real_array("requests: arrival_time", requests.arrival_time).astype(np.float64)
     if times.ndim != 1:
         raise UserError(f"requests: arrival_time has shape {times.shape}; give one time per request")
     num_requests, num_experts = times.shape[0], site.num_experts
@@ -83,25 +87,21 @@ def _check_requests(
 
     tokens = {}
     for name in ("prompt_tokens", "output_tokens"):
-        counts = np.asarray(getattr(requests, name))
+        counts = real_array(f"requests: {name}", getattr(requests, name))
         if counts.shape not in ((num_requests,), (num_requests, num_experts)):
             raise UserError(
                 f"requests: {name} has shape {counts.shape}; give ({num_requests},) or "
                 f"({num_requests}, {num_experts}), for {num_requests} requests and {num_experts} experts"
             )
-        if (counts < 1).any():
-            raise UserError(f"requests: {name} of request {int(np.argwhere(counts < 1)[0, 0])} is below 1")
+        counts = whole_array(f"requests: {name}", counts, 1, MAX_COUNT)
         if counts.ndim == 1:
             counts = np.broadcast_to(counts[:, None], (num_requests, num_experts))
         tokens[name] = counts.astype(np.int32)
 
-    experts = np.asarray(assignment)
+    experts = real_array("assignment", assignment)
     if experts.shape != (num_requests,):
         raise UserError(f"assignment has shape {experts.shape}; give one expert per request, ({num_requests},)")
-    bad = (experts < 0) | (experts >= num_experts) | (experts != np.round(experts))
-    if bad.any():
-        first = int(np.argmax(bad))
-        raise UserError(f"assignment[{first}] is {experts[first]}; experts are 0 to {num_experts - 1}")
+    experts = whole_array("assignment", experts, 0, num_experts - 1)
     return gaps.astype(np.float32), tokens["prompt_tokens"], tokens["output_tokens"], experts.astype(np.int32)
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxroute.errors import UserError
+from jaxroute.serving.checks import real_array
 
 
-@struct.dataclass
-class Site:
+class Site(NamedTuple):
     """The experts of one site; every array has the expert as its leading axis."""
 
     iteration_overhead: Float[Array, "expert"]
@@ -29,20 +27,41 @@ class Site:
     attention_per_token: Float[Array, "expert"]
     """KV read per context token of the decoding sequences, s/token."""
     max_num_seqs: Int[Array, "expert"]
-    """Most requests in one batch."""
+    """Maximum requests in one batch."""
     max_num_batched_tokens: Int[Array, "expert"]
-    """Most tokens scheduled in one iteration."""
+    """Maximum tokens scheduled in one iteration."""
     max_waiting: Int[Array, "expert"]
-    """Most requests in the waiting queue; arrivals beyond are rejected."""
+    """Maximum requests in the waiting queue; further arrivals are rejected."""
     kv_capacity: Int[Array, "expert"]
     """KV cache size, tokens."""
     network_delay: Float[Array, "expert"]
-    """Router to expert, one way, s."""
+    """Network delay from router to expert, one way, s."""
 
     @property
     def num_experts(self) -> int:
         """Number of experts."""
         return np.shape(self.weight_load)[0]
+
+    def iteration_time(
+        self,
+        num_tokens: Shaped[Array, "*lanes"],
+        num_decoding: Shaped[Array, "*lanes"],
+        context: Shaped[Array, "*lanes"],
+    ) -> Float[Array, "*lanes"]:
+        """Time of one iteration, s (docs/reference/semantics.md, step 4); of JAX arrays or of NumPy's, as the site is.
+
+        Args:
+            num_tokens: tokens that it schedules.
+            num_decoding: sequences among them that decode.
+            context: tokens that these sequences attend to.
+        """
+        xp = self.weight_load.__array_namespace__()
+        return (
+            self.iteration_overhead
+            + xp.maximum(self.weight_load, self.compute_per_token * num_tokens)
+            + self.decode_per_seq * num_decoding
+            + self.attention_per_token * context
+        )
 
 
 # The least value that makes sense, field by field. A weight_load of zero would let an iteration take no time.
@@ -60,7 +79,7 @@ _MINIMUM: dict[str, float] = {
 }
 
 # Of every count. The router sees tokens in float32, which holds whole numbers exactly up to here.
-_MOST = 2**24
+MAX_COUNT = 2**24
 
 
 def check_site(site: Site, name: str = "site") -> Site:
@@ -69,46 +88,58 @@ def check_site(site: Site, name: str = "site") -> Site:
     Raises:
         UserError: a field has another length than the others, is not finite, or is out of range.
     """
+    if not isinstance(site, Site):
+        raise UserError(f"{name} is a {type(site).__name__}; give a jaxroute.Site, e.g. build_site(...) or params.site")
     checked = {}
-    num_experts = np.size(site.iteration_overhead)
-    for entry in dataclasses.fields(site):
-        values = np.asarray(getattr(site, entry.name))
+    num_experts = real_array(f"{name}: iteration_overhead", site.iteration_overhead).size
+    for field_name, given in site._asdict().items():
+        values = real_array(f"{name}: {field_name}", given)
         if values.shape != (num_experts,):
             raise UserError(
-                f"{name}: {entry.name} has shape {values.shape}, but iteration_overhead lists {num_experts} "
+                f"{name}: {field_name} has shape {values.shape}, but iteration_overhead lists {num_experts} "
                 "expert(s); give every field one value per expert"
             )
-        low = _MINIMUM[entry.name]
+        low = _MINIMUM[field_name]
         counts = isinstance(low, int)
-        bad = ~(np.isfinite(values) & (values >= low) & (not counts or values <= _MOST))
-        if bad.any():
-            expert = int(np.argmax(bad))
-            most = f", and at most {_MOST}" if counts else ""
-            raise UserError(
-                f"{name}: {entry.name} of expert {expert} is {values[expert]}; it must be at least {low}{most}"
-            )
-        checked[entry.name] = jnp.asarray(values, jnp.int32 if counts else jnp.float32)
+        bad = ~(np.isfinite(values) & (values >= low) & (not counts or values <= MAX_COUNT))
+        broken = counts & (values != np.round(values))
+        if (bad | broken).any():
+            expert = int(np.argmax(bad | broken))
+            wanted = f"at least {low}" + (f", and at most {MAX_COUNT}" if counts else "")
+            wanted = wanted if bad[expert] else "a whole number"
+            raise UserError(f"{name}: {field_name} of expert {expert} is {values[expert]}; it must be {wanted}")
+        checked[field_name] = jnp.asarray(values, jnp.int32 if counts else jnp.float32)
     return Site(**checked)
 
 
 @dataclass
 class ExpertConfig:
-    """One expert as written in configs/site; seconds and tokens, as in `Site`."""
+    """One expert as written in configs/site."""
 
     model: str
     """Name by which the request bank knows the LLM."""
     accelerator: str
     """What it runs on."""
     iteration_overhead: float
+    """Scheduler and launch cost of one iteration, s."""
     weight_load: float
+    """Time to stream the weights once, the memory-bound floor of an iteration, s."""
     compute_per_token: float
+    """Compute time per scheduled token, s/token."""
     decode_per_seq: float
+    """Extra cost per decoding sequence, s/sequence."""
     attention_per_token: float
+    """KV read per context token of the decoding sequences, s/token."""
     max_num_seqs: int
+    """Maximum requests in one batch."""
     max_num_batched_tokens: int
+    """Maximum tokens scheduled in one iteration."""
     max_waiting: int
+    """Maximum requests in the waiting queue; further arrivals are rejected."""
     kv_capacity: int
+    """KV cache size, tokens."""
     network_delay: float
+    """Network delay from router to expert, one way, s."""
 
     @property
     def label(self) -> str:
@@ -121,9 +152,9 @@ class SiteConfig:
     """A site as written in configs/site."""
 
     name: str
-    """Name of the site."""
+    """Name of the site in tables and file names."""
     experts: list[ExpertConfig] = field(default_factory=list)
-    """The experts."""
+    """The experts: one LLM on one accelerator each."""
 
     def __post_init__(self) -> None:
         if not self.experts:
@@ -142,7 +173,6 @@ def build_site(config: SiteConfig) -> Site:
         UserError: a value is out of range.
     """
     columns: dict[str, Any] = {
-        entry.name: np.asarray([getattr(expert, entry.name) for expert in config.experts])
-        for entry in dataclasses.fields(Site)
+        name: np.asarray([getattr(expert, name) for expert in config.experts]) for name in Site._fields
     }
     return check_site(Site(**columns), name=f"site {config.name}")

@@ -3,7 +3,7 @@
 python -m jaxroute export RUN --out FOLDER [--predictor FOLDER] [option=value ...]
 
 The folder holds the decision, from what a gateway knows to the expert, as one StableHLO program with the parameters in
-it, and a manifest. `jaxroute.gateway.Router` reads it; docs/export.md describes both.
+it, and a manifest. `jaxroute.gateway.Router` reads it; docs/how-to/export.md describes both.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-import jaxroute
+from jaxroute import __version__
 from jaxroute.config import Config, load_config, read_config
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.env.environment import observe
-from jaxroute.env.types import Batch
+from jaxroute.env.types import Batch, Described, Snapshot
 from jaxroute.errors import UserError
 from jaxroute.files import complete_folder
 from jaxroute.gateway.artefact import (
@@ -79,9 +79,9 @@ def export_router(
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "jaxroute": jaxroute.__version__,
+        "jaxroute": __version__,
         "jax": jax.__version__,
-        "checkpoint": f"{run_of(run, 'run').resolve().name}, {policy.source.name} steps",
+        "checkpoint": policy.label,
         "site": dataclasses.asdict(config.site),
         "log_length_error": log_length_error,
         "slots": env.num_slots,
@@ -112,20 +112,15 @@ def decision(policy: TrainedPolicy) -> Callable[..., tuple[Int[Array, ""], Float
         log_error = of_site.pop("log_length_error")
         requests = Batch(*batch)
         recent_latency, up, predicted_quality, predicted_output_tokens = experts
-        prompt_tokens, latency_requirement, age, mean_gap = arrival
-        obs = observe(
-            Site(**of_site),
-            log_error,
-            requests._replace(running=requests.running > 0, waiting=requests.waiting > 0),
-            recent_latency,
-            up > 0,
-            prompt_tokens,
-            latency_requirement,
-            predicted_quality,
-            predicted_output_tokens,
-            age,
-            mean_gap,
+        prompt_tokens, latency_requirement, request_age, mean_gap = arrival
+        known = Snapshot(
+            batch=requests._replace(running=requests.running > 0, waiting=requests.waiting > 0),
+            recent_latency=recent_latency,
+            up=up > 0,
+            age=jnp.float32(0.0),
         )
+        request = Described(prompt_tokens, latency_requirement, request_age, predicted_quality, predicted_output_tokens)
+        obs = observe(Site(**of_site), log_error, known, request, mean_gap)
         logits, _ = network.apply(params, network.prepare(obs))
         return jnp.argmax(logits), logits
 

@@ -105,7 +105,7 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
     several = f"{len(seeds)} seeds of " if len(seeds) > 1 else ""
     console.print(
         f"Training on {jax.default_backend()}{devices}: {several}{ppo.num_envs} environments, {total:,} steps, "
-        f"rates {config.train.rates[0]:g} to {config.train.rates[1]:g} requests/s on {config.site.name}"
+        f"{env_params.rate[0]:g} to {env_params.rate[1]:g} requests/s on {config.site.name}"
     )
     columns = (
         TextColumn("{task.description}"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import jaxroute
+from jaxroute import __version__
 from jaxroute.config import Config
 from jaxroute.runs import CONFIG_FILE, latest_checkpoint, seed_runs
 
@@ -114,7 +114,7 @@ def _start_wandb(run: Path, config: Config, warn: Callable[[str], None]) -> Any:
             id=id_file.read_text(),
             resume="allow" if config.wandb.mode == "online" else None,  # offline, `wandb sync --append` joins the parts
             dir=str(run),
-            config=dataclasses.asdict(config) | {"jaxroute_version": jaxroute.__version__},
+            config=dataclasses.asdict(config) | {"jaxroute_version": __version__},
         )
         started.define_metric("*", step_metric="steps")
         started.define_metric("train/avg_qos", step_metric="steps", summary="max")

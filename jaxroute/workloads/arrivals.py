@@ -8,7 +8,8 @@ are in mean gaps here, in seconds at the nominal rate in the configuration: at a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +26,8 @@ _MAX_SWITCHES = 2
 # Newton steps towards the next gap of a swing; down to float32's precision where amplitude <= 0.8 and a period takes at
 # least 200 gaps.
 _NEWTON_STEPS = 3
-# What `mixed` chooses from, each as often; 0 is poisson.
-_CLUSTERED, _MMPP, _DIURNAL, _NUM_KINDS = 1, 2, 3, 4
+# What `mixed` chooses from, each as often; 0 is Poisson, and 4 the workload's own process, where that is another.
+_CLUSTERED, _MMPP, _DIURNAL, _OWN = 1, 2, 3, 4
 # Between which values it draws, log-uniformly.
 _MIXED_RANGES = {
     "cv": (1.0, 4.0),
@@ -63,6 +64,8 @@ class ArrivalParams(NamedTuple):
     """mmpp: share of time in bursts."""
     pattern: Pattern
     """Least and greatest of each, (2,): an environment draws its own at its start; equal unless mixed."""
+    own: Pattern | None = None
+    """mixed: pattern of the workload's own process, if some environments follow that."""
 
 
 class ArrivalState(NamedTuple):
@@ -124,6 +127,16 @@ def mixed(key: PRNGKeyArray, state: ArrivalState, params: ArrivalParams) -> tupl
     return _through_swing(gap, jnp.where(kind == _DIURNAL, pattern.amplitude, 0.0), state)
 
 
+def _mixed_with(
+    own: ArrivalProcess, key: PRNGKeyArray, state: ArrivalState, params: ArrivalParams
+) -> tuple[Float[Array, ""], ArrivalState]:
+    """`mixed`, with environments that follow the workload's own process."""
+    follows_own = state.kind == _OWN
+    return jax.tree.map(
+        lambda one, other: jnp.where(follows_own, one, other), own(key, state, params), mixed(key, state, params)
+    )
+
+
 PROCESSES: dict[str, ArrivalProcess] = {
     "poisson": poisson,
     "gamma": gamma,
@@ -131,6 +144,11 @@ PROCESSES: dict[str, ArrivalProcess] = {
     "diurnal": diurnal,
     "mixed": mixed,
     "trace": trace,
+}
+
+# Made once: a process is static, and a new function would be compiled anew.
+_MIXED_WITH: dict[str, ArrivalProcess] = {
+    name: partial(_mixed_with, process) for name, process in PROCESSES.items() if name not in ("poisson", "mixed")
 }
 
 
@@ -144,6 +162,9 @@ def first_arrival_state(key: PRNGKeyArray, params: ArrivalParams) -> ArrivalStat
     key_kind, key_pattern, key_burst, key_switch, key_phase = jax.random.split(jax.random.fold_in(key, 2), 5)
     drawn = jax.random.uniform(key_pattern, (len(Pattern._fields),))
     pattern = Pattern(*(low * (high / low) ** u for (low, high), u in zip(params.pattern, drawn, strict=True)))
+    kind = jax.random.randint(key_kind, (), 0, _OWN if params.own is None else _OWN + 1)
+    if params.own is not None:
+        pattern = jax.tree.map(lambda own, other: jnp.where(kind == _OWN, own, other), params.own, pattern)
     share, ratio = params.burst_share, pattern.burst_ratio
     in_burst = jax.random.bernoulli(key_burst, share * ratio / (1 + share * (ratio - 1)))
     # A place and its mirror image have rates that add up to 2: the choice between them weighs both by their rate.
@@ -151,7 +172,7 @@ def first_arrival_state(key: PRNGKeyArray, params: ArrivalParams) -> ArrivalStat
     phase = jnp.where(choice < 1 + pattern.amplitude * jnp.sin(place), place, -place)
     return ArrivalState(
         position=jax.random.randint(key, (), 0, params.gaps.shape[0]),
-        kind=jax.random.randint(key_kind, (), 0, _NUM_KINDS),
+        kind=kind,
         pattern=pattern,
         in_burst=in_burst,
         until_switch=jax.random.exponential(key_switch) * _mean_length(in_burst, pattern, params),
@@ -229,9 +250,9 @@ class RequirementConfig:
     name: str
     """Name of the class."""
     latency: float
-    """Limit on the normalised latency, s per output token."""
+    """Maximum normalised latency, s per output token."""
     share: float
-    """Weight of the class among all."""
+    """Share of the requests, relative to the other classes."""
 
 
 @dataclass
@@ -239,28 +260,27 @@ class WorkloadConfig:
     """A workload as written in configs/workload: when requests come and how soon they must be served."""
 
     name: str
-    """Name of the workload."""
+    """Name of the workload in tables and file names."""
     arrivals: str
-    """poisson, gamma, mmpp, diurnal, mixed or trace."""
+    """Arrival process: poisson, gamma, mmpp, diurnal, mixed or trace."""
     requirements: list[RequirementConfig]
+    """The classes of service."""
     rate: float | None = None
     """Requests per second; a trace may leave it out and keep its recorded rate."""
-    rate_scale: float = 1.0
-    """Multiplies `rate`, or a trace's recorded rate."""
     cv: float = 1.0
     """gamma: coefficient of variation of the gaps."""
     burst_ratio: float = 4.0
-    """mmpp: rate in a burst / rate outside."""
+    """mmpp: rate inside a burst divided by the rate outside."""
     burst_share: float = 0.2
-    """mmpp, mixed: share of time in bursts."""
+    """mmpp, mixed: share of the time that is spent in bursts."""
     burst_seconds: float = 20.0
-    """mmpp: mean length of a burst at the nominal rate, s."""
+    """mmpp: mean length of a burst, s, at the nominal rate."""
     amplitude: float = 0.6
     """diurnal: the rate swings between 1 - amplitude and 1 + amplitude times its mean."""
     period: float = 600.0
-    """diurnal: length of a swing at the nominal rate, s."""
+    """diurnal: length of one swing, s, at the nominal rate."""
     trace: str | None = None
-    """trace: a recorded trace in one of the formats of docs/traces.md, relative to the data folder."""
+    """trace: the recorded trace, in a format of docs/how-to/traces.md; a relative path starts at the data folder."""
 
     def __post_init__(self) -> None:
         where = f"workload {self.name}"
@@ -268,7 +288,7 @@ class WorkloadConfig:
             raise UserError(f"{where}: arrivals={self.arrivals} is unknown; choose one of {', '.join(PROCESSES)}")
         if self.rate is None and self.arrivals != "trace":
             raise UserError(f"{where}: rate is missing; give requests per second, e.g. workload.rate=8")
-        numbers = ("rate", "rate_scale", "cv", "burst_ratio", "burst_share", "burst_seconds", "amplitude", "period")
+        numbers = ("rate", "cv", "burst_ratio", "burst_share", "burst_seconds", "amplitude", "period")
         for key in numbers:
             value = getattr(self, key)
             if value is not None and not (0 < value < float("inf")):
@@ -279,7 +299,7 @@ class WorkloadConfig:
             if getattr(self, key) >= 1:
                 raise UserError(f"{where}: {key}={getattr(self, key)} must be below 1")
         if self.arrivals == "trace" and not self.trace:
-            raise UserError(f"{where}: trace is missing; name a file in one of the formats of docs/traces.md")
+            raise UserError(f"{where}: trace is missing; name a file in one of the formats of docs/how-to/traces.md")
         if not self.requirements:
             raise UserError(f"{where}: requirements is empty; give at least one class of service")
         for requirement in self.requirements:
@@ -329,7 +349,6 @@ def build_workload(config: WorkloadConfig, data_dir: Path | None) -> Workload:
         rate = rate if rate is not None else 1 / gaps.mean()
         gaps = gaps / gaps.mean()
     assert rate is not None
-    rate *= config.rate_scale
     shares = np.asarray([requirement.share for requirement in config.requirements])
     return Workload(
         process=PROCESSES[config.arrivals],
@@ -343,6 +362,22 @@ def build_workload(config: WorkloadConfig, data_dir: Path | None) -> Workload:
         requirement=jnp.asarray([requirement.latency for requirement in config.requirements], jnp.float32),
         share=jnp.asarray(shares / shares.sum(), jnp.float32),
     )
+
+
+def training_mix(config: WorkloadConfig, workload: Workload) -> Workload:
+    """Return `workload`, built from `config`, with the arrivals to train on: `mixed`, its own process included.
+
+    Each environment draws one of Poisson, clustered, bursty and drifting arrivals, and how strongly they vary. A
+    workload's own process that is not Poisson (a trace, or a process with its own figures) is a fifth to draw.
+    """
+    if config.arrivals == "mixed":
+        return workload
+    pattern = _pattern_ranges(replace(config, arrivals="mixed", rate=workload.rate), workload.rate)
+    if config.arrivals == "poisson":
+        return workload._replace(process=mixed, params=workload.params._replace(pattern=pattern))
+    own = jax.tree.map(lambda low_high: low_high[0], workload.params.pattern)
+    params = workload.params._replace(pattern=pattern, own=own)
+    return workload._replace(process=_MIXED_WITH[config.arrivals], params=params)
 
 
 def _pattern_ranges(config: WorkloadConfig, rate: float) -> Pattern:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import itertools
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from operator import itemgetter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64, Shaped
 
-from jaxroute.banks.tables import read_parquet
 from jaxroute.errors import UserError
-from jaxroute.files import json_object, shown
+from jaxroute.files import shown
+from jaxroute.tables import Chunk, TableReader, open_table
 
 # A date and a time with up to nine decimals; after them, perhaps, the offset from UTC.
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:\.\d{1,9})?)(Z|[+-]\d\d:?\d\d)?")
-_CHUNK = 1 << 17  # rows: weeks of requests fit into memory as numbers, not as text
 
 
 class Trace(NamedTuple):
@@ -48,8 +41,6 @@ class Format(NamedTuple):
     """A format of traces: which columns say what, and how time is written."""
 
     name: str
-    kind: str
-    """Suffix of its files; .csv stands for all that are neither .jsonl nor .parquet."""
     columns: tuple[str, str, str]
     """Of arrival time, prompt tokens and output tokens."""
     time: str
@@ -60,6 +51,8 @@ class Format(NamedTuple):
     """Units of these numbers in a second."""
     zero_is_failed: bool = False
     """Whether a request without output is one that failed."""
+    kinds: tuple[str, ...] = ("csv", "json", "parquet")
+    """Kinds of tables in which it comes."""
 
 
 _CELL_ERRORS = (ValueError, TypeError, OverflowError)
@@ -67,6 +60,8 @@ _CELL_ERRORS = (ValueError, TypeError, OverflowError)
 
 def _numbers(cells: Sequence[Any]) -> Float64[np.ndarray, "row"]:
     """Cells of text or numbers as finite numbers."""
+    if bool in set(map(type, cells)):
+        raise ValueError("not numbers")
     values = np.array(cells, np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():
         raise ValueError("not one finite number per row")
@@ -78,6 +73,13 @@ def _whole_numbers(cells: Sequence[Any]) -> Int64[np.ndarray, "row"]:
     if (values != np.rint(values)).any() or (np.abs(values) >= 2.0**53).any():
         raise ValueError("not whole numbers")
     return values.astype(np.int64)
+
+
+def _milliseconds(cells: Sequence[Any]) -> Float64[np.ndarray, "row"]:
+    """Numbers; quoted times are seconds in traces whose keys are otherwise Mooncake's."""
+    if str in set(map(type, cells)):
+        raise ValueError("not numbers")
+    return _numbers(cells)
 
 
 def _nanoseconds(cells: Sequence[Any]) -> Int64[np.ndarray, "row"]:
@@ -103,20 +105,19 @@ def _offset(text: str | None) -> int:
 
 FORMATS = (
     Format(
-        "Azure", ".csv", ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
-        "a time like 2023-11-16 18:15:46.6805900", _nanoseconds, per_second=1e9,
+        "Azure", ("TIMESTAMP", "ContextTokens", "GeneratedTokens"), "a time like 2023-11-16 18:15:46.6805900",
+        _nanoseconds, per_second=1e9,
     ),
     Format(
-        "BurstGPT", ".csv", ("Timestamp", "Request tokens", "Response tokens"), "a time in s", _numbers,
-        zero_is_failed=True,
+        "BurstGPT", ("Timestamp", "Request tokens", "Response tokens"), "a time in s", _numbers, zero_is_failed=True
     ),
     Format(
-        "Mooncake", ".jsonl", ("timestamp", "input_length", "output_length"), "a time in ms", _numbers, per_second=1e3
+        "Mooncake", ("timestamp", "input_length", "output_length"), "a time in ms, not in quotes,", _milliseconds,
+        per_second=1e3, kinds=("json", "parquet"),
     ),
-    Format("table", ".csv", ("arrival_time", "prompt_tokens", "output_tokens"), "a time in s", _numbers),
-    Format("table", ".parquet", ("arrival_time", "prompt_tokens", "output_tokens"), "a time in s", _numbers),
+    Format("table", ("arrival_time", "prompt_tokens", "output_tokens"), "a time in s", _numbers),
 )  # fmt: skip
-"""All formats, described in docs/traces.md."""
+"""All formats, described in docs/how-to/traces.md."""
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -126,8 +127,8 @@ def read_trace(path: str | Path) -> Trace:
     """Read a trace in one of `FORMATS`, which its name and columns tell apart.
 
     Args:
-        path: a .parquet file; or .jsonl, or CSV under any other name; these two with .gz at the end if compressed.
-            Columns may be in any order; others are ignored.
+        path: CSV, JSON Lines or Parquet, as `jaxroute.tables.open_table` reads them. Columns may be in any order;
+            others are ignored.
 
     Returns:
         The trace, R requests.
@@ -137,20 +138,16 @@ def read_trace(path: str | Path) -> Trace:
             has negative tokens or goes back in time; the message names file, line and remedy.
 
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist or is not a file: check the path of the trace")
-    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    chunks = {".parquet": _parquet_chunks, ".jsonl": _jsonl_chunks}.get(kind, _csv_chunks)
     parts, failed, latest = [], 0, -np.inf
-    format = None
-    for format, places, cells in chunks(path):
-        times, prompt, output = _checked(path, format, places, cells, latest)
-        latest = times[-1]
-        kept = output > 0 if format.zero_is_failed else np.ones(len(output), bool)
-        failed += int((~kept).sum())
-        parts.append((times[kept], prompt[kept], output[kept]))
-    if format is None:
+    with open_table(path, f"the columns of one of {_known_formats()}") as table:
+        format, columns = _recognised(table)
+        for chunk in table.chunks(columns):
+            times, prompt, output = _checked(table, format, chunk, latest)
+            latest = times[-1]
+            kept = output > 0 if format.zero_is_failed else np.ones(len(output), bool)
+            failed += int((~kept).sum())
+            parts.append((times[kept], prompt[kept], output[kept]))
+    if not parts:
         raise UserError(f"{path} has no requests: give a file with at least one row")
     times, prompt, output = map(np.concatenate, zip(*parts, strict=True))
     if not len(times):
@@ -158,71 +155,29 @@ def read_trace(path: str | Path) -> Trace:
     return Trace((times - times[0]) / format.per_second, prompt, output, format.name, failed)
 
 
-_Chunk = tuple[Format, list[int], list[tuple[Any, ...]]]
-"""Rows of a file: their lines, and their cells in the order of the format's columns."""
+def _recognised(table: TableReader) -> tuple[Format, list[str]]:
+    """Return the format that has the table's columns, and what the table calls them."""
+    formats = [format for format in FORMATS if table.kind in format.kinds]
+    found = [[table.find(name) for name in format.columns] for format in formats]
+    for format, columns in zip(formats, found, strict=True):
+        if None not in columns:
+            return format, [str(name) for name in columns]
+    # Names in the very case of the format count before others.
+    nearest = max(formats, key=lambda format: len(set(format.columns) & set(table.names)))
+    missing = [name for name in nearest.columns if table.find(name) is None]
+    near = f" ({nearest.name} lacks {', '.join(missing)})" if len(missing) < len(nearest.columns) else ""
+    raise UserError(
+        f"{table.path}: columns of no known format in {shown(table.names)}{near}; "
+        f"rename them to those of one of {_known_formats()}"
+    )
 
 
-def _csv_chunks(path: Path) -> Iterator[_Chunk]:
-    with _text(path) as lines:
-        reader = csv.reader(lines)
-        header = next(reader, None)
-        if header is None:
-            raise UserError(f"{path} is empty: give a file with the columns of one of {_known_formats()}")
-        names = [name.strip() for name in header]
-        format = _recognised(path, ".csv", names)
-        # Blank lines, as editors leave at the end, are skipped.
-        rows = ((reader.line_num, row) for row in reader if row)
-        yield from _chunks(path, format, rows, [names.index(name) for name in format.columns])
-
-
-def _jsonl_chunks(path: Path) -> Iterator[_Chunk]:
-    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
-        for line, text in enumerate(lines, 1):
-            if text.strip():
-                yield line, json_object(text, f"{path}:{line}")
-
-    with _text(path) as lines:
-        every = rows()
-        if (first := next(every, None)) is None:
-            raise UserError(f"{path} is empty: give a file with the keys of one of {_known_formats()}")
-        format = _recognised(path, ".jsonl", list(first[1]))
-        for _, places, cells in _chunks(path, format, itertools.chain([first], every), format.columns):
-            for place, row in zip(places, cells, strict=True):
-                # Quoted times are seconds in a trace whose keys are otherwise the same.
-                if any(isinstance(cell, str | bool) for cell in row):
-                    raise _unreadable(path, format, place, row)
-            yield format, places, cells
-
-
-def _parquet_chunks(path: Path) -> Iterator[_Chunk]:
-    table = read_parquet(path)
-    format = _recognised(path, ".parquet", [str(name) for name in table.columns])
-    for start in range(0, len(table), _CHUNK):
-        part = table[list(format.columns)].iloc[start : start + _CHUNK]
-        cells = list(zip(*(part[name].tolist() for name in format.columns), strict=True))
-        yield format, list(range(start + 1, start + 1 + len(cells))), cells
-
-
-def _chunks(path: Path, format: Format, rows: Iterable[tuple[int, Any]], keys: Sequence[Any]) -> Iterator[_Chunk]:
-    """Pick the format's columns from rows, many at a time: numpy reads a million cells as quickly as Python ten."""
-    pick = itemgetter(*keys)
-    places: list[int] = []
-    cells: list[tuple[Any, ...]] = []
-    for place, row in rows:
-        try:
-            cells.append(pick(row))
-        except (IndexError, KeyError):
-            raise _unreadable(path, format, place, row.values() if isinstance(row, dict) else row) from None
-        places.append(place)
-        if len(cells) == _CHUNK:
-            yield format, places, cells
-            places, cells = [], []
-    if cells:
-        yield format, places, cells
+def _known_formats() -> str:
+    return "; ".join(f"{format.name}: {', '.join(format.columns)}" for format in FORMATS)
 
 
 def _checked(
-    path: Path, format: Format, places: list[int], cells: list[tuple[Any, ...]], latest: float
+    table: TableReader, format: Format, chunk: Chunk, latest: float
 ) -> tuple[Shaped[np.ndarray, "row"], Int64[np.ndarray, "row"], Int64[np.ndarray, "row"]]:
     """Times, prompt and output tokens of a chunk, none of them earlier than `latest`."""
 
@@ -230,83 +185,29 @@ def _checked(
         stamps, prompt, output = zip(*rows, strict=True)
         return format.read_times(stamps), _whole_numbers(prompt), _whole_numbers(output)
 
+    def row_error(row: int, problem: str, remedy: str) -> UserError:
+        return UserError(f"{table.where(chunk.places[row])}: {problem} {shown(chunk.cells[row])}{remedy}")
+
     try:
-        times, prompt, output = convert(cells)
+        times, prompt, output = convert(chunk.cells)
     except _CELL_ERRORS:
-        for place, row in zip(places, cells, strict=True):
+        for row, cells in enumerate(chunk.cells):
             try:
-                convert([row])
+                convert([cells])
             except _CELL_ERRORS:
-                raise _unreadable(path, format, place, row) from None
+                remedy = (
+                    f": {', '.join(format.columns)} should be {format.time} and two whole numbers of tokens; "
+                    "correct or delete the row"
+                )
+                raise row_error(row, "cannot read", remedy) from None
         raise  # unreachable: a chunk is its rows
     negative = np.flatnonzero((prompt < 0) | (output < 0))
     if len(negative):
-        row = negative[0]
-        raise UserError(
-            f"{_where(path, places[row])}: negative number of tokens in {shown(cells[row])}: correct or delete the line"
-        )
+        raise row_error(negative[0], "negative number of tokens in", ": correct or delete the row")
     backwards = np.flatnonzero(np.diff(times, prepend=times[0] if latest == -np.inf else latest) < 0)
     if len(backwards):
-        row = backwards[0]
-        raise UserError(
-            f"{_where(path, places[row])}: time goes backwards in {shown(cells[row])}: "
-            f"sort the file by {format.columns[0]}"
-        )
+        raise row_error(backwards[0], "time goes backwards in", f": sort the file by {format.columns[0]}")
     return times, prompt, output
-
-
-def _recognised(path: Path, kind: str, names: list[str]) -> Format:
-    """Return the format with these columns."""
-    formats = [format for format in FORMATS if format.kind == kind]
-    for format in formats:
-        if set(format.columns) <= set(names):
-            return format
-    nearest = max(formats, key=lambda format: len(set(format.columns) & set(names)))
-    missing = [name for name in nearest.columns if name not in names]
-    near = f" ({nearest.name} lacks {', '.join(missing)})" if len(missing) < len(nearest.columns) else ""
-    raise UserError(
-        f"{_where(path, 1) if kind != '.parquet' else path}: columns of no known format in {shown(names)}{near}; "
-        f"rename them to those of one of {_known_formats()}"
-    )
-
-
-def _known_formats() -> str:
-    return "; ".join(f"{format.name} ({format.kind}): {', '.join(format.columns)}" for format in FORMATS)
-
-
-def _unreadable(path: Path, format: Format, place: int, row: Iterable[Any]) -> UserError:
-    return UserError(
-        f"{_where(path, place)}: cannot read {shown(row)}: {', '.join(format.columns)} should be {format.time} and "
-        "two whole numbers of tokens; correct or delete the line"
-    )
-
-
-def _where(path: Path, place: int) -> str:
-    return f"{path}, row {place}" if path.suffix == ".parquet" else f"{path}:{place}"
-
-
-@contextmanager
-def _text(path: Path) -> Iterator[Iterable[str]]:
-    """Open a file to be read line by line, decompressed."""
-    try:
-        if path.suffix == ".gz":
-            # To its end, once: damage in the middle would look like bad rows.
-            with gzip.open(path) as content:
-                while content.read(1 << 20):
-                    pass
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as lines:
-            yield lines
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text: give a CSV file, or name it .gz if it is compressed") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{path} is named .gz and is not a complete gzip file ({error}): rename it or fetch it again"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-    except csv.Error as error:
-        raise UserError(f"{path} is not a readable CSV file ({error}): write it again") from error
 
 
 # --- what arrivals are like ---------------------------------------------------------------------------------

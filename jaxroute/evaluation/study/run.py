@@ -583,7 +583,7 @@ def _planner_table(study: StudyResult) -> StudyTable:
         "Planners",
         f"Average QoS on {run.episodes} episodes of {run.requests:,} requests of their own, which planners, routers "
         "and the best rule have in common. Last columns: share of the planner's gain over the best rule that the "
-        "router reaches, where the gain's 95 % interval excludes 0. clairvoyant sees the future and cannot be deployed.",
+        "router reaches, where the gain's 95 % interval excludes 0. clairvoyant sees the future: nobody can deploy it.",
         ["cell", "req/s", "best rule", "its QoS", *study.routers, *study.planners]
         + [f"{router} of {planner}" for router in reference for planner in study.planners],
         rows,

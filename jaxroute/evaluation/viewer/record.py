@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from jaxroute.config import Config
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.env.environment import site_of
 from jaxroute.env.types import Candidates, Request
-from jaxroute.errors import UserError
+from jaxroute.errors import UserError, did_you_mean
 from jaxroute.evaluation.judge import versions
 from jaxroute.evaluation.report.write import fill_template, jsonable
 from jaxroute.files import write_file
@@ -47,9 +46,8 @@ def view_episode(config: Config, console: Console, run: Path, *, command: str) -
     """
     name = config.view
     if name != LEARNED and name not in RULES:
-        near = difflib.get_close_matches(str(name), [LEARNED, *RULES], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose {LEARNED} or a rule: {', '.join(RULES)}"
-        raise UserError(f"view={name} is unknown; {hint}")
+        hint = did_you_mean(name, [LEARNED, *RULES])
+        raise UserError(f"view={name} is unknown{hint}; choose {LEARNED} or a rule: {', '.join(RULES)}")
     if name == LEARNED and config.checkpoint is None:
         raise UserError(f"view={LEARNED} needs a trained router; add checkpoint=outputs/<run>")
     config = on_test_prompts(config)
