@@ -1,31 +1,80 @@
-"""Checkpoints of a policy: parameters in Orbax's format inside a run directory, which also holds the configuration."""
+"""Trained routers on disk: what a run leaves behind, and the routers that come with the package."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import orbax.checkpoint as ocp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float32, Int
 
 from jaxroute.config import Config, config_yaml, read_config
-from jaxroute.env import EdgeRouting, EnvParams
-from jaxroute.errors import UserError
+from jaxroute.env import EdgeRouting, EnvParams, Observation
+from jaxroute.errors import UserError, did_you_mean
+from jaxroute.files import complete_folder
 from jaxroute.networks import build_network
+from jaxroute.policies import Policy, learned_policy
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 
+PRETRAINED = "pretrained"
+"""`pretrained/<name>` names a router of the package wherever a run is taken."""
+PARAMS_FILE, RESULTS_FILE = "params.npz", "results.json"
+_PRETRAINED_FOLDER = Path(__file__).parent / PRETRAINED
+
 
 class TrainedPolicy(NamedTuple):
-    """A network with its parameters."""
+    """A network with its parameters: call it with an observation to get the expert that it prefers."""
 
     network: nn.Module
     params: Any
     source: Path
+    """The checkpoint, or `pretrained/<name>`."""
+
+    def __call__(self, obs: Observation) -> Int[Array, ""]:
+        """Return the expert for the arriving request; `jax.jit` and `jax.vmap` apply as to any function."""
+        action, _ = self.policy.act(self.params, obs, None, ())  # type: ignore[arg-type]
+        return action
+
+    @property
+    def policy(self) -> Policy:
+        """As evaluation takes it, like every rule."""
+        return learned_policy(self.network, self.params)
+
+    @property
+    def label(self) -> str:
+        """Say which router it is without saying where it lies: `seed0, 786432 steps` or `pretrained/edge6`."""
+        if self.source.parent.name != CHECKPOINTS:
+            return str(self.source)
+        return f"{self.source.resolve().parents[1].name}, {self.source.name} steps"
+
+
+def load_router(name_or_path: str | Path) -> TrainedPolicy:
+    """Load a router of the package by its name, or that of a run directory or of one of its checkpoints.
+
+    A name of the package wins over a folder of the same name; give the folder's absolute path.
+
+    >>> import jax, jaxroute
+    >>> router = jaxroute.load_router("edge6")
+    >>> env, params = jaxroute.make("edge-poisson", rate=12.0)
+    >>> obs, state = env.reset(jax.random.key(0), params)
+    >>> expert = jax.jit(router)(obs)
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    is_name = str(name_or_path) in pretrained_routers()
+    return read_policy(Path(PRETRAINED) / name_or_path if is_name else name_or_path)
 
 
 def write_config(run: Path, config: Config) -> None:
@@ -62,34 +111,48 @@ def load_policy(path: str | Path, env: EdgeRouting, env_params: EnvParams) -> Tr
 
 
 def read_policy(path: str | Path) -> TrainedPolicy:
-    """Read the policy of a run directory (its latest checkpoint) or of one checkpoint, whatever site it is for.
+    """Read a router, whatever site it is for.
+
+    Args:
+        path: a run directory, of which the latest checkpoint counts; one of its checkpoints; or `pretrained/<name>`.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
     path = Path(path)
     run = run_of(path)
+    network = build_network(read_config(run / CONFIG_FILE).network)
+    if run.parent == _PRETRAINED_FOLDER:
+        return TrainedPolicy(network, _read_arrays(run / PARAMS_FILE), path)
     checkpoint = latest_checkpoint(path) if path == run else path
-    config = read_config(run / CONFIG_FILE)
     try:
         params = restore(checkpoint)
     except Exception as error:  # Orbax raises many kinds; to the user they all mean an unreadable checkpoint.
         raise UserError(f"checkpoint {checkpoint} cannot be read ({type(error).__name__}); is it complete?") from error
-    return TrainedPolicy(build_network(config.network), params, checkpoint)
+    return TrainedPolicy(network, params, checkpoint)
 
 
 def run_of(path: Path, option: str = "checkpoint") -> Path:
-    """Return the run directory that `path` is, or is a checkpoint or state of.
+    """Return the run directory that `path` is, or is a checkpoint or state of, or the folder of a pretrained router.
 
     Raises:
         UserError: it is neither; `option` is what the user gave it as.
     """
+    if path.parts[:-1] == (PRETRAINED,):
+        known = pretrained_routers()
+        if path.name in known:
+            return _PRETRAINED_FOLDER / path.name
+        if not path.exists():
+            raise UserError(
+                f"{option} {path}: no router of that name comes with jaxroute{did_you_mean(path.name, known)}; "
+                f"choose one of {', '.join(f'{PRETRAINED}/{name}' for name in known)}, or give a run directory"
+            )
     if not path.exists():
         raise UserError(f"{option} {path} does not exist; give a run directory, e.g. {option}=outputs/<run>")
     for run in (path, path.parent.parent):
         if (run / CONFIG_FILE).is_file():
             return run
-    raise UserError(f"{option} {path}: no {CONFIG_FILE} beside it; give the run directory that train.py wrote")
+    raise UserError(f"{option} {path}: there is no {CONFIG_FILE} in it; give the run directory that train.py wrote")
 
 
 def latest_checkpoint(run: Path) -> Path:
@@ -109,6 +172,9 @@ def latest_checkpoint(run: Path) -> Path:
 
 def _checkpointer() -> ocp.StandardCheckpointer:
     """A checkpointer that does not wait for other processes: only the first one writes and reads."""
+    # Imported here: it takes seconds, and pretrained routers and rules do without.
+    import orbax.checkpoint as ocp
+
     alone = ocp.options.MultiprocessingOptions(active_processes={0}, barrier_sync_key_prefix="first")
     return ocp.StandardCheckpointer(**{"multiprocessing_options": alone} if jax.process_count() > 1 else {})
 
@@ -153,3 +219,41 @@ def check_fits(policy: TrainedPolicy, env: EdgeRouting, env_params: EnvParams) -
             f"checkpoint {policy.source} belongs to another network or site: {name} is {found.get(name, 'absent')}, "
             f"but {wanted.get(name, 'absent')} is needed for {env.num_experts} experts"
         )
+
+
+# --- Routers of the package ----------------------------------------------------------------------------
+
+
+def pretrained_routers() -> list[str]:
+    """Return the names of the routers that come with the package."""
+    return sorted(path.parent.name for path in _PRETRAINED_FOLDER.glob(f"*/{PARAMS_FILE}"))
+
+
+def write_pretrained(folder: Path, policy: TrainedPolicy, config: Config, results: str) -> None:
+    """Write a router as the package keeps it: parameters as plain arrays, configuration, and results as JSON.
+
+    What the configuration says of places on this machine is left out.
+
+    Raises:
+        UserError: the folder holds something or cannot be written; a parameter is no float32 array.
+    """
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten_dict(policy.params, sep="/").items()}
+    for name, array in arrays.items():
+        if array.dtype != np.float32:
+            raise UserError(f"{policy.source}: parameter {name} is {array.dtype}, and must be float32")
+    config = dataclasses.replace(config, data_dir=None, output_dir=None, resume=None, fork=None)
+    with complete_folder(folder) as draft:
+        np.savez_compressed(draft / PARAMS_FILE, **arrays)  # type: ignore[arg-type]
+        write_config(draft, config)
+        (draft / RESULTS_FILE).write_text(results)
+
+
+def _read_arrays(path: Path) -> dict[str, Any]:
+    """Read parameters that `write_pretrained` has written, without unpickling anything."""
+    arrays: dict[str, Float32[np.ndarray, "..."]]
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); install jaxroute again") from error
+    return unflatten_dict(arrays, sep="/")

@@ -81,7 +81,7 @@ def export_router(
         "format_version": FORMAT_VERSION,
         "jaxroute": __version__,
         "jax": jax.__version__,
-        "checkpoint": f"{run_of(run, 'run').resolve().name}, {policy.source.name} steps",
+        "checkpoint": policy.label,
         "site": dataclasses.asdict(config.site),
         "log_length_error": log_length_error,
         "slots": env.num_slots,
