@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,10 +108,9 @@ def action_values(
     seen = jax.eval_shape(env.step, step_keys[0], state, jnp.int32(0), params)[0]
     nothing_seen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seen)
 
-    def value_of(expert: Int[Array, ""]) -> Float[Array, ""]:
-        def step(carry: tuple, given: tuple) -> tuple[tuple, Float[Array, ""]]:
-            obs, state, memory = carry
-            number, key_env, key_base = given
+    def step(carry: tuple, given: tuple) -> tuple[tuple, Float[Array, "expert"]]:
+        # Experts are mapped over here, and not around the loop, which would be traced once more for it.
+        def of_expert(expert: Int[Array, ""], obs: Any, state: EnvState, memory: Memory) -> tuple[tuple, Array]:
             chosen, next_memory = base.act(base.params, obs, key_base, memory)
             action, memory = jax.tree.map(
                 partial(jnp.where, number == 0), (expert, memory), (chosen.astype(expert.dtype), next_memory)
@@ -119,11 +118,16 @@ def action_values(
             obs, state, reward, *_ = env.step(key_env, state, action, params)
             return (obs, state, memory), reward
 
-        given = (jnp.arange(len(step_keys)), step_keys, jax.random.split(key, len(step_keys)))
-        (obs, last, _), rewards = jax.lax.scan(step, (nothing_seen, state, base.memory), given)
-        return rewards.sum() + last.potential - price * _time_to_drain(obs).sum()
+        number, key_env, key_base = given
+        return jax.vmap(of_expert)(experts, *carry)
 
-    return jax.vmap(value_of)(jnp.arange(env.num_experts))
+    experts = jnp.arange(env.num_experts)
+    alike = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (env.num_experts, *jnp.shape(leaf))), (nothing_seen, state, base.memory)
+    )
+    given = (jnp.arange(len(step_keys)), step_keys, jax.random.split(key, len(step_keys)))
+    (obs, last, _), rewards = jax.lax.scan(step, alike, given)
+    return rewards.sum(0) + last.potential - price * jax.vmap(_time_to_drain)(obs).sum(-1)
 
 
 def _time_to_drain(obs: Observation) -> Float[Array, "expert"]:
