@@ -1,4 +1,4 @@
-"""Routers: the rules in production use and the learned one, on one protocol."""
+"""Routers: rules from production use and the literature, planners, and the learned one, on one protocol."""
 
 from __future__ import annotations
 

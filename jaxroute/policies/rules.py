@@ -36,7 +36,7 @@ def _relative_latency(obs: Observation) -> Float[Array, "expert"]:
 
 
 def _best_among(obs: Observation, preferred: Bool[Array, "expert"], score: Float[Array, "expert"]) -> Int[Array, ""]:
-    """Return the best available expert among the preferred, or among all if none of them is available."""
+    """Return the best expert among the preferred ones that are available, or among all if none is."""
     preferred = preferred & obs.experts.available
     return best_available(obs, jnp.where(preferred | ~preferred.any(), score, -jnp.inf))
 
@@ -180,7 +180,7 @@ def win_rate(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory
 def lowest_latency(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Choose at random among the experts within 1.1 times the lowest recent latency (LiteLLM latency-based).
 
-    Latency is the mean of seconds per output token of what completed there; unknown counts as 0.
+    Latency is the mean of seconds per output token of what has completed there; if nothing has, it counts as 0.
     """
     recent = jnp.where(obs.experts.available, obs.experts.recent_latency, jnp.inf)
     close = recent <= 1.1 * recent.min()
@@ -199,8 +199,8 @@ def weighted_sum(params: Params, obs: Observation, key: PRNGKeyArray, memory: Me
 def interference_aware(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Argmin predicted slow-down of the requests in flight, among the experts predicted to meet L (all, if none).
 
-    The slow-down is by how much an iteration gets longer, relative to what it takes now, summed over the requests
-    there. In the spirit of interference-aware cooperative routing in 5G.
+    The slow-down is the relative increase of the iteration time, summed over the requests there. In the spirit of
+    interference-aware cooperative routing in 5G.
     """
     slowdown = _num_in_flight(obs) * (obs.candidates.impact.tpot / obs.experts.iteration_time - 1)
     return _best_among(obs, _relative_latency(obs) <= 1.0, -slowdown), memory
