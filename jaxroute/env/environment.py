@@ -334,7 +334,7 @@ def _reward(
 
 def _draw_rate(key: PRNGKeyArray, params: EnvParams, fleet: Fleet | None) -> Float[Array, ""]:
     low, high = params.rate
-    rate = jax.random.uniform(key, (), minval=low, maxval=high)
+    rate = jax.random.uniform(key, (), jnp.float32, minval=low, maxval=high)
     if fleet is None:
         return rate
     # In proportion to the capacity of the drawn site, so that the load stays in the requested range.
@@ -350,7 +350,7 @@ def _draw_fleet(key: PRNGKeyArray, params: EnvParams, share: float) -> Fleet:
     """Draw a site with probability `share`: how many experts, and each one's LLM, speed, memory and distance."""
     key_own, key_count, key_column, key_time, key_memory, key_delay = jax.random.split(key, 6)
     num_experts = params.site.num_experts
-    column = jax.random.randint(key_column, (num_experts,), 0, num_experts)
+    column = jax.random.randint(key_column, (num_experts,), 0, num_experts, jnp.int32)
     site = jax.tree.map(lambda values: values[column], params.site)
     slower = _log_uniform(key_time, _TIME_FACTORS, num_experts)
     kv_capacity = (site.kv_capacity * _log_uniform(key_memory, _MEMORY_FACTORS, num_experts)).astype(jnp.int32)
@@ -361,21 +361,21 @@ def _draw_fleet(key: PRNGKeyArray, params: EnvParams, share: float) -> Fleet:
         attention_per_token=site.attention_per_token * slower,
         kv_capacity=jnp.maximum(kv_capacity, params.bank.prompt_tokens.max() + 1),
         network_delay=jax.random.uniform(
-            key_delay, (num_experts,), minval=_NETWORK_DELAYS[0], maxval=_NETWORK_DELAYS[1]
+            key_delay, (num_experts,), jnp.float32, minval=_NETWORK_DELAYS[0], maxval=_NETWORK_DELAYS[1]
         ),
     )
     # All experts are drawn from one distribution, so it does not matter which of them are present.
-    count = jax.random.randint(key_count, (), min(_FEWEST_EXPERTS, num_experts), num_experts + 1)
-    expert = jnp.arange(num_experts)
+    count = jax.random.randint(key_count, (), min(_FEWEST_EXPERTS, num_experts), num_experts + 1, jnp.int32)
+    expert = jnp.arange(num_experts, dtype=jnp.int32)
     drawn = Fleet(site, column, present=expert < count)
     given = Fleet(params.site, column=expert, present=expert >= 0)
-    own = jax.random.uniform(key_own) < share
+    own = jax.random.uniform(key_own, (), jnp.float32) < share
     return jax.tree.map(lambda drawn, given: jnp.where(own, drawn, given), drawn, given)
 
 
 def _log_uniform(key: PRNGKeyArray, between: tuple[float, float], size: int) -> Float[Array, "expert"]:
     low, high = between
-    return low * (high / low) ** jax.random.uniform(key, (size,))
+    return low * (high / low) ** jax.random.uniform(key, (size,), jnp.float32)
 
 
 def site_of(state: EnvState, params: EnvParams) -> Site:
@@ -392,7 +392,7 @@ def _outages(
     key: PRNGKeyArray, up: Bool[Array, "expert"], gap: Float[Array, ""], params: EnvParams, fleet: Fleet | None
 ) -> tuple[Bool[Array, "expert"], Bool[Array, "expert"]]:
     """Return which experts have failed within `gap`, and which are up after it."""
-    draw = jax.random.uniform(key, up.shape)
+    draw = jax.random.uniform(key, up.shape, jnp.float32)
     failed = up & (draw < -jnp.expm1(-gap / params.outages.mean_uptime))
     recovered = ~up & (draw < -jnp.expm1(-gap / params.outages.mean_downtime))
     if fleet is not None:
@@ -403,7 +403,7 @@ def _outages(
 def _draw_request(key: PRNGKeyArray, number: Int[Array, ""], params: EnvParams, fleet: Fleet | None) -> Request:
     # Two 32-bit numbers in one call, as random numbers take a good part of a step. The remainder favours no row by more
     # than one in 2^32 / rows.
-    for_row, for_class = jax.random.bits(key, (2,))
+    for_row, for_class = jax.random.bits(key, (2,), jnp.uint32)
     row = (for_row % params.bank.prompt_tokens.shape[0]).astype(jnp.int32)
     level = (for_class * jnp.float32(2**-32) >= jnp.cumsum(params.share)[:-1]).sum()
     return _request(number, row, params.requirement[level], jnp.float32(0.0), params, fleet)

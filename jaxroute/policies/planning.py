@@ -149,7 +149,7 @@ def redraw_unknown(state: EnvState, params: EnvParams, key: PRNGKeyArray) -> Env
     def draw(key: PRNGKeyArray, predicted: Array, generated: Array, prompt_tokens: Array) -> Array:
         z = (jnp.log(jnp.maximum(generated, 1.0)) - jnp.log(jnp.maximum(predicted, 1.0))) / log_error
         # The upper tail, so that float32 keeps its digits where much more was generated than predicted.
-        tail = jax.random.uniform(key, predicted.shape, minval=1e-6) * ndtr(-z)
+        tail = jax.random.uniform(key, predicted.shape, jnp.float32, minval=1e-6) * ndtr(-z)
         drawn = jnp.exp(jnp.log(jnp.maximum(predicted, 1.0)) - log_error * ndtri(jnp.maximum(tail, 1e-30)))
         least = generated.astype(jnp.int32) + 1
         most = jnp.maximum(jnp.minimum(site.kv_capacity - prompt_tokens, 2 * params.bank.output_tokens.max()), least)

@@ -33,4 +33,4 @@ def best_available(obs: Observation, score: Float[Array, "expert"]) -> Int[Array
     No rule may choose an expert that is down or would visibly reject the request, as long as there is another: a
     gateway would retry elsewhere.
     """
-    return jnp.argmax(jnp.where(obs.experts.eligible, score, -jnp.inf))
+    return jnp.argmax(jnp.where(obs.experts.eligible, score, -jnp.inf)).astype(jnp.int32)

@@ -43,7 +43,7 @@ def _best_among(obs: Observation, preferred: Bool[Array, "expert"], score: Float
 
 def random(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Choose uniformly (SGLang, LiteLLM simple-shuffle)."""
-    return best_available(obs, jax.random.uniform(key, obs.experts.available.shape)), memory
+    return best_available(obs, jax.random.uniform(key, obs.experts.available.shape, jnp.float32)), memory
 
 
 def weighted_random(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
@@ -54,7 +54,7 @@ def weighted_random(params: Params, obs: Observation, key: PRNGKeyArray, memory:
     """
     capacity = obs.experts.max_num_seqs / obs.experts.weight_load
     # Of exponential clocks with these rates, each is the first with a probability in proportion to its rate.
-    return best_available(obs, -jax.random.exponential(key, capacity.shape) / capacity), memory
+    return best_available(obs, -jax.random.exponential(key, capacity.shape, jnp.float32) / capacity), memory
 
 
 def round_robin(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
@@ -100,7 +100,7 @@ def shortest_work(params: Params, obs: Observation, key: PRNGKeyArray, memory: M
 
 def power_of_two(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Draw two available experts and take the one with fewer pending tokens (SGLang)."""
-    draw = jnp.where(obs.experts.available, jax.random.uniform(key, obs.experts.available.shape), -1.0)
+    draw = jnp.where(obs.experts.available, jax.random.uniform(key, obs.experts.available.shape, jnp.float32), -1.0)
     two = draw >= jnp.sort(draw)[-2:].min()
     return _best_among(obs, two, -(obs.experts.pending_prefill + obs.experts.pending_output)), memory
 
@@ -144,7 +144,7 @@ def slo_headroom(params: Params, obs: Observation, key: PRNGKeyArray, memory: Me
     meets = relative <= 1.0
     # 1 / relative is below 1 for those that miss L, so that no other comes before an idle one.
     missing = (_num_in_flight(obs) == 0) + 1 / relative
-    explore = jax.random.uniform(key) < EXPLORATION
+    explore = jax.random.uniform(key, (), jnp.float32) < EXPLORATION
     return _best_among(obs, meets ^ explore, jnp.where(meets, -params * relative, missing)), memory
 
 
@@ -184,7 +184,7 @@ def lowest_latency(params: Params, obs: Observation, key: PRNGKeyArray, memory: 
     """
     recent = jnp.where(obs.experts.available, obs.experts.recent_latency, jnp.inf)
     close = recent <= 1.1 * recent.min()
-    return best_available(obs, jnp.where(close, jax.random.uniform(key, close.shape), -1.0)), memory
+    return best_available(obs, jnp.where(close, jax.random.uniform(key, close.shape, jnp.float32), -1.0)), memory
 
 
 def weighted_sum(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
