@@ -19,8 +19,8 @@ __all__ = ["SCENARIOS", "Outcomes", "Requests", "Site", "UserError", "__version_
 
 _MODULES = {
     "SCENARIOS": "jaxroute.scenarios",
-    "make": "jaxroute.scenarios",
     "load_router": "jaxroute.runs",
+    "make": "jaxroute.scenarios",
     "Outcomes": "jaxroute.serving",
     "Requests": "jaxroute.serving",
     "Site": "jaxroute.serving",
