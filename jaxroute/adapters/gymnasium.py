@@ -89,7 +89,11 @@ class GymnasiumVectorEnv(VectorEnv):
 
 
 class GymnasiumEnv(Env):
-    """One site. At the horizon it waits for `reset`."""
+    """One site. At the horizon it waits for `reset`.
+
+    For many, `GymnasiumVectorEnv` is much faster than Gymnasium's vector environments, which call this one by one.
+    `AsyncVectorEnv` needs context="spawn", as JAX does not survive a fork.
+    """
 
     def __init__(self, env: EdgeRouting, params: EnvParams) -> None:
         self._envs = GymnasiumVectorEnv(env, params, num_envs=1)
