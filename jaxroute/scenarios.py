@@ -12,6 +12,7 @@ from jaxroute.config import Config, load_config
 from jaxroute.env import EdgeRouting, EnvParams, OutageParams, RewardParams
 from jaxroute.errors import UserError, did_you_mean
 from jaxroute.serving import build_site
+from jaxroute.serving.checks import real, real_array, whole
 from jaxroute.workloads import Workload, build_workload, training_mix
 
 SCENARIOS: dict[str, dict[str, str]] = {
@@ -89,6 +90,14 @@ def _build(
     redraw_every: int,
     random_sites: float,
 ) -> tuple[EdgeRouting, EnvParams]:
+    rates = real_array("rate", rate)
+    if rates.shape not in ((), (2,)):
+        raise UserError(f"rate has shape {rates.shape}; give one number, or the least and the greatest")
+    low, high = np.broadcast_to(rates, 2).tolist()
+    if not _LEAST_RATE <= low <= high <= _GREATEST_RATE:
+        raise UserError(
+            f"rate={rate} must be from {_LEAST_RATE:g} to {_GREATEST_RATE:g} requests per second, the least first"
+        )
     site = build_site(config.site)
     bank = build_bank(config.bank, config.site.models, config.data_path)
     longest, memory = int(np.max(np.asarray(bank.prompt_tokens))), int(np.max(np.asarray(site.kv_capacity)))
@@ -97,21 +106,19 @@ def _build(
             f"bank {config.bank.kind}: its longest prompt has {longest} tokens, but no expert of site "
             f"{config.site.name} has more than {memory} tokens of KV cache; raise kv_capacity or choose another bank"
         )
-    low, high = rate if isinstance(rate, tuple) else (rate, rate)
-    if not _LEAST_RATE <= low <= high <= _GREATEST_RATE:
-        raise UserError(
-            f"rate={rate} must be from {_LEAST_RATE:g} to {_GREATEST_RATE:g} requests per second, the least first"
-        )
     weights, dynamics = config.reward, config.dynamics
+    share = real("random_sites", random_sites)
+    if not 0 <= share <= 1:
+        raise UserError(f"random_sites={share} must be a share of the environments, from 0 to 1")
     env = EdgeRouting(
         num_experts=site.num_experts,
         num_slots=int(np.max(np.asarray(site.max_num_seqs) + np.asarray(site.max_waiting))),
         arrival_process=workload.process,
-        redraw_every=redraw_every,
-        horizon=horizon,
+        redraw_every=whole("redraw_every", redraw_every, 0),
+        horizon=whole("horizon", horizon, 0),
         expected_quality=weights.expected_quality,
         outages=dynamics.outages,
-        random_sites=random_sites,
+        random_sites=share,
         stale=dynamics.refresh_interval > 0,
     )
     params = EnvParams(

@@ -11,14 +11,9 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from jaxroute.banks.bank import (
-    BankConfig,
-    DomainFigures,
-    LLMFigures,
-    NoiseConfig,
-    RequestBank,
-    build_bank,
-)
+from jaxroute.banks.bank import BankConfig, RequestBank, build_bank
+from jaxroute.banks.generated import DomainFigures, LLMFigures
+from jaxroute.banks.noise import NoiseConfig
 from jaxroute.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -466,7 +461,6 @@ DOMAIN = {
         (lambda: BankConfig(num_prompts=None), r"num_prompts=null does not fit .*give a number"),
         (lambda: BankConfig(num_prompts=10), r"num_prompts=10 is too few .*at least 100"),
         (lambda: BankConfig(seed=-1), r"seed=-1 is negative"),
-        (lambda: BankConfig(max_output_tokens=0), r"max_output_tokens=0 is below 1"),
         (lambda: NoiseConfig(quality_auc=1.0), r"quality_auc=1.0 is not between 0.5 and 1"),
         (lambda: NoiseConfig(length_r2=-0.1), r"length_r2=-0.1 is not in \[0, 1\)"),
         (lambda: DomainFigures(**{**DOMAIN, "share": 0.0}), r"domain 'd': share=0.0 .*above 0"),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from jaxroute.banks import bank
+from jaxroute.banks import measures
 from jaxroute.predictors.predictor import Answers
 
 BINS = 10
@@ -62,18 +62,18 @@ def auc(truth: np.ndarray, prediction: np.ndarray) -> float:
     if len(np.unique(truth)) < 2:
         return float("nan")
     # Among ties the order of the cells decides: both orders together count a tie half.
-    return (bank.auc(truth, prediction) + bank.auc(truth[::-1], prediction[::-1])) / 2
+    return (measures.auc(truth, prediction) + measures.auc(truth[::-1], prediction[::-1])) / 2
 
 
 def r2(truth: np.ndarray, prediction: np.ndarray) -> float:
     """Coefficient of determination over the known cells; NaN if they do not vary."""
     truth, prediction = _known(truth, prediction)
-    return bank.r2(truth, prediction) if len(np.unique(truth)) > 1 else float("nan")
+    return measures.r2(truth, prediction) if len(np.unique(truth)) > 1 else float("nan")
 
 
 def own_r2(truth: Float[np.ndarray, "prompt llm"], prediction: Float[np.ndarray, "prompt llm"]) -> float:
     """R2 of the deviation from the prompt's mean over LLMs, as banks compute it; NaN without prompts or for one LLM."""
-    return bank.own_r2(truth, prediction) if truth.shape[1] > 1 and len(truth) else float("nan")
+    return measures.own_r2(truth, prediction) if truth.shape[1] > 1 and len(truth) else float("nan")
 
 
 def reliability(truth: np.ndarray, prediction: np.ndarray) -> Reliability:

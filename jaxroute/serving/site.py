@@ -91,7 +91,7 @@ def check_site(site: Site, name: str = "site") -> Site:
     if not isinstance(site, Site):
         raise UserError(f"{name} is a {type(site).__name__}; give a jaxroute.Site, e.g. build_site(...) or params.site")
     checked = {}
-    num_experts = np.size(site.iteration_overhead)
+    num_experts = real_array(f"{name}: iteration_overhead", site.iteration_overhead).size
     for field_name, given in site._asdict().items():
         values = real_array(f"{name}: {field_name}", given)
         if values.shape != (num_experts,):
