@@ -2,8 +2,8 @@
 
     python docs/examples/fleet.py FOLDER
 
-The traffic comes in bursts. The servers' logs come from jaxroute's own engine, so that calibration has a right answer to
-find. Prompts are sums and word problems; larger models answer the longer ones better.
+The traffic comes in bursts. The servers' logs come from jaxroute's own engine, so that calibration has a right answer
+to find. Prompts are sums and word problems; larger models answer the longer ones better.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def traffic(random: np.random.Generator, number: int = 3000) -> list[dict[str, o
             busy = not busy
             until = time + random.exponential(30.0 if busy else 90.0)
         prompt, output = random.lognormal(5.5, 0.8), random.lognormal(4.8, 0.6)
-        rows.append({"arrival_time": round(time, 6), "prompt_tokens": int(prompt) + 1, "output_tokens": int(output) + 1})
+        rows.append(
+            {"arrival_time": round(time, 6), "prompt_tokens": int(prompt) + 1, "output_tokens": int(output) + 1}
+        )
     return rows
 
 
