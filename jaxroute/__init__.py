@@ -21,7 +21,6 @@ _MODULES = {
     "SCENARIOS": "jaxroute.scenarios",
     "load_router": "jaxroute.runs",
     "make": "jaxroute.scenarios",
-    "load_router": "jaxroute.runs",
     "Outcomes": "jaxroute.serving",
     "Requests": "jaxroute.serving",
     "Site": "jaxroute.serving",
