@@ -18,7 +18,7 @@ PACKAGE = Path(jaxroute.__file__).parent
 # From the bottom to the top. A package or module may import those of the lines above its own, and nothing else.
 LAYERS = (
     ("errors",),
-    ("files", "devices", "plotting"),
+    ("files", "devices", "plotting", "progress"),
     ("tables",),
     ("serving",),
     ("banks", "workloads"),
@@ -34,7 +34,9 @@ LAYERS = (
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 
-LOOSE_FILES = {"__init__", "__main__", "errors", "files", "tables", "devices", "plotting", "scenarios", "runs"}
+LOOSE_FILES = {
+    *("__init__", "__main__", "errors", "files", "tables", "devices", "plotting", "progress", "scenarios", "runs")
+}
 NOT_CODE = {"configs", "pretrained", "__pycache__"}
 
 # Of no use to a gateway, or to a program that wants one name of the package, and slow to import.
