@@ -270,7 +270,7 @@ def make_result(episodes: int = 4, rates: tuple[float, ...] = (4.0, 8.0)) -> Eva
         expert_names=["small", "medium", "large"],
         summaries=summaries,
         upper_references=["clairvoyant"],
-        settings={"version": "0.1.0", "eval": {"episodes": episodes, "tolerance": NAN}, "path": Path("x")},
+        provenance={"version": "0.1.0", "eval": {"episodes": episodes, "tolerance": NAN}, "path": Path("x")},
     )
 
 
@@ -318,7 +318,7 @@ def test_json(result, written):
     np.testing.assert_allclose(learned["expert_choice"], result.expert_means(8.0, "learned", "expert_choice"))
     assert set(content["paired_difference"]) == set(content["policies"]) - {"learned"}
     assert content["paired_difference"]["random"]["mean"] > 0 > content["paired_difference"]["clairvoyant"]["mean"]
-    assert content["settings"]["eval"] == {"episodes": 4, "tolerance": None}
+    assert content["provenance"]["eval"] == {"episodes": 4, "tolerance": None}
 
 
 def test_csv(result, written):

@@ -11,7 +11,9 @@ from jaxroute.commands.configured import command_of, new_run, run_configured, ru
 from jaxroute.config import Config, config_yaml
 from jaxroute.errors import UserError
 from jaxroute.evaluation import evaluate
-from jaxroute.evaluation.study.run import run_study, study_text, terminal_table, verdict_table, write_study
+from jaxroute.evaluation.study.run import run_study
+from jaxroute.evaluation.study.tables import study_text, terminal_table, verdict_table
+from jaxroute.evaluation.study.write import write_study
 from jaxroute.evaluation.viewer.record import view_episode
 
 

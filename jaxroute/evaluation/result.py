@@ -38,7 +38,7 @@ class EvaluationResult:
     expert_names: Sequence[str]  # (expert,)
     summaries: Mapping[float, Mapping[str, Summary]]  # rate -> policy -> metric -> values per seed
     upper_references: Sequence[str] = ()  # policies that see what no router can: shown, never called the best
-    settings: Mapping[str, Any] = field(default_factory=dict)  # provenance: version, machine, command, ...
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # command, versions, seed
 
     def __post_init__(self) -> None:
         if self.nominal_rate not in self.rates:

@@ -68,7 +68,9 @@ def replay(site: Site, requests: Requests, assignment: ArrayLike) -> Outcomes:
     # Rounded up to a power of two, so that similar request lists share one compilation.
     num_slots = min(seats, 1 << (most - 1).bit_length())
     outcomes = replay_program(site, num_slots, gaps, prompts, outputs, experts)
-    return Outcomes(*(np.asarray(column) for column in outcomes))
+    status, ttft, latency, preemptions = (np.asarray(column) for column in outcomes)
+    rejected = status == 1
+    return Outcomes(status, np.where(rejected, np.nan, ttft), np.where(rejected, np.nan, latency), preemptions)
 
 
 def _check_requests(
@@ -125,7 +127,7 @@ def replay_program(
 ) -> tuple[Array, ...]:
     """Return status, time to first token, latency and preemptions of each request, whose numbers are not checked.
 
-    Compiled, and to be batched over sites.
+    Both times are 0 where the status is 1, rejected.
     """
     num_requests, num_experts = prompts.shape
     spare_row = num_requests
@@ -156,9 +158,10 @@ def replay_program(
         state = advance(site, state, jnp.float32(1.0))
         return state, note_completed(table, state)
 
-    nan = jnp.full(num_requests + 1, jnp.nan, jnp.float32)
-    zeros = jnp.zeros(num_requests + 1, jnp.int32)
-    carry = (idle_site(num_experts, num_slots), _Table(zeros, nan, nan, zeros))
+    # No NaN for those that are rejected, so that this runs under jax_debug_nans.
+    times = jnp.zeros(num_requests + 1, jnp.float32)
+    counts = jnp.zeros(num_requests + 1, jnp.int32)
+    carry = (idle_site(num_experts, num_slots), _Table(counts, times, times, counts))
     numbers = jnp.arange(num_requests, dtype=jnp.int32)
     carry, _ = jax.lax.scan(arrive, carry, (numbers, gaps, prompts, outputs, experts))
     _, table = jax.lax.while_loop(lambda carry: jnp.any(carry[0].slots.status == SlotStatus.ACTIVE), wait, carry)
