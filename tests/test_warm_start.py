@@ -19,14 +19,21 @@ NUM_ENVS = 8
 CONFIG = WarmStartConfig(horizon=4, num_epochs=60, learning_rate=3e-3)
 
 
+def fresh(env, env_params, network):
+    """Environments as PPO draws them: prepared observations and states."""
+    keys = jax.random.split(jax.random.key(0), NUM_ENVS)
+    obs, state = jax.jit(jax.vmap(env.reset, in_axes=(0, None)))(keys, env_params)
+    return jax.vmap(network.prepare)(obs), state
+
+
 @pytest.fixture(scope="module")
 def labelled():
     """The environments and the labels of two calls, with what made them."""
     env, env_params = jaxroute.make("edge3-poisson", rate=6.0)
     network = build_network(NetworkConfig(hidden=16, heads=2))
     warm_start = make_warm_start(CONFIG, env, env_params, network, NUM_ENVS)
-    environments = warm_start.begin(jax.random.key(0))
-    first = jax.tree.map(lambda leaf: leaf[0], jax.vmap(network.prepare)(environments[0]))
+    environments = fresh(env, env_params, network)
+    first = jax.tree.map(lambda leaf: leaf[0], environments[0])
     params = network.init(jax.random.key(1), first)
     calls = []
     for number in range(2):
@@ -54,17 +61,17 @@ def test_labels_are_values_of_drawn_futures(labelled):
 
 
 def test_the_same_keys_give_the_same_labels(labelled):
-    _, _, _, params, _, calls, warm_start = labelled
-    again = warm_start.label(params, jnp.bool_(False), warm_start.begin(jax.random.key(0)), jax.random.key(0))[1]
+    env, env_params, network, params, _, calls, warm_start = labelled
+    again = warm_start.label(params, jnp.bool_(False), fresh(env, env_params, network), jax.random.key(0))[1]
     jax.tree.map(np.testing.assert_array_equal, again, calls[0])
 
 
 def test_later_rounds_follow_the_network_after_the_first_decision(labelled):
-    env, env_params, _, params, _, _, warm_start = labelled
+    env, env_params, network, params, _, _, warm_start = labelled
     # With a learned score of nothing and all trust in the estimator, the network is impact_greedy.
     trusting = jax.tree.map(jnp.zeros_like, params)
     trusting["params"]["log_trust"] = jnp.full_like(params["params"]["log_trust"], 6.0)
-    beginning = warm_start.begin(jax.random.key(0))
+    beginning = fresh(env, env_params, network)
     environments, labels = warm_start.label(trusting, jnp.bool_(True), beginning, jax.random.key(0))
     keys = jax.vmap(lambda key: jax.random.fold_in(key, 16))(jax.random.split(jax.random.key(0), NUM_ENVS))
 
@@ -78,9 +85,9 @@ def test_the_regression_finds_known_values(labelled):
     _, _, _, params, _, calls, warm_start = labelled
     obs = jax.tree.map(lambda *leaves: jnp.concatenate([*leaves] * 128), *[labels.obs for labels in calls])
     predicted_quality = obs.candidates[..., 0]
-    fit, errors = warm_start.begin_fit(params), []
+    regression, errors = warm_start.begin_fit(params), []
     for _ in range(60):
-        fit, error = warm_start.fit(fit, Labelled(obs, predicted_quality), jnp.int32(60))
+        regression, error = warm_start.fit(regression, Labelled(obs, predicted_quality), jnp.int32(60))
         errors.append(error)
     assert errors[-1] < 0.3 * errors[0]
 

@@ -17,15 +17,7 @@ from jaxroute.commands.console import say
 from jaxroute.config.choices import check_choice, usage_of_choice, write_choice
 from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
-from jaxroute.fitting.calibration import (
-    COEFFICIENTS,
-    Calibration,
-    Limits,
-    ServingLog,
-    calibrate,
-    fit_profile,
-    read_log,
-)
+from jaxroute.fitting import COEFFICIENTS, Calibration, Limits, ServingLog, calibrate, fit_profile, read_log
 from jaxroute.serving import build_site
 
 matplotlib.use("Agg")

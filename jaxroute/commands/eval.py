@@ -45,7 +45,9 @@ def _eval(config: Config, console: Console, argv: Sequence[str]) -> None:
 
 
 def _study(config: Config, name: str, console: Console, argv: Sequence[str], command: str) -> None:
-    from jaxroute.evaluation.study.run import run_study, study_text, terminal_table, verdict_table, write_study
+    from jaxroute.evaluation.study.run import run_study
+    from jaxroute.evaluation.study.tables import study_text, terminal_table, verdict_table
+    from jaxroute.evaluation.study.write import write_study
 
     # No time in the name: the same command goes on where it was stopped.
     run = run_folder(config, Path("outputs") / f"study-{name}")

@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Grid
 
-from jaxroute.banks.bank import load_table
-from jaxroute.banks.tables import Table, choose_llms, split_of_rows
+from jaxroute.banks.tables import Table, choose_llms, read_table, split_of_rows
 from jaxroute.commands.arguments import parser_of, run_command
 from jaxroute.config.words import command_line, path_word
 from jaxroute.devices import use_compilation_cache
@@ -69,7 +68,7 @@ def _predict(options: argparse.Namespace, console: Console) -> None:
         raise UserError(f"{options.out} exists already: name another folder, or remove it")
     if options.seed < 0:
         raise UserError(f"--seed={options.seed} is negative: use a seed of at least 0")
-    table = load_table(options.bank)
+    table = read_table(options.bank)
     if options.models is not None:
         table = choose_llms(table, [name.strip() for name in options.models.split(",")], options.bank)
     prompts = _texts(table, options.bank)

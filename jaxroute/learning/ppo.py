@@ -11,7 +11,7 @@ on the number of devices, up to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -44,9 +44,7 @@ class PPOConfig:
     total_steps: int | None = None
     """Total environment steps; null takes 786,432 on a CPU, 100,663,296 on an accelerator."""
     learning_rate: float = 1e-4
-    """Learning rate of Adam. The default suits training after a warm start; without one, 1e-3 is better."""
-    anneal: bool = True
-    """Lower the learning rate linearly to zero."""
+    """Learning rate of Adam, lowered linearly to zero. Without a warm start, 1e-3 is better."""
     discount: float = 0.985
     """Discount factor gamma, per request."""
     gae_lambda: float = 0.95
@@ -121,11 +119,12 @@ def variance(values: Float[Array, "..."]) -> Float[Array, ""]:
 
 
 class Learner(NamedTuple):
-    """The two functions that train."""
+    """The two functions that train, compiled by `jax.jit`."""
 
-    init: Callable[[PRNGKeyArray], PPOState]
+    init: Wrapped
+    """`key -> PPOState`."""
     update: Wrapped
-    """`PPOState -> (PPOState, metrics)`, compiled by `jax.jit`."""
+    """`PPOState -> (PPOState, metrics)`."""
     steps_per_update: int
     num_updates: int
 
@@ -164,9 +163,7 @@ def make_ppo(
     num_updates = max(1, config.total_steps // steps_per_update)
     value_scale = 1 / (1 - config.discount)
     gradient_steps = num_updates * config.num_epochs * config.num_minibatches
-    schedule = optax.linear_schedule(
-        config.learning_rate, 0.0 if config.anneal else config.learning_rate, gradient_steps
-    )
+    schedule = optax.linear_schedule(config.learning_rate, 0.0, gradient_steps)
     optimiser = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(schedule, eps=1e-5))
 
     def evaluate(params: Any, obs: Any) -> tuple[Array, Array]:

@@ -1,16 +1,17 @@
-"""Warm start: what `lookahead` would value, distilled into the network before PPO (expert iteration).
+"""Warm start: the values that `lookahead` would find, distilled into the network before PPO (expert iteration).
 
-In states that the policy meets, one drawn future of `horizon` decisions is played for every expert, the same for all,
-with a base policy deciding from the second decision on: `impact_greedy` in the first round, in later ones the router
-as the rounds before have left it. The differences between the experts' values are noisy labels, and unbiased:
-regression on many of them averages the noise away. PPO learns of one action at a time, with the noise of all that
-follows in its advantage. A logit is the value in QoS times a constant, that of the residual head at its start.
+In states that the policy meets, one future of `horizon` decisions is drawn and played once for every expert. A base
+policy decides from the second decision on: `impact_greedy` in the first round, and in later ones the router as the
+round before has left it. The differences between the experts' values are labels. They are noisy but unbiased, so that a
+regression on many of them averages the noise away. PPO, in contrast, learns about one action at a time, and its
+advantage carries the noise of everything that follows. A logit is the value in QoS times a constant, which is the scale
+of the residual head at its start.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.devices import compiler_options
@@ -30,7 +32,7 @@ from jaxroute.policies import Policy, learned_policy
 from jaxroute.policies.planning import BASE, drawn_values
 from jaxroute.policies.protocol import Memory, Params
 
-# Steps between two labelled states of one environment, which would otherwise be nearly the same.
+# Steps between two labelled states of one environment; states closer together would be nearly the same.
 _STEPS_APART = 16
 _BATCH = 256
 # Logits per unit of QoS.
@@ -54,7 +56,7 @@ class WarmStartConfig:
 
     def __post_init__(self) -> None:
         if self.num_states is not None and self.num_states < 0:
-            raise UserError(f"warm_start: num_states={self.num_states} must not be negative; 0 leaves it out")
+            raise UserError(f"warm_start: num_states={self.num_states} must not be negative; 0 skips the warm start")
         for name in ("num_rounds", "horizon", "num_epochs"):
             if getattr(self, name) < 1:
                 raise UserError(f"warm_start: {name}={getattr(self, name)} must be at least 1")
@@ -63,14 +65,14 @@ class WarmStartConfig:
 
 
 class Labelled(NamedTuple):
-    """States as the network sees them, with values of the experts; `(state, ...)`."""
+    """States as the network sees them, and the values of the experts in them; `(state, ...)`."""
 
     obs: Any
     values: Float[Array, "state expert"]
 
 
-class Fit(NamedTuple):
-    """A regression under way."""
+class Regression(NamedTuple):
+    """A regression in progress."""
 
     params: Any
     optimiser: optax.OptState
@@ -79,16 +81,15 @@ class Fit(NamedTuple):
 class WarmStart(NamedTuple):
     """The functions of the warm start."""
 
-    begin: Callable[[PRNGKeyArray], Any]
-    """Draw environments."""
-    label: Callable[[Any, Bool[Array, ""], Any, PRNGKeyArray], tuple[Any, Labelled]]
-    """`(params, own_base, environments, key)`: let time pass, and label the state of each environment, with the network
-    as the base policy, or `impact_greedy`."""
-    begin_fit: Callable[[Any], Fit]
-    """Start a regression from these parameters."""
-    fit: Callable[[Fit, Labelled, Int[Array, ""]], tuple[Fit, Float[Array, ""]]]
-    """`(regression, labelled, num_passes)`: one of so many passes, over these states in their order; returns the mean
-    squared error. Devices have equal shares of the states."""
+    label: Wrapped
+    """`(params, own_base, environments, key) -> (environments, Labelled)`: let each environment run for a while, then
+    label the state that it is in. The base policy is the network if `own_base`, else `impact_greedy`. Environments are
+    pairs of prepared observations and states, `(env, ...)`, as in `PPOState`."""
+    begin_fit: Wrapped
+    """`params -> Regression`: start a regression from these parameters."""
+    fit: Wrapped
+    """`(Regression, Labelled, num_passes) -> (Regression, error)`: make one of `num_passes` passes over these states,
+    in their order; returns the mean squared error. All devices have equal shares of the states."""
 
 
 def make_warm_start(
@@ -99,9 +100,9 @@ def make_warm_start(
     num_envs: int,
     devices: Sequence[jax.Device] | None = None,
 ) -> WarmStart:
-    """Build the warm start of a network with a residual head; environments are spread over `devices`."""
+    """Build the warm start of a network with a residual head; `num_envs` environments are spread over `devices`."""
     mesh = Mesh(np.asarray(jax.devices() if devices is None else devices), ("device",))
-    # A label's future does not start over, whatever the environment does.
+    # The future of a label goes on where the environment would start over.
     future_env = replace(env, horizon=0)
     everywhere, spread = PartitionSpec(), PartitionSpec("device")
     on_devices = partial(jax.shard_map, mesh=mesh, check_vma=False)
@@ -109,15 +110,11 @@ def make_warm_start(
     def logits_of(params: Any, obs: Any) -> Float[Array, "state expert"]:
         return jax.vmap(lambda obs: network.apply(params, obs)[0])(obs)
 
-    @partial(on_devices, in_specs=spread, out_specs=spread)
-    def reset(keys: PRNGKeyArray) -> Any:
-        return jax.vmap(env.reset, in_axes=(0, None))(keys, env_params)
-
     @partial(on_devices, in_specs=(everywhere, everywhere, spread, spread), out_specs=(spread, spread))
     def label_share(
         params: Any, own_base: Bool[Array, ""], environments: Any, keys: PRNGKeyArray
     ) -> tuple[Any, Labelled]:
-        # One program for both bases: of the two, only the one that is asked for runs.
+        # One program for both bases, of which only one runs.
         def act(_: Params, obs: Any, key: PRNGKeyArray, memory: Memory) -> tuple[Int[Array, ""], Memory]:
             def of_network() -> Int[Array, ""]:
                 return learned_policy(network, params).act(params, obs, key, memory)[0]
@@ -132,9 +129,10 @@ def make_warm_start(
         def step(environments: Any, number: Array) -> tuple[Any, None]:
             obs, state = environments
             of_step = jax.vmap(partial(jax.random.fold_in, data=number))(keys)
-            logits = logits_of(params, jax.vmap(network.prepare)(obs))
+            logits = logits_of(params, obs)
             action = jax.vmap(jax.random.categorical)(jax.vmap(partial(jax.random.fold_in, data=0))(of_step), logits)
-            return jax.vmap(env.step, in_axes=(0, 0, 0, None))(of_step, state, action, env_params)[:2], None
+            obs, state, *_ = jax.vmap(env.step, in_axes=(0, 0, 0, None))(of_step, state, action, env_params)
+            return (jax.vmap(network.prepare)(obs), state), None
 
         environments, _ = jax.lax.scan(step, environments, jnp.arange(_STEPS_APART))
         obs, state = environments
@@ -143,7 +141,7 @@ def make_warm_start(
                 future_env, env_params, state, base, key, config.horizon, env_params.reward.accelerator_price
             )
         )(state, jax.vmap(partial(jax.random.fold_in, data=_STEPS_APART))(keys))
-        return environments, Labelled(jax.vmap(network.prepare)(obs), values)
+        return environments, Labelled(obs, values)
 
     def loss(params: Any, labelled: Labelled) -> Float[Array, ""]:
         eligible = labelled.obs.eligible
@@ -152,15 +150,17 @@ def make_warm_start(
         return jnp.square(errors).sum() / jnp.maximum(eligible.sum(), 1)
 
     @partial(on_devices, in_specs=(everywhere, spread, everywhere), out_specs=(everywhere, everywhere))
-    def fit_share(fit: Fit, labelled: Labelled, num_passes: Int[Array, ""]) -> tuple[Fit, Float[Array, ""]]:
+    def fit_share(
+        fit: Regression, labelled: Labelled, num_passes: Int[Array, ""]
+    ) -> tuple[Regression, Float[Array, ""]]:
         num_batches = max(1, len(labelled.values) * mesh.size // _BATCH)
 
-        def minibatch(fit: Fit, batch: Labelled) -> tuple[Fit, Float[Array, ""]]:
+        def minibatch(fit: Regression, batch: Labelled) -> tuple[Regression, Float[Array, ""]]:
             error, gradients = jax.lax.pmean(jax.value_and_grad(loss)(fit.params, batch), "device")
             updates, optimiser = optax.scale_by_adam().update(gradients, fit.optimiser)
             progress = (optimiser.count - 1) / (num_passes * num_batches)
             rate = config.learning_rate * (1 + jnp.cos(jnp.pi * progress)) / 2
-            return Fit(optax.apply_updates(fit.params, optax.tree.scale(-rate, updates)), optimiser), error
+            return Regression(optax.apply_updates(fit.params, optax.tree.scale(-rate, updates)), optimiser), error
 
         batches = jax.tree.map(
             lambda leaf: leaf[: len(leaf) // num_batches * num_batches].reshape(num_batches, -1, *leaf.shape[1:]),
@@ -169,15 +169,10 @@ def make_warm_start(
         fit, errors = jax.lax.scan(minibatch, fit, batches)
         return fit, errors.mean()
 
-    def begin_fit(params: Any) -> Fit:
-        # Put where `fit` returns it, so that its first call is compiled as the others are.
-        return jax.device_put(Fit(params, optax.scale_by_adam().init(params)), NamedSharding(mesh, everywhere))
+    def begin_fit(params: Any) -> Regression:
+        return Regression(params, optax.scale_by_adam().init(params))
 
     return WarmStart(
-        begin=jax.jit(
-            lambda key: reset(jax.random.split(key, num_envs)),
-            compiler_options=compiler_options(mesh, runs_once=True),
-        ),
         label=jax.jit(
             lambda params, own_base, environments, key: label_share(
                 params, own_base, environments, jax.random.split(key, num_envs)
@@ -185,12 +180,13 @@ def make_warm_start(
             donate_argnums=2,
             compiler_options=compiler_options(mesh),
         ),
-        begin_fit=begin_fit,
+        # Put where `fit` returns it, so that one program serves the first pass and all others.
+        begin_fit=jax.jit(begin_fit, out_shardings=NamedSharding(mesh, everywhere)),
         fit=jax.jit(fit_share, donate_argnums=0, compiler_options=compiler_options(mesh)),
     )
 
 
 def _centred(values: Float[Array, "state expert"], eligible: Array) -> Float[Array, "state expert"]:
-    """Differences to the mean over the experts that would take the request; zero for the others."""
+    """Return differences to the mean over the experts that would take the request; zero for the others."""
     mean = jnp.where(eligible, values, 0.0).sum(-1, keepdims=True) / jnp.maximum(eligible.sum(-1, keepdims=True), 1)
     return jnp.where(eligible, values - mean, 0.0)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop at the next good moment."""
+"""SIGINT and SIGTERM as a request to stop at the next good moment."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from types import FrameType, TracebackType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Interrupted(Exception):  # noqa: N818, as KeyboardInterrupt: nothing has gone wrong
+    """A signal came, and what has been done is saved; the message says where, e.g. "at step 1,024"."""
+
+
 class Interrupts:
-    """Within it, the first such signal is only noted; a second one ends the process at once."""
+    """As a context manager, take note of the first such signal; a second one ends the process at once."""
 
     def __init__(self, listen: bool = True) -> None:
         self.received: signal.Signals | None = None
-        # Python hands signals to the main thread alone.
+        # Python delivers signals to the main thread only.
         self._listens = listen and threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> Interrupts:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,18 @@ STATES = "states"
 _SCORE, _CHECKSUM = "train/avg_qos", "checksum"
 
 # Leaves by name, such as "params/params/query/kernel": containers of any kind look the same.
-Leaves: TypeAlias = Mapping[str, np.ndarray]
+Leaves: TypeAlias = dict[str, np.ndarray]
+
+
+class Saved(NamedTuple):
+    """A state as it was on disk."""
+
+    steps: int
+    leaves: Leaves
 
 
 class StateWriter:
-    """Write `states/<steps>` in the background; of those, the last few and the one of the best average QoS stay."""
+    """Write `states/<steps>` in the background. The last few of them stay, and the one with the best average QoS."""
 
     def __init__(self, run: Path, keep: int) -> None:
         score = itemgetter(_SCORE)
@@ -40,11 +47,15 @@ class StateWriter:
         self._manager = ocp.CheckpointManager((run / STATES).resolve(), options=options)
 
     def save(self, steps: int, state: PPOState, metrics: Mapping[str, float]) -> None:
-        """Start to write; what is written is copied first, so that training can go on."""
-        plain = jax.device_get(_plain(state))
+        """Start to write a copy of the state, so that training can go on at once."""
+        plain = jax.device_get(jax.tree.map(_plain, state))
         # Orbax does not notice every damage by itself.
-        notes = {_SCORE: metrics.get(_SCORE, 0.0), _CHECKSUM: _checksum(_by_name(plain))}
+        notes = {_SCORE: metrics.get(_SCORE, 0.0), _CHECKSUM: _checksum(by_name(plain))}
         self._manager.save(steps, args=ocp.args.Composite(state=ocp.args.StandardSave(plain)), metrics=notes)
+
+    def wait(self) -> None:
+        """Wait until what has been saved is on disk."""
+        self._manager.wait_until_finished()
 
     def __enter__(self) -> StateWriter:
         return self
@@ -55,8 +66,13 @@ class StateWriter:
         self._manager.close()  # waits for what is being written
 
 
-def read_state(run: Path, warn: Callable[[str], None]) -> tuple[int, Leaves]:
-    """Return the steps and the leaves of the run's latest sound state; what is skipped is named.
+def has_states(run: Path) -> bool:
+    """Whether the run has saved a state, sound or not."""
+    return bool(_folders(run))
+
+
+def read_state(run: Path, warn: Callable[[str], None]) -> Saved:
+    """Return the run's latest sound state, and name those that are skipped.
 
     Raises:
         UserError: there is none.
@@ -64,16 +80,16 @@ def read_state(run: Path, warn: Callable[[str], None]) -> tuple[int, Leaves]:
     folders = sorted(_folders(run), key=lambda path: int(path.name), reverse=True)
     for folder in folders:
         try:
-            return int(folder.name), _read(folder)
+            return Saved(int(folder.name), _read(folder))
         except UserError as error:
             warn(f"{error}; trying the one before")
     raise UserError(f"run {run} holds no {'sound ' if folders else ''}state under {STATES}/ to go on from")
 
 
 def forget_others(run: Path, steps: int) -> None:
-    """Delete what a run that goes on from these steps has no use for.
+    """Delete what a run that goes on from these steps does not need.
 
-    That is states after them, which it writes anew, and what is left of those that were being written or deleted.
+    That is later states, which it writes anew, and the remains of those that were being written or deleted.
     """
     for path in (run / STATES).iterdir():
         if not path.name.isdigit() or int(path.name) > steps or not _is_sound(path):
@@ -86,7 +102,7 @@ def resumed(fresh: PPOState, leaves: Leaves, source: Path) -> PPOState:
     Raises:
         UserError: it is that of another training.
     """
-    return _placed(fresh, leaves, source)
+    return placed(fresh, leaves, source)
 
 
 def forked(fresh: PPOState, source: Path, warn: Callable[[str], None]) -> PPOState:
@@ -100,12 +116,12 @@ def forked(fresh: PPOState, source: Path, warn: Callable[[str], None]) -> PPOSta
     if source.parent.name == STATES:
         leaves = _read(source)
     elif _folders(source):
-        leaves = read_state(source, warn)[1]
+        leaves = read_state(source, warn).leaves
     else:
-        leaves = _by_name({"params": read_policy(source).params})
-    state = fresh._replace(params=_placed({"params": fresh.params}, leaves, source)["params"])
+        leaves = by_name({"params": read_policy(source).params})
+    state = fresh._replace(params=placed({"params": fresh.params}, leaves, source)["params"])
     if any(name.startswith("optimiser/") for name in leaves):
-        optimiser = _placed({"optimiser": fresh.optimiser}, leaves, source)["optimiser"]
+        optimiser = placed({"optimiser": fresh.optimiser}, leaves, source)["optimiser"]
         state = state._replace(optimiser=jax.tree.map(_keep_schedule, fresh.optimiser, optimiser, is_leaf=_is_schedule))
     return state
 
@@ -127,7 +143,7 @@ def _folders(run: Path) -> list[Path]:
 def _read(folder: Path) -> Leaves:
     try:
         notes = json.loads((folder / "metrics" / "metrics").read_text())
-        leaves = _by_name(restore(folder / "state"))
+        leaves = by_name(restore(folder / "state"))
         sound = notes[_CHECKSUM] == _checksum(leaves)
     except Exception as error:  # As for checkpoints: many kinds, one meaning.
         raise UserError(f"state {folder} cannot be read ({type(error).__name__})") from error
@@ -144,10 +160,14 @@ def _is_sound(folder: Path) -> bool:
     return True
 
 
-def _placed(fresh: Any, leaves: Leaves, source: Path) -> Any:
-    """Return `fresh` with what is saved under the same names, on the same devices."""
+def placed(fresh: Any, leaves: Leaves, source: Path) -> Any:
+    """Return `fresh` with what is saved under the same names, each leaf on the devices, or the host, where it is.
 
-    def place(path: Any, leaf: jax.Array) -> jax.Array:
+    Raises:
+        UserError: something is missing, or has another shape.
+    """
+
+    def place(path: Any, leaf: Any) -> Any:
         name = _name(path)
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         wanted = jax.eval_shape(jax.random.key_data, leaf).shape if is_key else leaf.shape
@@ -155,27 +175,31 @@ def _placed(fresh: Any, leaves: Leaves, source: Path) -> Any:
         if saved is None or saved.shape != wanted:
             found = "absent" if saved is None else saved.shape
             raise UserError(f"{source} belongs to another network or site: {name} is {found}, but {wanted} is needed")
+        if isinstance(leaf, np.ndarray):
+            return saved
         value = jax.random.wrap_key_data(jnp.asarray(saved), impl=jax.random.key_impl(leaf)) if is_key else saved
         return jax.device_put(value, leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(place, fresh)
 
 
-def _plain(state: PPOState) -> PPOState:
-    """Replace random keys by their data, which can be written."""
+def by_name(tree: Any) -> Leaves:
+    """Return the leaves by name, on the host; of random keys their data, which can be written."""
+    return {_name(path): np.asarray(_plain(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
-    def plain(leaf: Any) -> Any:
-        return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
-    return jax.tree.map(plain, state)
+def from_names(like: Any, leaves: Leaves) -> Any:
+    """Return a tree of the form of `like` with these leaves, those under its names."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], like)
+
+
+def _plain(leaf: Any) -> Any:
+    is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
 
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _by_name(tree: Any) -> Leaves:
-    return {_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _checksum(leaves: Leaves) -> int:
