@@ -205,9 +205,8 @@ def test_printed_words_can_be_pasted(tmp_path):
     """A shell gives back every word, and the program reads it as it was meant."""
     printed = command_line("eval", path_word("checkpoint", AWKWARD), paths_word("study.routers.mine", [AWKWARD]))
     start = shlex.split(program("eval"))
-    echoed = subprocess.run(
-        ["sh", "-c", printed.replace(shlex.join(start), "printf '%s\\n'", 1)], capture_output=True, text=True, check=True
-    )
+    script = printed.replace(shlex.join(start), "printf '%s\\n'", 1)
+    echoed = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
     checkpoint, routers = echoed.stdout.splitlines()
     config = load_config(["study=quick", "bank=zeroeval", checkpoint, routers])
     assert config.checkpoint == AWKWARD
@@ -306,4 +305,4 @@ def test_a_misspelt_platform_is_one_line(platform, tmp_path):
 
 
 def test_a_platform_that_is_there_is_usable():
-    assert unusable_platform() is None
+    assert unusable_platform(RuntimeError("something else")) is None
