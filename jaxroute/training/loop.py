@@ -33,7 +33,17 @@ from jaxroute.training.lock import locked
 from jaxroute.training.memory import check_memory, memory_advice
 from jaxroute.training.processes import ENVS_ON_CPU, is_first_process
 from jaxroute.training.programs import Program, Programs
-from jaxroute.training.states import STATES, Saved, StateWriter, forget_others, forked, has_states, read_state, resumed
+from jaxroute.training.states import (
+    STATES,
+    Saved,
+    StateWriter,
+    disk_advice,
+    forget_others,
+    forked,
+    has_states,
+    read_state,
+    resumed,
+)
 from jaxroute.training.tracking import METRICS_FILE, Tracker
 from jaxroute.training.warm_start import WARM_START, SeedStart, calls_per_round
 
@@ -329,7 +339,8 @@ def _save_checkpoint(plan: _Plan, steps: int, state: PPOState) -> None:
         return
     params = jax.device_get(state.params)
     for number, folder in enumerate(seed_runs(plan.run, plan.config)):
-        save_params(folder, steps, _of_seed(number, plan.seeds, params))
+        with disk_advice(folder / CHECKPOINTS):
+            save_params(folder, steps, _of_seed(number, plan.seeds, params))
 
 
 def _check_convergence(plan: _Plan, metrics: dict[str, float], steps: int, last_saved: int | None) -> None:
