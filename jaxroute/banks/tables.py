@@ -31,20 +31,16 @@ MISSING_LENGTH = 65535
 
 
 class Table(NamedTuple):
-    """What LLMs answered to prompts, on the host.
-
-    Attributes:
-        queries: one row per prompt: `prompt_tokens`; `prompt`, `category` and `id` where known.
-        quality: from 0 to 1, NaN where missing.
-        output_tokens: length of the answer, tokens, at least 1, NaN where missing.
-        llms: names of the columns.
-
-    """
+    """What LLMs answered to prompts, on the host."""
 
     queries: pandas.DataFrame
+    """One row per prompt: `prompt_tokens`; `prompt`, `category` and `id` where known."""
     quality: Float[np.ndarray, "prompt llm"]
+    """From 0 to 1, NaN where missing."""
     output_tokens: Float[np.ndarray, "prompt llm"]
+    """Length of the answer, tokens, at least 1, NaN where missing."""
     llms: list[str]
+    """Names of the columns."""
 
 
 class Predictions(NamedTuple):

@@ -19,7 +19,8 @@ from rich.table import Table as Grid
 from jaxroute.banks.bank import MIN_ROWS
 from jaxroute.banks.evaluations import read_evaluation
 from jaxroute.banks.tables import Table, choose_llms, read_table, write_table
-from jaxroute.commands.arguments import Parser, run_chosen, run_command
+from jaxroute.commands.arguments import parser_of, run_chosen, run_command
+from jaxroute.config.words import command_line, path_word
 
 _COLUMNS = 7  # of one printed table, so that categories with long names fit beside long names of LLMs
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m jaxroute bank", description="Request banks from your own evaluation.")
+    parser = parser_of("bank", "Request banks from your own evaluation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     build = commands.add_parser("build", help="write a bank from an evaluation")
     build.add_argument(
@@ -61,7 +62,7 @@ def _build(options: argparse.Namespace, console: Console) -> None:
     missing = _missing(table).sum()
     console.print(
         f"{options.out}: {len(table.queries)} prompts x {len(table.llms)} LLMs, {missing} cells missing.",
-        f"Use it with: bank=table bank.folder={options.out}",
+        f"Use it with: {command_line('train', 'bank=table', path_word('bank.folder', options.out))}",
         sep="\n", markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Lowered
 from jaxtyping import PRNGKeyArray
 from rich.console import Console
 
@@ -258,24 +259,26 @@ def _queue_programs(plan: _Plan, programs: Programs) -> _Queued:
     While they are made, the rest is compiled.
     """
     config, learner = plan.config, plan.learner
-    num_envs, num_states = config.ppo.num_envs, config.warm_start.num_states
+    num_envs = config.ppo.num_envs
     assert num_envs is not None
-    assert num_states is not None
     functions = make_warm_start(config.warm_start, plan.env, plan.env_params, plan.network, num_envs)
     of_all = jax.eval_shape(learner.init, plan.key)
     state = jax.eval_shape(lambda of_all: _of_seed(0, plan.seeds, of_all), of_all)
-    base = jax.ShapeDtypeStruct((), bool)
-    to_label = (state.params, base, (state.obs, state.env_state), jax.random.key(0))
-    size = calls_per_round(config) * num_envs
-    init = programs.start("environments", learner.init, plan.key)
-    label = programs.start("labels", functions.label, *to_label)
-    labelled = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype),
-        jax.eval_shape(functions.label, *to_label)[1],
-    )
-    regression = jax.eval_shape(functions.begin_fit, state.params)
-    fit = programs.start("regression", functions.fit, regression, labelled, jax.ShapeDtypeStruct((), jnp.int32))
-    update = programs.start("updates", learner.update, of_all)
+    to_label = (state.params, jax.ShapeDtypeStruct((), bool), (state.obs, state.env_state), jax.random.key(0))
+
+    def lower_fit() -> Lowered:
+        size = calls_per_round(config) * num_envs
+        labelled = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype),
+            jax.eval_shape(functions.label, *to_label)[1],
+        )
+        regression = jax.eval_shape(functions.begin_fit, state.params)
+        return functions.fit.lower(regression, labelled, jax.ShapeDtypeStruct((), jnp.int32))
+
+    init = programs.start("environments", lambda: learner.init.lower(plan.key))
+    label = programs.start("labels", lambda: functions.label.lower(*to_label))
+    fit = programs.start("regression", lower_fit)
+    update = programs.start("updates", lambda: learner.update.lower(of_all))
     return _Queued(init, label, functions.begin_fit, fit, update)
 
 
