@@ -202,7 +202,7 @@ _COMMON = {
 _ABOUT = {
     "train": "Training varies what a router will meet later, so that one router copes with all of it: train.loads is "
     "the range of loads, as multiples of the workload's own rate (workload.rate), train.arrivals the arrival process, "
-    "train.random_sites the share of environments with other sites. Judging uses the workload and site as they are.",
+    "and train.random_sites the share of environments with other sites. Judging takes workload and site as they are.",
     "eval": "Every policy meets the same requests, at eval.loads times the workload's rate.",
 }
 
