@@ -32,6 +32,8 @@ from jaxroute.runs import read_policy
 from jaxroute.training import memory, states, train
 from jaxroute.training.tracking import Tracker
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = importlib.import_module("jaxroute.training.loop")  # the module; the package exports the function
 # Eight calls of one update; parameters are saved at every second, states at every one.
