@@ -350,7 +350,7 @@ def _long_cells() -> Iterator[None]:
 # --- JSON ---------------------------------------------------------------------------------------------------
 
 
-def json_object(text: str, place: str) -> dict[str, Any]:
+def _json_object(text: str, place: str) -> dict[str, Any]:
     """Read the object in a line of a JSON Lines file; `place` names the line in messages.
 
     Raises:
@@ -398,7 +398,7 @@ def _json_lines(text: _Text, first: str, skipped: int) -> Iterator[tuple[int, di
     with text.reading():
         for place, line in enumerate(itertools.chain([first], text.lines), skipped + 1):
             if not line.isspace():
-                yield place, json_object(line, f"{text.path}:{place}")
+                yield place, _json_object(line, f"{text.path}:{place}")
 
 
 def _json_values(text: _Text, first: str, skipped: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -149,10 +149,7 @@ def _say(console: Console, text: str) -> None:
 
 
 def _save(figure: Figure, path: Path, console: Console) -> None:
-    try:
-        write_file(path, png_bytes(figure))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): name another file") from error
+    write_file(path, png_bytes(figure))
     _say(console, f"Figure: {path}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from jaxtyping import PRNGKeyArray
 from rich.console import Console
 
 from jaxroute.config import Config
+from jaxroute.config.words import command_line, path_word
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.errors import UserError
 from jaxroute.learning import Learner, PPOState, Regression, make_ppo, make_warm_start
@@ -33,7 +33,17 @@ from jaxroute.training.lock import locked
 from jaxroute.training.memory import check_memory, memory_advice
 from jaxroute.training.processes import ENVS_ON_CPU, is_first_process
 from jaxroute.training.programs import Program, Programs
-from jaxroute.training.states import STATES, Saved, StateWriter, forget_others, forked, has_states, read_state, resumed
+from jaxroute.training.states import (
+    STATES,
+    Saved,
+    StateWriter,
+    disk_advice,
+    forget_others,
+    forked,
+    has_states,
+    read_state,
+    resumed,
+)
 from jaxroute.training.tracking import METRICS_FILE, Tracker
 from jaxroute.training.warm_start import WARM_START, SeedStart, calls_per_round
 
@@ -107,7 +117,7 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
                     state = _run_updates(plan, host, state, update, saved)
             except Interrupted as where:
                 assert interrupts.received is not None
-                go_on = f"python train.py resume={shlex.quote(str(run))}"
+                go_on = command_line("train", path_word("resume", run))
                 console.print(f"{interrupts.received.name} {where}; go on with: {go_on}", markup=False, soft_wrap=True)
                 raise SystemExit(128 + interrupts.received) from None
             if tracker and judge is not None:
@@ -329,7 +339,8 @@ def _save_checkpoint(plan: _Plan, steps: int, state: PPOState) -> None:
         return
     params = jax.device_get(state.params)
     for number, folder in enumerate(seed_runs(plan.run, plan.config)):
-        save_params(folder, steps, _of_seed(number, plan.seeds, params))
+        with disk_advice(folder / CHECKPOINTS):
+            save_params(folder, steps, _of_seed(number, plan.seeds, params))
 
 
 def _check_convergence(plan: _Plan, metrics: dict[str, float], steps: int, last_saved: int | None) -> None:
