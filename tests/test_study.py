@@ -28,6 +28,8 @@ from jaxroute.networks import build_network
 from jaxroute.runs import save_params, write_config
 from jaxroute.scenarios import build_env
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = (
     "study=quick", "site=edge3", "eval.episodes=2", "eval.requests=20", "eval.warmup=5",
     "study.rules=[random,qos_greedy]",
