@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+from shapes import check_reads_every_shape, check_refuses_every_broken_file
 
 from jaxroute.errors import UserError
 from jaxroute.fitting import read_log
@@ -185,3 +186,11 @@ def test_what_is_no_log_is_named_in_one_line(tmp_path, content, message):
         read_log(path)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_every_shape_that_the_reader_of_tables_knows(tmp_path):
+    check_reads_every_shape(tmp_path, [dict(zip(NAMES, row, strict=True)) for row in ROWS], read_log)
+
+
+def test_every_broken_file(tmp_path):
+    check_refuses_every_broken_file(tmp_path, [dict(zip(NAMES, row, strict=True)) for row in ROWS], read_log)
