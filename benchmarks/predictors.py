@@ -20,8 +20,7 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.publish import publish
-from jaxroute.banks.bank import load_table
-from jaxroute.banks.tables import choose_llms, split_of_rows
+from jaxroute.banks.tables import choose_llms, read_table, split_of_rows
 from jaxroute.devices import use_compilation_cache
 from jaxroute.predictors import Predictor
 from jaxroute.predictors.metrics import measure
@@ -83,7 +82,7 @@ def main() -> None:
     timings: dict[str, float] = {}
     for pool, (kind, llms) in pools.items():
         folder = Path(os.environ["JAXROUTE_DATA"]) / kind
-        bank = choose_llms(load_table(folder), llms.split(","), folder)
+        bank = choose_llms(read_table(folder), llms.split(","), folder)
         rows = np.arange(0, len(bank.queries), 8 if options.quick else 1)
         prompts = bank.queries["prompt"].iloc[rows].tolist()
         answers = Answers(bank.quality[rows], np.log(bank.output_tokens[rows]))

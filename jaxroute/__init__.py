@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 from jaxroute.errors import UserError
 
 if TYPE_CHECKING:
+    from jaxroute.runs import load_router
     from jaxroute.scenarios import SCENARIOS, make
     from jaxroute.serving import Outcomes, Requests, Site, replay
 
 __version__ = "0.1.0"
 
-__all__ = ["SCENARIOS", "Outcomes", "Requests", "Site", "UserError", "__version__", "make", "replay"]
+__all__ = ["SCENARIOS", "Outcomes", "Requests", "Site", "UserError", "__version__", "load_router", "make", "replay"]
 
 _MODULES = {
     "SCENARIOS": "jaxroute.scenarios",
+    "load_router": "jaxroute.runs",
     "make": "jaxroute.scenarios",
     "Outcomes": "jaxroute.serving",
     "Requests": "jaxroute.serving",

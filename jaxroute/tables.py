@@ -72,6 +72,7 @@ class TableReader:
         path: the file.
         kind: "csv", "json" or "parquet".
         names: of the columns, without spaces and quotes around them; in JSON the keys of the first rows.
+        counted: what a row's place counts, "line" or "row".
 
     """
 
@@ -80,11 +81,11 @@ class TableReader:
         path: Path,
         kind: str,
         names: Sequence[str],
-        read: Callable[[Sequence[str]], Iterator[Chunk]],
+        read: Callable[[Sequence[str], int], Iterator[Chunk]],
         counted: str = "line",
     ) -> None:
         self.path, self.kind, self.names = path, kind, list(names)
-        self._read, self._counted = read, counted
+        self.counted, self._read = counted, read
 
     def find(self, *names: str) -> str | None:
         """Return the column that has one of these names, the first that is there, or None.
@@ -103,13 +104,20 @@ class TableReader:
                     return found[0]
         return None
 
-    def chunks(self, names: Sequence[str]) -> Iterator[Chunk]:
+    def chunks(self, names: Sequence[str], size: int = _ROWS) -> Iterator[Chunk]:
         """Read the columns with these names, as `names` or `find` give them; blank rows are left out.
+
+        Args:
+            names: columns of the table.
+            size: the most rows of a chunk.
+
+        Yields:
+            The rows in their order.
 
         Raises:
             UserError: a row cannot be read, or has more or fewer cells than the header.
         """
-        return self._read(names)
+        return self._read(names, size)
 
     def rows(self, names: Sequence[str]) -> Iterator[tuple[int, tuple[Any, ...]]]:
         """Read the columns with these names row by row: its place, and its cells in this order."""
@@ -118,7 +126,7 @@ class TableReader:
 
     def where(self, place: int) -> str:
         """Say in words where a row is: `log.csv:12` for its first line, or `log.parquet, row 11`."""
-        return f"{self.path}:{place}" if self._counted == "line" else f"{self.path}, row {place}"
+        return f"{self.path}:{place}" if self.counted == "line" else f"{self.path}, row {place}"
 
 
 @contextmanager
@@ -206,7 +214,8 @@ def _refuse_what_is_no_table(path: Path, head: bytes) -> None:
     for magic, what in _REFUSED.items():
         if head.startswith(magic):
             raise UserError(f"{path} {what}")
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+    # Two early protocols have no mark.
+    if re.match(rb"\x80[\x02-\x05]", head) or {".pkl", ".pickle"} & set(map(str.lower, path.suffixes)):
         raise UserError(
             f"{path} is a Python pickle, which can run any code when it is read: save the table as CSV or Parquet"
         )
@@ -294,7 +303,7 @@ def _csv_table(text: _Text, first: str, skipped: int) -> TableReader:
     with reading():
         names = [name.strip(" \t\r\n'\"") for name in next(reader)]
 
-    def read(chosen: Sequence[str]) -> Iterator[Chunk]:
+    def read(chosen: Sequence[str], size: int) -> Iterator[Chunk]:
         width, columns = len(names), [names.index(name) for name in chosen]
         pick = itemgetter(*columns) if len(columns) > 1 else lambda row: tuple(row[column] for column in columns)
         more = True
@@ -310,10 +319,10 @@ def _csv_table(text: _Text, first: str, skipped: int) -> TableReader:
                             f"{path}:{place}: cannot read {shown(row)}: it has {len(row)} cells where the header has "
                             f"{width}; correct or delete the row"
                         )
-                    if any(row):
+                    if len(row) >= width and any(row):
                         places.append(place)
                         cells.append(pick(row))
-                        if len(cells) == _ROWS:
+                        if len(cells) == size:
                             more = True
                             break
                     place = reader.line_num + skipped + 1
@@ -324,7 +333,7 @@ def _csv_table(text: _Text, first: str, skipped: int) -> TableReader:
 
 
 def _is_whole(row: list[str], width: int) -> bool:
-    """Whether a row is blank, or has only empty cells beyond those of the header."""
+    """Whether a row is blank, or has nothing in the cells beyond those of the header."""
     return not any(cell.strip() for cell in (row[width:] if len(row) > width else row))
 
 
@@ -370,12 +379,12 @@ def _json_table(text: _Text, first: str, skipped: int) -> TableReader:
     sample = list(itertools.islice(objects, _SAMPLE))
     names = list(dict.fromkeys(key for _, row in sample for key in row))
 
-    def read(chosen: Sequence[str]) -> Iterator[Chunk]:
+    def read(chosen: Sequence[str], size: int) -> Iterator[Chunk]:
         rows = itertools.chain(sample, objects)
         while True:
             places: list[int] = []
             cells: list[tuple[Any, ...]] = []
-            for place, row in itertools.islice(rows, _ROWS):
+            for place, row in itertools.islice(rows, size):
                 places.append(place)
                 cells.append(tuple(map(row.get, chosen)))
             if not cells:
@@ -423,8 +432,10 @@ def _after_spaces(text: str, position: int) -> int:
 
 
 def _parquet_file(path: Path) -> Any:
-    parquet = parquet_library(path)
-    with _reading_parquet(path):
+    pandas_for(path)
+    from pyarrow import parquet
+
+    with reading_parquet(path):
         return parquet.ParquetFile(path)
 
 
@@ -432,15 +443,15 @@ def _parquet_table(path: Path, file: Any) -> TableReader:
     # pandas writes an index without a name under this one.
     names = [name for name in file.schema_arrow.names if not re.fullmatch(r"__index_level_\d+__", name)]
 
-    def read(chosen: Sequence[str]) -> Iterator[Chunk]:
+    def read(chosen: Sequence[str], size: int) -> Iterator[Chunk]:
         start = 1
-        batches = file.iter_batches(batch_size=_ROWS, columns=list(dict.fromkeys(chosen)))
+        batches = file.iter_batches(batch_size=size, columns=list(dict.fromkeys(chosen)))
         while True:
-            with _reading_parquet(path):
+            with reading_parquet(path):
                 batch = next(batches, None)
                 if batch is None:
                     return
-                columns = [batch.column(name).to_pylist() for name in chosen]
+                columns = [_parquet_values(path, name, batch.column(name), start) for name in chosen]
             if batch.num_rows:
                 yield Chunk(list(range(start, start + batch.num_rows)), list(zip(*columns, strict=True)))
             start += batch.num_rows
@@ -448,26 +459,42 @@ def _parquet_table(path: Path, file: Any) -> TableReader:
     return TableReader(path, "parquet", names, read, "row")
 
 
-def parquet_library(path: Path) -> Any:
-    """Import what reads Parquet, which only real tables need.
+def _parquet_values(path: Path, name: str, column: Any, start: int) -> list[Any]:
+    """Values of some rows of a column, the first of which is row `start` of the table."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:
+        for row, cell in enumerate(column, start):
+            try:
+                cell.as_py()
+            except UnicodeDecodeError:
+                raise UserError(f"{path}, row {row}: {name} is not UTF-8 text: correct or delete the row") from error
+        raise  # unreachable: a column is its cells
+
+
+def pandas_for(path: Path) -> Any:
+    """Import pandas and pyarrow, with which it reads Parquet: only real tables need them.
 
     Raises:
-        UserError: it is not installed.
+        UserError: one of them is not installed.
     """
     try:
-        import pandas  # noqa: F401  (installed together, and needed by every bank)
-        import pyarrow.parquet
+        import pandas
+        import pyarrow.parquet  # noqa: F401
     except ImportError as error:
         raise UserError(
             f"reading {path} needs pandas and pyarrow: install them with pip install 'jaxroute[data]'"
         ) from error
-    return pyarrow.parquet
+    return pandas
 
 
 @contextmanager
-def _reading_parquet(path: Path) -> Iterator[None]:
+def reading_parquet(path: Path) -> Iterator[None]:
+    """Report what keeps a Parquet file from being read."""
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError, OverflowError, NotImplementedError) as error:  # pyarrow's own derive from these
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is not a readable Parquet file ({reason}): fetch it again") from error

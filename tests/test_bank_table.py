@@ -2,16 +2,19 @@
 
 import json
 import logging
+from decimal import Decimal
 
 import numpy as np
 import pandas as pd
 import pytest
+from shapes import check_reads_every_shape, check_refuses_every_broken_file, csv_text, json_lines
 from test_bank import auc, log_lengths, r2, table_config, write_tables
 
 from jaxroute.banks import measures
-from jaxroute.banks.bank import BankConfig, build_bank, load_table
+from jaxroute.banks.bank import BankConfig, build_bank
+from jaxroute.banks.evaluations import read_evaluation
 from jaxroute.banks.noise import NoiseConfig
-from jaxroute.banks.tables import split_of_rows
+from jaxroute.banks.tables import read_table, split_of_rows
 from jaxroute.commands import bank as command_line
 from jaxroute.config import load_config
 from jaxroute.errors import UserError
@@ -65,6 +68,17 @@ def wide(table, name):
     return table.pivot(index="prompt_tokens", columns="model", values=name)[LLMS].to_numpy()
 
 
+SHORT = [
+    {"prompt": f"p{number}", "model": "ab"[number % 2], "quality": number / 4, "output_tokens": 10 + number}
+    for number in range(5)
+]
+
+
+def contents(path):
+    table, _ = read_evaluation(path)
+    return table.queries.to_dict("list"), table.quality, table.output_tokens, table.llms
+
+
 def own(folder, **overrides):
     return table_config(**{"kind": "table", "folder": str(folder), **overrides})
 
@@ -88,8 +102,9 @@ def test_every_format_gives_the_same_bank(tmp_path, capsys, suffix):
     long = answers().sample(frac=1, random_state=0)  # rows in any order
     code, out, _ = run(capsys, "build", write_long(long, tmp_path / f"mine{suffix}"), "--out", tmp_path / "bank")
     assert code == 0
-    assert f"400 prompts x 3 LLMs, 0 cells missing.\nUse it with: bank=table bank.folder={tmp_path / 'bank'}" in out
-    table = load_table(tmp_path / "bank")
+    assert "400 prompts x 3 LLMs, 0 cells missing.\nUse it with: " in out
+    assert out.endswith(f" train bank=table bank.folder={tmp_path / 'bank'}\n")
+    table = read_table(tmp_path / "bank")
     assert sorted(table.llms) == sorted(LLMS)
     order, columns = np.argsort(table.queries["prompt_tokens"].to_numpy()), [table.llms.index(llm) for llm in LLMS]
     np.testing.assert_array_equal(table.quality[order][:, columns], wide(long, "quality"))
@@ -107,7 +122,7 @@ def test_absent_rows_and_empty_lengths_are_missing_cells(tmp_path, capsys, caplo
     long.loc[4, "output_tokens"] = None  # row 5: the second prompt, medium-7b
     path = write_long(long.drop(index=[0, 2]), tmp_path / "mine.csv")
     assert run(capsys, "build", path, "--out", tmp_path / "bank")[0] == 0
-    table = load_table(tmp_path / "bank")
+    table = read_table(tmp_path / "bank")
     assert np.isnan(table.quality).sum() == 2
     assert np.isnan(table.output_tokens).sum() == 3
     with caplog.at_level(logging.WARNING):
@@ -121,7 +136,7 @@ def test_prompt_tokens_are_estimated_and_it_says_so(tmp_path, capsys):
     assert code == 0
     assert "Ignored columns: grader." in out
     assert "prompt_tokens is estimated: characters / 4." in out
-    queries = load_table(tmp_path / "bank").queries
+    queries = read_table(tmp_path / "bank").queries
     assert list(queries.columns) == ["prompt", "prompt_tokens"]
     np.testing.assert_allclose(queries["prompt_tokens"], queries["prompt"].str.len() / 4, atol=0.5)
 
@@ -130,7 +145,7 @@ def test_a_published_table_becomes_the_same_bank(tmp_path, capsys):
     write_tables(tmp_path / "zeroeval", missing=20)
     args = ("build", tmp_path / "zeroeval", "--out", tmp_path / "bank", "--models", "large-27b,small-2b")
     assert run(capsys, *args)[0] == 0
-    assert load_table(tmp_path / "bank").llms == ["large-27b", "small-2b"]
+    assert read_table(tmp_path / "bank").llms == ["large-27b", "small-2b"]
     for split in ("train", "test"):
         published = build_bank(table_config(split=split), ["a", "c"], tmp_path)
         assert same(build_bank(own(tmp_path / "bank", split=split), ["a", "c"]), published)
@@ -172,12 +187,116 @@ def test_describe_the_published(data_dir, capsys):
     pool += "Qwen1.5-7B-Chat,Yi-6b-Chat,Mixtral-8x7B-Instruct-v0.1,c4ai-command-r-v01"
     _, out, _ = run(capsys, "describe", data_dir / "mmlu_pro", "--models", pool)
     assert "best single LLM Meta-Llama-3_1-8B-Instruct 0.442, oracle (the best LLM of each prompt) 0.778." in out
-    assert {"prompt", "category", "id"} <= set(load_table(data_dir / "mmlu_pro").queries.columns)
+    assert {"prompt", "category", "id"} <= set(read_table(data_dir / "mmlu_pro").queries.columns)
     _, out, _ = run(capsys, "describe", data_dir / "zeroeval")
     assert (
         "Complete for these 57 LLMs: 0 of 2840 prompts; a site needs 100: fewer LLMs (--models) or more prompts." in out
     )
-    assert {"prompt", "category", "id"} <= set(load_table(data_dir / "zeroeval").queries.columns)
+    assert {"prompt", "category", "id"} <= set(read_table(data_dir / "zeroeval").queries.columns)
+
+
+def test_every_shape_of_an_evaluation(tmp_path):
+    check_reads_every_shape(tmp_path, SHORT, contents)
+
+
+def test_every_broken_evaluation(tmp_path):
+    check_refuses_every_broken_file(tmp_path, SHORT, contents)
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [
+        (True, 1), (False, 0), ("True", 1), ("False", 0), ("true", 1), (" FALSE ", 0), (1, 1), (0, 0), ("1", 1),
+        ("1.0", 1),
+        (".5", 0.5), ("1e-1", 0.1), ("5E-1", 0.5), ("75%", 0.75), ("100 %", 1), (Decimal("0.25"), 0.25),
+        (np.float32(0.5), 0.5),
+        ("yes", None), ("correct", None), ("150%", None), ("0,5", None), ("%", None), (None, None), ("", None),
+        ("NaN", None),
+        (float("nan"), None), ("null", None), ("None", None), (2, None), (-1, None), (10**400, None), ("1" * 400, None),
+        ("inf", None), ([1], None), ({"score": 1}, None), (b"1", None), ("0x1", None), ("1\x00", None),
+        ("\ud800", None),
+    ],
+)  # fmt: skip
+def test_every_way_to_write_a_quality(tmp_path, cell, value):
+    check_cell(tmp_path, "quality", cell, value)
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [
+        (12, 12), ("12", 12), ("12.0", 12), (12.0, 12), ("1.2e1", 12), (Decimal("12"), 12), (np.int8(12), 12),
+        (None, np.nan), ("", np.nan), ("nan", np.nan), ("None", np.nan), ("N/A", np.nan), (float("nan"), np.nan),
+        ("1,234", None), ("12 tokens", None), (0, None), (-3, None), ("inf", None), (10**400, None), (True, None),
+        ("true", None), ([12], None), ({}, None), (b"12", None), ("12%", None),
+    ],
+)  # fmt: skip
+def test_every_way_to_write_a_length(tmp_path, cell, value):
+    check_cell(tmp_path, "output_tokens", cell, value)
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [
+        ("None", "None"), ("nan", "nan"), ("true", "true"), (5, "5"), (2.5, "2.5"), ("ü\x00", "ü\x00"), (" a", " a"),
+        (None, None), ("", None), (" \n", None), (float("nan"), None), ([{"role": "user"}], None), ({"a": 1}, None),
+        (b"a", None), (True, "True"), ("\ud800", None), ("a\udc80" * 90, None),
+    ],
+)  # fmt: skip
+def test_every_way_to_write_a_prompt(tmp_path, cell, value):
+    check_cell(tmp_path, "prompt", cell, value)
+
+
+def check_cell(folder, name, cell, value):
+    """In every kind that can hold it, the cell has this value, or (value None) ends in one line that names the row."""
+    rows = [{**row, name: cell} if number == 1 else row for number, row in enumerate(SHORT)]
+    kinds = {"jsonl": (rows, 2), "parquet": (rows[1:2], 1)}  # a column of Parquet holds one type
+    if isinstance(cell, str):
+        kinds["csv"] = (rows, 3)
+    written = 0
+    for kind, (written_rows, place) in kinds.items():
+        path = folder / f"mine.{kind}"
+        try:
+            if kind == "parquet":
+                pd.DataFrame(written_rows).to_parquet(path)
+            else:
+                path.write_text((csv_text if kind == "csv" else json_lines)(written_rows))
+        except (TypeError, ValueError, OverflowError, NotImplementedError):  # this kind cannot hold it
+            continue
+        written += 1
+        if value is None:
+            where = f"mine.parquet, row {place}" if kind == "parquet" else f"mine.{kind}:{place}"
+            with pytest.raises(UserError, match=f"{where}: {name} ") as raised:
+                read_evaluation(path)
+            assert str(raised.value).isprintable()
+        else:
+            table, _ = read_evaluation(path)
+            row = place - {"jsonl": 1, "parquet": 1, "csv": 2}[kind]
+            column = table.queries["prompt"] if name == "prompt" else getattr(table, name)[:, table.llms.index("b")]
+            np.testing.assert_equal(column[row], value)
+    assert written
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "dtype"),
+    [
+        ("quality", [1, 0, None], "Float64"), ("quality", [True, False, True], "boolean"),
+        ("quality", [1, 0, 1], "category"),
+        ("quality", ["True", "False", "1"], "category"), ("quality", [1, 0, 1], "uint8"),
+        ("output_tokens", [5, None, 7], "Int64"), ("output_tokens", [5, 6, 7], "category"),
+        ("output_tokens", [5, 6, 7], "uint16"),
+        ("model", ["a", "b", "a"], "category"), ("prompt", ["a", "b", "c"], "string"),
+    ],
+)  # fmt: skip
+def test_types_of_parquet(tmp_path, name, values, dtype):
+    frame = pd.DataFrame(SHORT[:3])
+    frame[name] = pd.Series(values, dtype=dtype)
+    frame.to_parquet(tmp_path / "mine.parquet")
+    if name == "quality" and values[2] is None:
+        with pytest.raises(UserError, match=r"mine\.parquet, row 3: quality None is not from 0 to 1"):
+            read_evaluation(tmp_path / "mine.parquet")
+    else:
+        table, _ = read_evaluation(tmp_path / "mine.parquet")
+        assert len(table.queries) == 3
 
 
 # --- mistakes in an evaluation ---------------------------------------------------------------------------------
@@ -196,18 +315,18 @@ def changed(row, **cells):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed(5, model="small-2b"), "row 5: prompt and model ('small-2b') are those of row 4; keep one"),
-        (changed(5, quality=-0.5), "row 5: quality '-0.5' is not from 0 to 1: rescale it"),
-        (changed(7, quality=100), "row 7: quality '100' is not from 0 to 1: rescale it"),
-        (changed(5, quality="inf"), "row 5: quality 'inf' is not from 0 to 1"),
-        (changed(5, quality=""), "row 5: quality '' is not from 0 to 1"),
-        (changed(5, quality="good"), "row 5: quality 'good' is not a number"),
-        (changed(6, output_tokens=0), "row 6: output_tokens '0' is not above 0"),
-        (changed(6, output_tokens="inf"), "row 6: output_tokens 'inf' is not above 0"),
-        (changed(6, prompt_tokens=-3), "row 6: prompt_tokens '-3' is not above 0"),
-        (changed(5, model=" "), "row 5: model ' ' is empty: fill it in"),
-        (changed(5, prompt=None), "row 5: prompt '' is empty: fill it in"),
-        (changed(5, category="math"), "row 5: category 'math' where row 4 has 'crux' for the same prompt"),
+        (changed(5, model="small-2b"), "mine.csv:10: prompt and model ('small-2b') are those of line 8; keep one"),
+        (changed(5, quality=-0.5), "mine.csv:10: quality '-0.5' is not from 0 to 1: rescale it"),
+        (changed(7, quality=100), "mine.csv:14: quality '100' is not from 0 to 1: rescale it"),
+        (changed(5, quality="inf"), "mine.csv:10: quality 'inf' is not from 0 to 1"),
+        (changed(5, quality=""), "mine.csv:10: quality '' is not from 0 to 1"),
+        (changed(5, quality="good"), "mine.csv:10: quality 'good' is not a number"),
+        (changed(6, output_tokens=0), "mine.csv:12: output_tokens '0' is not above 0"),
+        (changed(6, output_tokens="inf"), "mine.csv:12: output_tokens 'inf' is not above 0"),
+        (changed(6, prompt_tokens=-3), "mine.csv:12: prompt_tokens '-3' is not above 0"),
+        (changed(5, model=" "), "mine.csv:10: model ' ' is empty: fill it in"),
+        (changed(5, prompt=None), "mine.csv:10: prompt '' is empty: fill it in"),
+        (changed(5, category="math"), "mine.csv:10: category 'math' where line 8 has 'crux' for the same prompt"),
         (lambda table: table.rename(columns={"model": "model_name"}), "no column 'model' (did you mean model_name?)"),
         (lambda table: table.head(0), "has no rows"),
     ],
@@ -225,13 +344,13 @@ def test_a_mistake_names_its_row_and_writes_nothing(tmp_path, capsys, change, me
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("mine.jsonl", '{"prompt": "a"}\n{"prompt": \n', "row 2: '{\"prompt\":' is not JSON"),
-        ("mine.jsonl", '{"prompt": "a"}\n[1]\n', "row 2: '[1]' is not a JSON object"),
-        ("mine.csv", "prompt,model\na,b\na,b,c\n", "is not a readable .csv file"),
-        ("mine.csv", "", "is not a readable .csv file"),
+        ("mine.jsonl", '{"prompt": "a"}\n{"prompt": \n', "mine.jsonl:2: '{\"prompt\":' is not JSON"),
+        ("mine.jsonl", '{"prompt": "a"}\n[1]\n', "mine.jsonl:2: '[1]' is not a JSON object"),
+        ("mine.csv", "prompt,model,quality,output_tokens\na,b,1,2\na,b,1,2,c\n", "mine.csv:3: cannot read 'a,b,1,2,c'"),
+        ("mine.csv", "", "mine.csv is empty: give a file with one row per answer"),
         ("mine.parquet", "prompt", "is not a readable Parquet file"),
-        ("mine.xlsx", "", "is of an unknown kind: name a .csv, .jsonl or .parquet file"),
-        ("mine.csv", None, "does not exist: name a .csv"),
+        ("mine.xlsx", "PK\x03\x04", "mine.xlsx is a ZIP archive or a spreadsheet: unpack it, or save the sheet as CSV"),
+        ("mine.csv", None, "does not exist or is not a file: check the path, and give a file with one row"),
     ],
 )
 def test_a_file_that_cannot_be_read(tmp_path, capsys, name, content, message):
@@ -315,8 +434,6 @@ def test_settings_that_do_not_fit():
         BankConfig(kind="zeroeval", folder="x")
     with pytest.raises(UserError, match=r"bank\.predictions does not fit bank\.kind='embedded'"):
         BankConfig(predictions="x")
-    with pytest.raises(UserError, match=r"kind='embedded' is generated and has no table"):
-        load_table(BankConfig())
 
 
 # --- predictions -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import jaxroute
 from jaxroute.commands.calibrate import main
 from jaxroute.config import load_config
 from jaxroute.errors import UserError
-from jaxroute.fitting.calibration import Limits, ServingLog, calibrate, fit_profile, read_log
+from jaxroute.fitting import Limits, ServingLog, calibrate, fit_profile, read_log
 
 NUM_REQUESTS = 120
 TRUE = {

@@ -142,7 +142,7 @@ def assert_results(run, reference, site="edge3", policies=RULES):
         assert sum(metrics["expert_share"]) == pytest.approx(1), name
     assert [load["rate"] for load in results["loads"]] == [results["rate"]] == [RATE]
     assert set(results["paired_difference"]) == (set(policies) if reference else set())
-    assert {"jaxroute", "jax", "backend", "command"} <= set(results["settings"])
+    assert {"jaxroute", "jax", "backend", "command"} <= set(results["provenance"])
 
     with (run / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -177,7 +177,7 @@ def test_judging_a_run_again_gives_the_same_numbers(run):
     assert (judged.returncode, judged.stderr) == (0, "")
     again, first = results_of(Path("again")), results_of(run)
     for results in (again, first):
-        del results["settings"]["command"], results["settings"]["checkpoint"]  # absolute here, relative there
+        del results["provenance"]["command"], results["provenance"]["checkpoint"]  # absolute here, relative there
     assert again == first
     assert_results(Path("again"), "jaxroute")
     assert read_config(Path("again/eval_config.yaml")).checkpoint == str(run)
@@ -195,7 +195,7 @@ def test_a_checkpoint_of_the_han_runs_on_a_site_with_more_experts(run, capsys):
     assert re.fullmatch(r"\d{8}-\d{6}-eval-poisson-embedded", written.name)
     assert f"{written}/report.html" in capsys.readouterr().out.replace("\n", "")
     assert_results(written, "jaxroute", site="edge6", policies=["random"])
-    assert results_of(written)["settings"]["checkpoint"] == str(early)
+    assert results_of(written)["provenance"]["checkpoint"] == str(early)
     assert len(results_of(written)["experts"]) == 6
 
 
@@ -217,12 +217,12 @@ def test_the_compilation_cache_is_the_users(monkeypatch):
 # --- help --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("main", "program"), [(train_main, "train.py"), (eval_main, "eval.py")])
+@pytest.mark.parametrize(("main", "program"), [(train_main, "train"), (eval_main, "eval")])
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help(main, program, flag, capsys):
     assert main([flag]) == 0
     said = capsys.readouterr().out
-    assert f"python {program}" in said
+    assert f"usage: python -m jaxroute {program} [" in said
     for group in config_folder().iterdir():
         for choice in group.glob("[!_]*.yaml"):
             assert re.search(rf"{group.name}=.*\b{choice.stem}\b", said), choice
@@ -274,7 +274,7 @@ def test_bad_command(main, args, message, capsys):
 
 @pytest.mark.parametrize("main", [eval_main, train_main])
 def test_unknown_policy(main, capsys, monkeypatch):
-    monkeypatch.setattr("jaxroute.commands.train.train", lambda *args: pytest.fail("it trained"))
+    monkeypatch.setattr("jaxroute.training.train", lambda *args: pytest.fail("it trained"))
     said = refuses(main, *TINY, "policies=[shortest_que]", "output_dir=new", capsys=capsys)
     assert "policies: shortest_que is unknown (did you mean shortest_queue?)" in said
 

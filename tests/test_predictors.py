@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jaxroute.banks.bank import BankConfig, build_bank, load_table
-from jaxroute.banks.tables import Table, choose_llms, split_of_rows, write_table
+from jaxroute.banks.bank import BankConfig, build_bank
+from jaxroute.banks.tables import Table, choose_llms, read_table, split_of_rows, write_table
 from jaxroute.commands import predict as command_line
 from jaxroute.errors import UserError
 from jaxroute.predictors import Predictor
@@ -448,7 +448,7 @@ def test_places_that_cannot_be_written(bank, tmp_path, capsys, monkeypatch):
 
 
 def test_published_prompts(data_dir):
-    table = choose_llms(load_table(data_dir / "zeroeval"), ["gemma-2-2b-it", "gemma-2-27b-it"], data_dir)
+    table = choose_llms(read_table(data_dir / "zeroeval"), ["gemma-2-2b-it", "gemma-2-27b-it"], data_dir)
     rows = np.arange(0, len(table.queries), 4)
     answers = Answers(table.quality[rows], np.log(table.output_tokens[rows]))
     prompts = table.queries["prompt"].iloc[rows].tolist()
@@ -459,6 +459,6 @@ def test_published_prompts(data_dir):
     assert figures["length_r2"] > 0.35
     assert figures["calibration_error"] < 0.09
     # The published questions of MMLU-Pro become text with their options.
-    text = load_table(data_dir / "mmlu_pro").queries["prompt"][0]
+    text = read_table(data_dir / "mmlu_pro").queries["prompt"][0]
     assert text.startswith("Typical advertising")
     assert "Safe practices, Fear, Jealousy, Trivial" in text

@@ -21,7 +21,9 @@ from jaxroute.config import load_config
 from jaxroute.errors import UserError
 from jaxroute.evaluation.statistics import interquartile_mean, ranks
 from jaxroute.evaluation.study import run as module
-from jaxroute.evaluation.study.run import cell_config, run_study, standings, verdicts, write_study
+from jaxroute.evaluation.study.run import run_study, setting_config
+from jaxroute.evaluation.study.verdicts import standings, verdicts
+from jaxroute.evaluation.study.write import write_study
 from jaxroute.networks import build_network
 from jaxroute.runs import save_params, write_config
 from jaxroute.scenarios import build_env
@@ -29,7 +31,7 @@ from jaxroute.scenarios import build_env
 OPTIONS = (
     "study=quick", "site=edge3", "eval.episodes=2", "eval.requests=20", "eval.warmup=5",
     "study.rules=[random,qos_greedy]",
-    "study.cells=[{name: poisson, overrides: ['workload.rate=9'], loads: [0.5, 1]}]",
+    "study.settings=[{name: poisson, overrides: ['workload.rate=9'], loads: [0.5, 1]}]",
 )  # fmt: skip
 NETWORK = ("network.hidden=8", "network.heads=2")
 
@@ -76,21 +78,21 @@ def finished(options, tmp_path_factory):
 
 def test_every_policy_at_every_load(finished):
     _, study = finished
-    (cell,) = study.cells
-    assert cell.result.rates == [4.5, 9.0]
-    assert cell.result.nominal_rate == 9.0
-    for rate in cell.result.rates:
-        assert list(cell.result.summaries[rate]) == ["mine", "random", "qos_greedy"]
-        assert cell.training[rate]["mine"].shape == (2, 2)
-        qos = cell.result.summaries[rate]["mine"]["avg_qos"]
-        np.testing.assert_allclose(qos, cell.training[rate]["mine"].mean(axis=0))
+    (setting,) = study.settings
+    assert setting.result.rates == [4.5, 9.0]
+    assert setting.result.nominal_rate == 9.0
+    for rate in setting.result.rates:
+        assert list(setting.result.summaries[rate]) == ["mine", "random", "qos_greedy"]
+        assert setting.training[rate]["mine"].shape == (2, 2)
+        qos = setting.result.summaries[rate]["mine"]["avg_qos"]
+        np.testing.assert_allclose(qos, setting.training[rate]["mine"].mean(axis=0))
     assert [v.rate for v in verdicts(study)] == [4.5, 9.0]
 
 
 def test_a_verdict_by_hand(finished):
     """Two training seeds and two episodes against a rule with known numbers."""
     _, study = finished
-    (cell,) = study.cells
+    (setting,) = study.settings
     training = {9.0: {"mine": np.array([[0.5, 0.6], [0.7, 1.0]])}}
     summaries = {
         "mine": {"avg_qos": np.array([0.6, 0.8]), "qos_per_busy_second": np.array([3.0, 4.0])},
@@ -98,9 +100,9 @@ def test_a_verdict_by_hand(finished):
         "qos_greedy": {"avg_qos": np.array([0.5, 0.6]), "qos_per_busy_second": np.array([2.0, 2.0])},
     }
     planners = {"lookahead": {"avg_qos": np.array([0.9, 1.0])}, "clairvoyant": {"avg_qos": np.array([0.4, 0.9])}}
-    result = replace(cell.result, rates=[9.0], nominal_rate=9.0, summaries={9.0: summaries})
+    result = replace(setting.result, rates=[9.0], nominal_rate=9.0, summaries={9.0: summaries})
     planned = replace(result, summaries={9.0: summaries | planners})
-    study = replace(study, cells=[replace(cell, result=result, training=training, planned=planned)])
+    study = replace(study, settings=[replace(setting, result=result, training=training, planned=planned)])
     (verdict,) = verdicts(study)
     assert verdict.best_rule == "qos_greedy"
     assert verdict.difference.mean == pytest.approx(0.15)
@@ -170,16 +172,18 @@ def test_each_checkpoint_is_read_once(options, routers, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "read_policy", note)
     monkeypatch.setattr(module, "evaluate_policies", stop)
     with pytest.raises(InterruptedError):
-        run(tmp_path, [*options, "study.cells=[{name: a}, {name: b}]"])
+        run(tmp_path, [*options, "study.settings=[{name: a}, {name: b}]"])
     assert read == [str(path) for path in routers]
 
 
-def test_a_router_must_fit_every_cell(routers, tmp_path):
+def test_a_router_must_fit_every_setting(routers, tmp_path):
     wide = tmp_path / "wide"
     shutil.copytree(routers[0], wide)
     config = wide / "config.yaml"
     config.write_text(config.read_text().replace("hidden: 8", "hidden: 16"))
-    with pytest.raises(UserError, match=r"study cell poisson: checkpoint .*wide.* belongs to another network or site"):
+    with pytest.raises(
+        UserError, match=r"study setting poisson: checkpoint .*wide.* belongs to another network or site"
+    ):
         run(tmp_path, [*OPTIONS, f"study.routers.mine=[{wide}]"])
 
 
@@ -191,12 +195,12 @@ def test_cells_of_older_studies_lack_one_figure(finished, options, tmp_path):
     folder, study = finished
     old = tmp_path / "old"
     shutil.copytree(folder, old)
-    (cell,) = (old / "cells").iterdir()
-    content = json.loads(cell.read_text())
+    (setting,) = (old / "settings").iterdir()
+    content = json.loads(setting.read_text())
     for of_rate in content["summaries"]:
         for summary in of_rate.values():
             del summary["expert_load"], summary["expert_choice"]
-    cell.write_text(json.dumps(content))
+    setting.write_text(json.dumps(content))
     again = run(old, options)
     assert verdicts(again) == verdicts(study)
     page = write_study(again, old)["study.html"].read_text()
@@ -232,26 +236,26 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys, options):
 
 
 @pytest.mark.parametrize("name", ["main", "ablations", "quick"])
-def test_every_cell_composes(name):
+def test_every_setting_composes(name):
     study = load_config([f"study={name}"]).study
-    for cell in study.cells:
-        config = cell_config(cell, [f"study={name}", "eval.episodes=3", "site=edge3"])
+    for setting in study.settings:
+        config = setting_config(setting, [f"study={name}", "eval.episodes=3", "site=edge3"])
         assert config.study is None
         assert config.bank.split == "test"
         assert config.eval.episodes == 3
-        assert config.site.name == ("edge16" if cell.name == "edge16" else "edge3")
+        assert config.site.name == ("edge16" if setting.name == "edge16" else "edge3")
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("study.cels=[]", "unknown option study.cels (did you mean study.cells?)"),
-        ("study.cells=[]", "study quick: cells is empty"),
-        ("study.cells=[{name: a/b}]", "cell name 'a/b' names a file"),
-        ("study.cells=[{name: a}, {name: a}]", "each name once"),
-        ("study.cells=[{name: a, loads: [0]}]", "cell a: loads=[0.0] must"),
-        ("study.cells=[{name: a, overrides: ['workload=poison']}]", "study cell a: unknown workload poison"),
-        ("study.cells=[{name: a, overrides: ['sede=1']}]", "study cell a: unknown option sede"),
+        ("study.setings=[]", "unknown option study.setings (did you mean study.settings?)"),
+        ("study.settings=[]", "study quick: settings is empty"),
+        ("study.settings=[{name: a/b}]", "setting name 'a/b' names a file"),
+        ("study.settings=[{name: a}, {name: a}]", "each name once"),
+        ("study.settings=[{name: a, loads: [0]}]", "setting a: loads=[0.0] must"),
+        ("study.settings=[{name: a, overrides: ['workload=poison']}]", "study setting a: unknown workload poison"),
+        ("study.settings=[{name: a, overrides: ['sede=1']}]", "study setting a: unknown option sede"),
         ("study.routers.mine=[]", "routers.mine is empty; name its runs"),
         ("study.routers.mine=[nowhere]", "study quick: checkpoint nowhere does not exist"),
         ("study.routers.random=[nowhere]", "routers.random has the name of another policy"),
@@ -280,5 +284,5 @@ def test_no_study_is_chosen(capsys, monkeypatch):
 
 def test_cells_without_their_data_are_named(monkeypatch, tmp_path):
     monkeypatch.delenv("JAXROUTE_DATA", raising=False)
-    with pytest.raises(UserError, match="cells azure_zeroeval, azure_mmlu_pro read published data"):
+    with pytest.raises(UserError, match="settings azure_zeroeval, azure_mmlu_pro read published data"):
         run(tmp_path, ["study=main"])

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from shapes import check_reads_every_shape, check_refuses_every_broken_file
 
 from jaxroute.errors import UserError
 from jaxroute.workloads.traces import FORMATS, fano_factor, gap_variation, read_trace, window_counts
@@ -112,6 +113,66 @@ def test_a_table_may_start_at_any_time_and_be_parquet(write, tmp_path):
         np.testing.assert_allclose(trace.arrival_time, [0, 0, 3.25], rtol=0, atol=1e-6)
         np.testing.assert_array_equal(trace.prompt_tokens, tokens)
         np.testing.assert_array_equal(trace.output_tokens, tokens)
+
+
+REQUESTS = [
+    {"arrival_time": 0.25 * number, "prompt_tokens": 7 * number, "output_tokens": number + 1} for number in range(5)
+]
+
+
+def test_every_shape_of_a_trace(tmp_path):
+    check_reads_every_shape(tmp_path, REQUESTS, read_trace)
+
+
+def test_every_broken_trace(tmp_path):
+    check_refuses_every_broken_file(tmp_path, REQUESTS, read_trace)
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "name"),
+    [
+        (
+            ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
+            [("2023-11-16 18:15:46", 5, 1), ("2023-11-16 18:15:48", 6, 2)],
+            "Azure",
+        ),
+        (("Timestamp", "Request tokens", "Response tokens"), [(3, 5, 1), (5.0, 6, 2)], "BurstGPT"),
+        (("timestamp", "input_length", "output_length"), [(3000, 5, 1), (5000, 6, 2)], "Mooncake"),
+        (("arrival_time", "prompt_tokens", "output_tokens"), [(3, 5, 1), (5, 6, 2)], "table"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+def test_every_format_in_every_kind_of_table(tmp_path, columns, rows, name, kind):
+    path = tmp_path / f"trace.{kind}"
+    frame = pd.DataFrame(rows, columns=columns)
+    if kind == "parquet":
+        frame.to_parquet(path)
+    elif kind == "csv":
+        frame.to_csv(path)
+    else:
+        path.write_text(jsonl(*frame.to_dict("records")))
+    if (name, kind) == ("Mooncake", "csv"):  # where seconds and milliseconds look alike
+        with pytest.raises(UserError, match="columns of no known format"):
+            read_trace(path)
+        return
+    trace = read_trace(path)
+    assert trace.format == name
+    np.testing.assert_array_equal(trace.arrival_time, [0, 2])
+    np.testing.assert_array_equal(trace.prompt_tokens, [5, 6])
+
+
+@pytest.mark.parametrize("column", TABLE.strip().split(","))
+@pytest.mark.parametrize(
+    "cell", [True, None, "", "x", "1,5", "1\x00", [1], {"a": 1}, "nan", float("inf"), 10**400, "٣x"]
+)
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_cell_that_is_no_number_names_its_row(write, column, cell, kind):
+    rows = [{"arrival_time": 1, "prompt_tokens": 1, "output_tokens": 1} for _ in range(3)]
+    rows[1][column] = cell
+    text = jsonl(*rows) if kind == "jsonl" else pd.DataFrame(rows).to_csv(index=False)
+    with pytest.raises(UserError, match=rf"trace\.{kind}:{2 if kind == 'jsonl' else 3}: cannot read '") as raised:
+        read_trace(write(text, f"trace.{kind}"))
+    assert str(raised.value).isprintable()
 
 
 def test_many_rows_are_as_few(write, monkeypatch):

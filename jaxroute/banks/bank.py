@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxroute.banks.generated import DomainFigures, LLMFigures, generate
 from jaxroute.banks.noise import NoiseConfig, predict_through_noise
 from jaxroute.banks.outcomes import Outcomes, Predicted
-from jaxroute.banks.tables import Predictions, Table, read_predictions, read_table, split_of_rows
+from jaxroute.banks.tables import Predictions, read_predictions, read_table, split_of_rows
 from jaxroute.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -34,27 +34,22 @@ MIN_ROWS = 100  # fewer prompts cannot carry the calibration of the predictions
 
 
 class RequestBank(NamedTuple):
-    """A device-resident table: rows are prompts, columns are a site's experts in the site's order.
-
-    Attributes:
-        prompt_tokens: length of the prompt, tokens.
-        quality: 1 if the expert answers correctly, else 0; a user's own table may grade in between.
-        output_tokens: true length of the expert's answer, tokens, at least 1. Unknown to the router.
-        predicted_quality: expected quality; where answers are right or wrong, the probability that the
-            expert answers correctly. The router sees it.
-        predicted_output_tokens: predicted median of the length, exp(predicted log length), tokens. The router
-            sees it.
-        log_length_error: standard deviation of log(output_tokens) around log(predicted_output_tokens): what
-            the predictor knows of its own error. The router sees it.
-
-    """
+    """A device-resident table: rows are prompts, columns are a site's experts in the site's order."""
 
     prompt_tokens: Int[Array, "prompt"]
+    """Length of the prompt, tokens."""
     quality: Float[Array, "prompt expert"]
+    """1 if the expert answers correctly, else 0; a user's own table may grade in between."""
     output_tokens: Int[Array, "prompt expert"]
+    """True length of the expert's answer, tokens, at least 1. Unknown to the router."""
     predicted_quality: Float[Array, "prompt expert"]
+    """Expected quality; where answers are right or wrong, the probability that the expert answers correctly. The router
+    sees it."""
     predicted_output_tokens: Float[Array, "prompt expert"]
+    """Predicted median of the length, exp(predicted log length), tokens. The router sees it."""
     log_length_error: Float[Array, "expert"]
+    """Standard deviation of log(output_tokens) around log(predicted_output_tokens): what the predictor knows of its own
+    error. The router sees it."""
 
 
 @dataclass
@@ -168,37 +163,28 @@ def _generated(
     return outcomes, in_train, in_train if config.split == "train" else ~in_train
 
 
-def load_table(source: BankConfig | Path | str, data_dir: Path | None = None) -> Table:
-    """Read and check the whole table of a bank, or of a folder, a user's own or a published one.
-
-    Raises:
-        UserError: no folder is set, files that are missing or do not belong together, values out of range.
-    """
-    if not isinstance(source, BankConfig):
-        return read_table(Path(source))
-    if source.kind == "embedded":
-        raise UserError("bank.kind='embedded' is generated and has no table: use zeroeval, mmlu_pro or table")
-    if source.kind == "table":
-        if source.folder is None:
+def _folder_of_table(config: BankConfig, data_dir: Path | None) -> Path:
+    if config.kind == "table":
+        if config.folder is None:
             raise UserError(
                 "bank.kind='table' reads a folder and bank.folder is not set: set it to one that "
                 "python -m jaxroute bank build wrote"
             )
-        return read_table(Path(source.folder))
+        return Path(config.folder)
     if data_dir is None:
         raise UserError(
-            f"bank.kind='{source.kind}' reads published tables and no data folder is set: "
+            f"bank.kind='{config.kind}' reads published tables and no data folder is set: "
             "set JAXROUTE_DATA or data_dir, or use bank.kind=embedded"
         )
-    return read_table(Path(data_dir) / source.kind)
+    return Path(data_dir) / config.kind
 
 
 def _measured(
     config: BankConfig, llms: list[str], data_dir: Path | None
 ) -> tuple[Outcomes, Bool[np.ndarray, "prompt"], Bool[np.ndarray, "prompt"], Predicted | None]:
     """Outcomes of a table, which rows calibrate the predictor, which were asked for, and the predictions if given."""
-    table = load_table(config, data_dir)
-    where = config.folder if config.kind == "table" else f"{data_dir}/{config.kind}"
+    where = _folder_of_table(config, data_dir)
+    table = read_table(where)
     for llm in llms:
         if llm not in table.llms:
             raise UserError(

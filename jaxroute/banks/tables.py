@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from jaxroute.errors import UserError, did_you_mean
 from jaxroute.files import complete_folder
-from jaxroute.tables import json_object
+from jaxroute.tables import pandas_for, reading_parquet
 
 if TYPE_CHECKING:
     import pandas
@@ -29,26 +29,18 @@ if TYPE_CHECKING:
 RIGHT, WRONG, NO_ANSWER, MISSING = 1, 0, 2, 255
 MISSING_LENGTH = 65535
 
-CHARACTERS_PER_TOKEN = 4  # of English text, where nobody has counted
-_NEEDED = ("prompt", "model", "quality", "output_tokens")
-_OPTIONAL = ("category", "prompt_tokens")
-
 
 class Table(NamedTuple):
-    """What LLMs answered to prompts, on the host.
-
-    Attributes:
-        queries: one row per prompt: `prompt_tokens`; `prompt`, `category` and `id` where known.
-        quality: from 0 to 1, NaN where missing.
-        output_tokens: length of the answer, tokens, at least 1, NaN where missing.
-        llms: names of the columns.
-
-    """
+    """What LLMs answered to prompts, on the host."""
 
     queries: pandas.DataFrame
+    """One row per prompt: `prompt_tokens`; `prompt`, `category` and `id` where known."""
     quality: Float[np.ndarray, "prompt llm"]
+    """From 0 to 1, NaN where missing."""
     output_tokens: Float[np.ndarray, "prompt llm"]
+    """Length of the answer, tokens, at least 1, NaN where missing."""
     llms: list[str]
+    """Names of the columns."""
 
 
 class Predictions(NamedTuple):
@@ -164,23 +156,8 @@ def read_parquet(
     """Read one table; pandas is imported here because only real tables need it."""
     if not path.exists():
         raise UserError(f"{path} does not exist: {remedy}")
-    frames = _pandas(path)
-    try:
-        return frames.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these two
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a readable Parquet file ({reason}): fetch it again") from error
-
-
-def _pandas(path: Path) -> Any:
-    try:
-        import pandas
-        import pyarrow  # noqa: F401  (pandas reads Parquet through it)
-    except ImportError as error:
-        raise UserError(
-            f"reading {path} needs pandas and pyarrow: install them with pip install 'jaxroute[data]'"
-        ) from error
-    return pandas
+    with reading_parquet(path):
+        return pandas_for(path).read_parquet(path)
 
 
 def _floats(path: Path, table: pandas.DataFrame, columns: Sequence[str]) -> Float[np.ndarray, "row column"]:
@@ -214,128 +191,6 @@ def _check(
         )
 
 
-# --- building from a long table -----------------------------------------------------------------------------
-
-
-def read_long_table(path: Path) -> tuple[Table, list[str]]:
-    """Read answers, one per row: prompt, model, quality, output_tokens; optionally category and prompt_tokens.
-
-    Returns:
-        The table, and what its user should be told of how it was read.
-
-    Raises:
-        UserError: a column that is missing, a value out of range, a prompt and model that come twice. Rows are
-            counted from 1, a CSV file's header and empty lines excluded.
-
-    """
-    rows = _read_rows(path)
-    for name in _NEEDED:
-        if name not in rows.columns:
-            raise UserError(f"{path} has no column '{name}'{did_you_mean(name, rows.columns)}: add or rename it")
-    if not len(rows):
-        raise UserError(f"{path} has no rows: add one per answer")
-    notes = []
-    if unused := [str(name) for name in rows.columns if name not in (*_NEEDED, *_OPTIONAL)]:
-        notes.append(f"Ignored columns: {', '.join(unused)}.")
-    prompt = _texts(path, rows, "prompt")
-    model = _texts(path, rows, "model")
-    quality = _numbers(path, rows, "quality")
-    bad = ~((quality >= 0) & (quality <= 1))  # holds for NaN too
-    _reject(path, rows, "quality", bad, "is not from 0 to 1: rescale it, or leave the row out if it is missing")
-    output_tokens = _numbers(path, rows, "output_tokens")
-    bad = ~((output_tokens > 0) & np.isfinite(output_tokens)) & ~np.isnan(output_tokens)
-    _reject(path, rows, "output_tokens", bad, "is not above 0: leave the cell empty if it is missing")
-
-    frames = _pandas(path)
-    row, prompts = frames.factorize(prompt)
-    column, llms = frames.factorize(model)
-    cell = row * len(llms) + column
-    _, first, which = np.unique(cell, return_index=True, return_inverse=True)
-    if len(first) < len(cell):
-        again = int(np.flatnonzero(first[which] != np.arange(len(cell)))[0])
-        raise UserError(
-            f"{path}, row {again + 1}: prompt and model ({_shown(model[again])}) are those of row "
-            f"{first[which[again]] + 1}; keep one of them, or average several answers into one row"
-        )
-    columns: dict[str, Any] = {"prompt": prompts}
-    if "category" in rows.columns:
-        columns["category"] = _one_category_each(path, _texts(path, rows, "category"), row)
-    if "prompt_tokens" in rows.columns:
-        prompt_tokens = _numbers(path, rows, "prompt_tokens")
-        bad = ~((prompt_tokens > 0) & np.isfinite(prompt_tokens))
-        _reject(path, rows, "prompt_tokens", bad, "is not above 0: correct it, or leave the column out")
-        # LLMs count differently; the bank holds one figure per prompt.
-        mean = np.bincount(row, prompt_tokens) / np.bincount(row)
-        columns["prompt_tokens"] = np.maximum(np.rint(mean), 1).astype(np.int64)
-    else:
-        columns["prompt_tokens"] = [max(round(len(text) / CHARACTERS_PER_TOKEN), 1) for text in prompts]
-        notes.append(f"prompt_tokens is estimated: characters / {CHARACTERS_PER_TOKEN}.")
-    cells = np.full((2, len(prompts), len(llms)), np.nan)
-    cells[:, row, column] = quality, np.maximum(output_tokens, 1)
-    return Table(frames.DataFrame(columns), cells[0], cells[1], list(llms)), notes
-
-
-def _read_rows(path: Path) -> pandas.DataFrame:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: name a .csv, .jsonl or .parquet file, or a folder with a table")
-    if path.suffix == ".parquet":
-        return read_parquet(path)
-    frames = _pandas(path)
-    try:
-        if path.suffix == ".csv":
-            # As text: pandas would take a prompt such as "None" for a missing one.
-            return frames.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                rows = enumerate(filter(str.strip, lines), 1)
-                return frames.DataFrame([json_object(line, f"{path}, row {number}") for number, line in rows])
-    except (UnicodeDecodeError, frames.errors.ParserError, frames.errors.EmptyDataError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is not a readable {path.suffix} file ({reason}): write it again") from error
-    raise UserError(f"{path} is of an unknown kind: name a .csv, .jsonl or .parquet file, or a folder with a table")
-
-
-def _texts(path: Path, rows: pandas.DataFrame, name: str) -> np.ndarray:
-    """Return a column as text; no cell may be empty."""
-    column = rows[name]
-    empty = (column.isna() | (column.astype(str).str.strip() == "")).to_numpy()
-    _reject(path, rows, name, empty, "is empty: fill it in")
-    return column.astype(str).to_numpy(object)
-
-
-def _numbers(path: Path, rows: pandas.DataFrame, name: str) -> Float[np.ndarray, "row"]:
-    """Return a column as numbers, NaN where its cell is empty."""
-    column = rows[name].replace("", np.nan)
-    values = _pandas(path).to_numeric(column, errors="coerce").to_numpy(float, na_value=np.nan)
-    _reject(path, rows, name, np.isnan(values) & column.notna().to_numpy(), "is not a number: correct it")
-    return values
-
-
-def _reject(path: Path, rows: pandas.DataFrame, name: str, bad: Bool[np.ndarray, "row"], what: str) -> None:
-    if bad.any():
-        row = int(np.flatnonzero(bad)[0])
-        raise UserError(f"{path}, row {row + 1}: {name} {_shown(rows[name].iloc[row])} {what}")
-
-
-def _shown(value: Any) -> str:
-    """Show a cell in one line."""
-    text = repr(value) if isinstance(value, str) else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _one_category_each(path: Path, category: np.ndarray, row: Int[np.ndarray, "row"]) -> np.ndarray:
-    """Category of each prompt, which all its rows must share."""
-    first = np.unique(row, return_index=True)[1]
-    other = np.flatnonzero(category != category[first[row]])
-    if len(other):
-        at = int(other[0])
-        raise UserError(
-            f"{path}, row {at + 1}: category {_shown(category[at])} where row {first[row[at]] + 1} has "
-            f"{_shown(category[first[row[at]]])} for the same prompt; give a prompt one category"
-        )
-    return category[first]
-
-
 # --- writing ------------------------------------------------------------------------------------------------
 
 
@@ -356,7 +211,7 @@ def write_table(table: Table, folder: Path) -> None:
     """Write a table as `read_table` reads it; the folder appears complete or not at all."""
     if folder.exists():
         raise UserError(f"{folder} exists already: name another folder, or remove it")
-    frames = _pandas(folder)
+    frames = pandas_for(folder)
     queries = [name for name in ("id", "prompt", "category", "prompt_tokens") if name in table.queries.columns]
     parts = {
         "queries": table.queries[queries],

@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Grid
 
-from jaxroute.banks.bank import MIN_ROWS, load_table
-from jaxroute.banks.tables import Table, choose_llms, read_long_table, write_table
-from jaxroute.commands.arguments import Parser, run_chosen, run_command
+from jaxroute.banks.bank import MIN_ROWS
+from jaxroute.banks.evaluations import read_evaluation
+from jaxroute.banks.tables import Table, choose_llms, read_table, write_table
+from jaxroute.commands.arguments import parser_of, run_chosen, run_command
+from jaxroute.config.words import command_line, path_word
 
 _COLUMNS = 7  # of one printed table, so that categories with long names fit beside long names of LLMs
 
@@ -29,15 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m jaxroute bank", description="Request banks from your own evaluation.")
+    parser = parser_of("bank", "Request banks from your own evaluation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     build = commands.add_parser("build", help="write a bank from an evaluation")
     build.add_argument(
         "input",
         type=Path,
         metavar="INPUT",
-        help=".csv, .jsonl or .parquet with one row per answer (prompt, model, quality, output_tokens; "
-        "optionally category, prompt_tokens), or a folder with published tables",
+        help="CSV, JSON Lines or Parquet with one row per answer (prompt, model, quality, output_tokens; optionally "
+        "category, prompt_tokens); samples of lm-evaluation-harness, in a folder per model; RouterBench's CSV; or a "
+        "folder with published tables",
     )
     build.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the bank; must not exist yet")
     build.set_defaults(run=_build)
@@ -50,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _build(options: argparse.Namespace, console: Console) -> None:
-    table, notes = (load_table(options.input), []) if options.input.is_dir() else read_long_table(options.input)
+    is_bank = (options.input / "queries.parquet").exists()
+    table, notes = (read_table(options.input), []) if is_bank else read_evaluation(options.input)
     table = _chosen(table, options.models, options.input)
     write_table(table, options.out)
     for note in notes:
@@ -58,13 +62,13 @@ def _build(options: argparse.Namespace, console: Console) -> None:
     missing = _missing(table).sum()
     console.print(
         f"{options.out}: {len(table.queries)} prompts x {len(table.llms)} LLMs, {missing} cells missing.",
-        f"Use it with: bank=table bank.folder={options.out}",
+        f"Use it with: {command_line('train', 'bank=table', path_word('bank.folder', options.out))}",
         sep="\n", markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
 
 
 def _describe(options: argparse.Namespace, console: Console) -> None:
-    table = _chosen(load_table(options.folder), options.models, options.folder)
+    table = _chosen(read_table(options.folder), options.models, options.folder)
     missing = _missing(table)
     for grid in _grids(table, missing):
         console.print(grid, markup=False)

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Column
 from rich.table import Table as Grid
 
-from jaxroute.banks.bank import load_table
-from jaxroute.banks.tables import Table, choose_llms, split_of_rows
-from jaxroute.commands.arguments import Parser, run_command
+from jaxroute.banks.tables import Table, choose_llms, read_table, split_of_rows
+from jaxroute.commands.arguments import parser_of, run_command
+from jaxroute.config.words import command_line, path_word
 from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
 from jaxroute.files import complete_folder
@@ -55,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m jaxroute predict", description="Predict quality and length of answers from prompts' text."
-    )
+    parser = parser_of("predict", "Predict quality and length of answers from prompts' text.")
     parser.add_argument("bank", type=Path, metavar="BANK", help="folder of a bank, or of published tables")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="predictions; must not exist yet")
     parser.add_argument("--models", metavar="A,B,...", help="only these LLMs; all by default")
@@ -70,7 +68,7 @@ def _predict(options: argparse.Namespace, console: Console) -> None:
         raise UserError(f"{options.out} exists already: name another folder, or remove it")
     if options.seed < 0:
         raise UserError(f"--seed={options.seed} is negative: use a seed of at least 0")
-    table = load_table(options.bank)
+    table = read_table(options.bank)
     if options.models is not None:
         table = choose_llms(table, [name.strip() for name in options.models.split(",")], options.bank)
     prompts = _texts(table, options.bank)
@@ -208,12 +206,12 @@ def _notes(
     why = " (the others repeat a text" + (f", or are beyond {MAX_ROWS})" if fitted == MAX_ROWS else ")")
     yield f"Fitted to {fitted} of the {rows} prompts in the train half{why if fitted < rows else ''}."
     own = not (options.bank / "correct.parquet").exists() or (options.bank / "quality.parquet").exists()
-    bank = f"bank=table bank.folder={options.bank}" if own else f"bank={options.bank.resolve().name}"
-    yield f"{options.out}: use it with {bank} bank.predictions={options.out}"
+    bank = ["bank=table", path_word("bank.folder", options.bank)] if own else [f"bank={options.bank.resolve().name}"]
+    yield f"Use it with: {command_line('train', *bank, path_word('bank.predictions', options.out))}"
     names = ("quality_auc", "quality_own_r2", "length_r2", "length_own_r2")
     if all(folds[name] > 0 for name in names):
-        strength = ", ".join(f"{name}: {folds[name]:.3f}" for name in names)
-        yield f"Noise as strong, without predictions: 'bank.noise={{{strength}}}'"
+        strength = [f"bank.noise.{name}={folds[name]:.3f}" for name in names]
+        yield f"For noise as strong, without predictions: {command_line('train', *bank, *strength)}"
 
 
 def _write(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from jaxroute.config.schema import Config
+from jaxroute.config.words import as_override, escaped, parsed, program
 from jaxroute.errors import UserError, closest
 
 
@@ -35,38 +35,54 @@ def register_schema() -> None:
 _OPEN = ("bank.models.", "bank.models=", "study.routers.", "study.routers=")
 
 
-def load_config(overrides: Sequence[str] = (), base: Config | None = None) -> Config:
-    """Compose and check the configuration that these Hydra overrides describe; what they leave open is as in `base`.
+def load_config(words: Sequence[str] = (), base: Config | None = None) -> Config:
+    """Compose and check the configuration of a command line, `option=value` each; what it leaves open is as in `base`.
 
     Raises:
         UserError: an unknown key or group, a wrong type, a value out of range.
     """
     register_schema()
     try:
-        overrides = list(overrides)
-        for position, override in enumerate(overrides):
-            _check_override(override)
-            option = override.lstrip("+")
-            if option.startswith("study.") and not any(other.startswith("study=") for other in overrides):
-                raise UserError(f"{option}: no study is chosen; add, for instance, study=main")
-            if option.startswith(_OPEN):
-                overrides[position] = f"++{option}"
-            elif override.startswith("+"):
-                raise UserError(f"unknown option {option}; every option exists already, so leave out the +")
+        overrides = [_override(word, words) for word in words]
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
             composed = compose("config", overrides=overrides)
-        return typed(composed if base is None else _changed(base, composed, overrides))
+        return typed(composed) if base is None else _changed(base, composed, overrides)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(_explain(error)) from None
 
 
-def _changed(base: Config, composed: Any, overrides: Sequence[str]) -> Any:
+def _override(word: str, words: Sequence[str]) -> str:
+    """Return a word as an override for Hydra, whose own messages speak of its grammar."""
+    if word.startswith("-"):
+        raise UserError(f"unknown flag {word}; options are written option=value, see {program('train')} --help")
+    try:
+        override = as_override(word)
+        understood = parsed(override)
+    except HydraException:
+        raise UserError(f"cannot read {word}; write option=value, and a list as [1,2]") from None
+    if understood.is_sweep_override():
+        raise UserError(f"{word}: {understood.key_or_group} takes one value; --multirun runs several, one by one")
+    option = override.lstrip("+")
+    if option.startswith("study.") and not any(other.startswith("study=") for other in words):
+        raise UserError(f"{word}: no study is chosen; add, for instance, study=main")
+    if option.startswith(_OPEN):
+        return f"++{option}"
+    if override.startswith("+"):
+        raise UserError(f"unknown option {word.lstrip('+')}; every option exists already, so leave out the +")
+    return override
+
+
+def _changed(base: Config, composed: Any, overrides: Sequence[str]) -> Config:
     """Return `base` with what the overrides name as it is in `composed`."""
-    changed = OmegaConf.structured(base)
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key = override.key_or_group
-        OmegaConf.update(changed, key, OmegaConf.select(composed, key), merge=False)
-    return changed
+    changed, given = asdict(base), OmegaConf.to_container(composed, resolve=True)
+    for override in overrides:
+        *names, last = (int(name) if name.isdigit() else name for name in parsed(override).key_or_group.split("."))
+        place: Any = changed
+        value: Any = given
+        for name in names:
+            place, value = place[name], value[name]
+        place[last] = value[last]
+    return typed(OmegaConf.merge(OmegaConf.structured(Config), escaped(changed)))
 
 
 def read_config(path: Path) -> Config:
@@ -90,26 +106,7 @@ def typed(composed: Any) -> Config:
 
 def config_yaml(config: Config) -> str:
     """Return the resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def _check_override(override: str) -> None:
-    """Refuse what Hydra cannot read, which it says in its parser's words."""
-    if override.startswith("-"):
-        raise UserError(f"unknown flag {override}; options are written option=value, see python train.py --help")
-    try:
-        parsed = OverridesParser.create().parse_override(override)
-    except HydraException:
-        option, _, value = override.partition("=")
-        if value.startswith("~"):
-            raise UserError(f"{override}: ~ is not expanded here; write the whole path") from None
-        raise UserError(
-            f"cannot read {override}; write option=value, a list as [1,2], and a value with special characters in two "
-            f"pairs of quotes: '{option}=\"...\"'"
-        ) from None
-    if parsed.is_sweep_override():
-        option, _, value = override.partition("=")
-        raise UserError(f"{override}: there can be one value only; a list is written {option}=[{value}]")
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(asdict(config))))
 
 
 def _explain(error: Exception) -> str:
@@ -146,7 +143,7 @@ def _suggestion(key: str) -> str:
         by_last_word = {name.rpartition(".")[2]: name for name in reversed(known)}
         word = closest(key.rpartition(".")[2], by_last_word)
         if word is None:
-            return "; see python train.py --help"
+            return f"; see {program('train')} --help=all"
         near = by_last_word[word]
     number = re.search(r"\.(\d+)\.", key)
     return f" (did you mean {near.replace(_NUMBER, number.group(1)) if number else near}?)"

@@ -75,8 +75,8 @@ class TrainConfig:
     """How to train."""
 
     loads: list[float] = field(default_factory=lambda: [0.25, 1.75])
-    """Least and greatest load, as multiples of the workload's rate. Each environment draws its own in between, so that
-    one router learns what to do when the site is quiet and when it is overloaded."""
+    """Least and greatest load, as multiples of the workload's rate; one number stands for both. Each environment draws
+    its own in between, so that one router learns what to do when the site is quiet and when it is overloaded."""
     redraw_every: int = 512
     """Steps after which an environment draws a new load."""
     arrivals: str | None = "mixed"
@@ -101,8 +101,10 @@ class TrainConfig:
     """Number of latest states to keep, in addition to the one with the best average QoS."""
 
     def __post_init__(self) -> None:
+        if len(self.loads) == 1:
+            self.loads = self.loads * 2
         if len(self.loads) != 2 or not 0 < self.loads[0] <= self.loads[1] < float("inf"):
-            raise UserError(f"train: loads={list(self.loads)} must be two numbers, 0 < least <= greatest")
+            raise UserError(f"train: loads={list(self.loads)} must be one or two numbers, 0 < least <= greatest")
         for name in ("redraw_every", "log_interval", "num_seeds", "save_interval", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train: {name}={getattr(self, name)} must be at least 1")
@@ -143,7 +145,7 @@ class EvalConfig:
 
 
 @dataclass
-class StudyCell:
+class StudySetting:
     """One setting of a study: the options of the command line changed by its own."""
 
     name: str = MISSING
@@ -160,20 +162,20 @@ class StudyConfig:
 
     name: str = MISSING
     """Names the folder outputs/study-<name>."""
-    cells: list[StudyCell] = field(default_factory=list)
-    """The settings."""
+    settings: list[StudySetting] = field(default_factory=list)
+    """Where everybody is judged."""
     routers: dict[str, list[str]] = field(default_factory=dict)
     """Label of a trained router to its runs, one per training seed. The first is compared with all others."""
     rules: list[str] | None = None
     """Rules to judge; all by default."""
     planners: list[str] = field(default_factory=list)
-    """lookahead, clairvoyant: judged apart, beside rules and routers, because a decision takes them long."""
+    """lookahead, clairvoyant: judged on episodes of their own, since each of their decisions takes long."""
     planner_episodes: int = 8
-    """Episodes of planners."""
+    """Episodes for planners."""
     planner_requests: int = 200
-    """Requests in them that count."""
+    """Requests of each such episode that count."""
     planner_warmup: int = 100
-    """Requests before, that do not."""
+    """Requests before those, which do not count."""
     planner_futures: int = 12
     """Futures that lookahead draws for a decision."""
     planner_horizon: int = 40
@@ -181,16 +183,16 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         where = f"study {self.name}"
-        if not self.cells:
-            raise UserError(f"{where}: cells is empty; list at least one")
-        names = [cell.name for cell in self.cells]
-        for cell in self.cells:
-            if not re.fullmatch(r"[\w-]+", cell.name) or names.count(cell.name) > 1:
+        if not self.settings:
+            raise UserError(f"{where}: settings is empty; list at least one")
+        names = [setting.name for setting in self.settings]
+        for setting in self.settings:
+            if not re.fullmatch(r"[\w-]+", setting.name) or names.count(setting.name) > 1:
                 raise UserError(
-                    f"{where}: cell name {cell.name!r} names a file: use letters, digits, - and _, each name once"
+                    f"{where}: setting name {setting.name!r} names a file: use letters, digits, - and _, each name once"
                 )
-            if not cell.loads or any(not 0 < load < float("inf") for load in cell.loads):
-                raise UserError(f"{where}: cell {cell.name}: loads={list(cell.loads)} must be numbers above 0")
+            if not setting.loads or any(not 0 < load < float("inf") for load in setting.loads):
+                raise UserError(f"{where}: setting {setting.name}: loads={list(setting.loads)} must be numbers above 0")
         for label, runs in self.routers.items():
             if not runs:
                 raise UserError(

@@ -74,7 +74,7 @@ def evaluate(config: Config, console: Console, *, command: str) -> EvaluationRes
             rate: {name: summarise(episodes, settings.warmup) for name, episodes in by_policy.items()}
             for rate, by_policy in records.items()
         },
-        settings={
+        provenance={
             "command": command,
             "checkpoint": str(trained.source) if trained else "none",
             **versions(),

@@ -1,1 +1,7 @@
 """Fits to what people have recorded: experts to serving logs and profiles, arrival processes to traces."""
+
+from jaxroute.fitting.calibration import COEFFICIENTS, Calibration, Limits, calibrate
+from jaxroute.fitting.logs import ServingLog, read_log
+from jaxroute.fitting.profiles import fit_profile
+
+__all__ = ["COEFFICIENTS", "Calibration", "Limits", "ServingLog", "calibrate", "fit_profile", "read_log"]

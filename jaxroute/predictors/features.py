@@ -47,17 +47,12 @@ _FREQUENT = 1024  # buckets that are multiplied as a dense matrix
 
 
 class Counts(NamedTuple):
-    """What is in some prompts, before anything is learned from them.
-
-    Attributes:
-        grams: 1 + log of how often an n-gram occurs, with its sign; columns are the words' buckets, then the
-            characters'.
-        plain: length, shares of digits and the like.
-
-    """
+    """What is in some prompts, before anything is learned from them."""
 
     grams: csr_matrix
+    """1 + log of how often an n-gram occurs, with its sign; columns are the words' buckets, then the characters'."""
     plain: Float[np.ndarray, "prompt count"]
+    """Length, shares of digits and the like."""
 
     def rows(self, chosen: Int[np.ndarray, "chosen"]) -> Counts:
         """Only some of the prompts."""
@@ -65,16 +60,12 @@ class Counts(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Prompts as a linear model takes them.
-
-    Attributes:
-        grams: tf-idf of the n-grams; a prompt's words have length 1, as have its characters before their weight.
-        dense: waves, standardised counts and a constant.
-
-    """
+    """Prompts as a linear model takes them."""
 
     grams: csr_matrix
+    """Tf-idf of the n-grams; a prompt's words have length 1, as have its characters before their weight."""
     dense: Float[np.ndarray, "prompt dense"]
+    """Waves, standardised counts and a constant."""
 
     def rows(self, chosen: Int[np.ndarray, "chosen"]) -> Encoded:
         """Only some of the prompts."""
@@ -82,22 +73,18 @@ class Encoded(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What is learned from the texts alone, without any answer.
-
-    Attributes:
-        idf: weight of a bucket, log((1 + prompts) / (1 + prompts with it)) + 1; 0 if fewer than two have it.
-        centre: mean of the plain counts.
-        scale: their standard deviation.
-        frequencies: of the waves, random Fourier features (Rahimi and Recht 2007) of a Gaussian kernel.
-        phases: of the waves.
-
-    """
+    """What is learned from the texts alone, without any answer."""
 
     idf: Float[np.ndarray, "bucket"]
+    """Weight of a bucket, log((1 + prompts) / (1 + prompts with it)) + 1; 0 if fewer than two have it."""
     centre: Float[np.ndarray, "count"]
+    """Mean of the plain counts."""
     scale: Float[np.ndarray, "count"]
+    """Their standard deviation."""
     frequencies: Float[np.ndarray, "count wave"]
+    """Of the waves, random Fourier features (Rahimi and Recht 2007) of a Gaussian kernel."""
     phases: Float[np.ndarray, "wave"]
+    """Of the waves."""
 
     def encode(self, counts: Counts) -> Encoded:
         """Weight and normalise the n-grams, each kind for itself, and compute the waves."""

@@ -41,20 +41,16 @@ _BLOCK = 256
 
 
 class CrossValidated(NamedTuple):
-    """A predictor, and what is predicted for each row of a bank by fits that have not seen its text.
-
-    Attributes:
-        predictor: fitted to the train half.
-        predicted: rows of the train half by cross-validation within it, others by the predictor.
-        apart: fitted rows by fits to the other categories only; NaN for all others.
-        fitted: the rows that the predictor was fitted to.
-
-    """
+    """A predictor, and what is predicted for each row of a bank by fits that have not seen its text."""
 
     predictor: Predictor
+    """Fitted to the train half."""
     predicted: Answers
+    """Rows of the train half by cross-validation within it, others by the predictor."""
     apart: Answers
+    """Fitted rows by fits to the other categories only; NaN for all others."""
     fitted: Bool[np.ndarray, "prompt"]
+    """The rows that the predictor was fitted to."""
 
 
 def cross_validate(

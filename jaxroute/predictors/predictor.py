@@ -20,16 +20,12 @@ _SETTINGS, _ARRAYS = "predictor.json", "predictor.npz"
 
 
 class Answers(NamedTuple):
-    """What LLMs answer to prompts, or what is predicted of it.
-
-    Attributes:
-        quality: from 0 to 1, NaN where missing.
-        log_length: log of the output tokens, NaN where missing.
-
-    """
+    """What LLMs answer to prompts, or what is predicted of it."""
 
     quality: Float[np.ndarray, "prompt llm"]
+    """From 0 to 1, NaN where missing."""
     log_length: Float[np.ndarray, "prompt llm"]
+    """Log of the output tokens, NaN where missing."""
 
     def rows(self, chosen: np.ndarray) -> Answers:
         """Only some of the prompts, by number or mask."""
@@ -52,21 +48,16 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """Predicts each LLM's answer to a prompt from its text; `python -m jaxroute predict` makes one.
-
-    Attributes:
-        models: names of the LLMs, in the order of the columns.
-        log_length_error: standard deviation of log(output tokens) around log(predicted), on prompts that it was
-            not fitted to.
-        features: how a prompt becomes numbers.
-        weights: of the linear model.
-
-    """
+    """Predicts each LLM's answer to a prompt from its text; `python -m jaxroute predict` makes one."""
 
     models: tuple[str, ...]
+    """Names of the LLMs, in the order of the columns."""
     log_length_error: Float[np.ndarray, "llm"]
+    """Standard deviation of log(output tokens) around log(predicted), on prompts that it was not fitted to."""
     features: Features
+    """How a prompt becomes numbers."""
     weights: Weights
+    """Of the linear model."""
 
     def __call__(
         self, prompts: Sequence[str]

@@ -1,4 +1,4 @@
-"""Replay one fixed assignment of requests to experts and return what each request met."""
+"""Replay requests with a fixed assignment to experts, and return what happened to each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxroute.serving.site import MAX_COUNT, Site, check_site
 
 
 class Requests(NamedTuple):
-    """Requests in order of arrival. Token counts may differ by expert (an LLM's own length and tokenizer)."""
+    """Requests in order of arrival. Token counts may differ between experts, as LLMs differ in tokenizer and length."""
 
     arrival_time: ArrayLike
     """(R,), s, in order; float64, as absolute times may be large. Dates are refused: subtract the first one."""
@@ -29,20 +29,20 @@ class Requests(NamedTuple):
 
 
 class Outcomes(NamedTuple):
-    """What each request met, NumPy arrays of shape (R,)."""
+    """What happened to each request, as NumPy arrays of shape (R,)."""
 
     status: np.ndarray
     """0 completed, 1 rejected on arrival."""
     ttft: np.ndarray
-    """First token at the expert, s after `arrival_time` (the way there included); nan if rejected."""
+    """First token at the expert, s after `arrival_time`, the way to the expert included; nan if rejected."""
     latency: np.ndarray
     """Last token at the expert, s after `arrival_time`; nan if rejected."""
     preemptions: np.ndarray
-    """How often the request lost its KV memory and was computed again."""
+    """How often the request lost its KV memory and had to be recomputed."""
 
 
 def replay(site: Site, requests: Requests, assignment: ArrayLike) -> Outcomes:
-    """Serve `requests`, request r at expert `assignment[r]`, until the last one has ended.
+    """Serve `requests`, request r at expert `assignment[r]`, until the last one has completed.
 
     Args:
         site: the experts.
@@ -50,11 +50,11 @@ def replay(site: Site, requests: Requests, assignment: ArrayLike) -> Outcomes:
         assignment: (R,) expert of each request.
 
     Returns:
-        Outcomes as seen at the expert: what a user sees adds the network delay back.
+        Outcomes as seen at the expert; a user sees the answer one network delay later.
 
     Raises:
-        UserError: something is no number, arrays disagree in length, times go backwards, a count is below 1, an expert
-            does not exist.
+        UserError: values that are not numbers, arrays of different lengths, times that go backwards, a count below 1,
+            an expert that does not exist.
     """
     if not isinstance(requests, Requests):
         raise UserError(f"requests is a {type(requests).__name__}; give jaxroute.Requests")
@@ -68,7 +68,9 @@ def replay(site: Site, requests: Requests, assignment: ArrayLike) -> Outcomes:
     # Rounded up to a power of two, so that similar request lists share one compilation.
     num_slots = min(seats, 1 << (most - 1).bit_length())
     outcomes = replay_program(site, num_slots, gaps, prompts, outputs, experts)
-    return Outcomes(*(np.asarray(column) for column in outcomes))
+    status, ttft, latency, preemptions = (np.asarray(column) for column in outcomes)
+    rejected = status == 1
+    return Outcomes(status, np.where(rejected, np.nan, ttft), np.where(rejected, np.nan, latency), preemptions)
 
 
 def _check_requests(
@@ -106,7 +108,7 @@ def _check_requests(
 
 
 class _Table(NamedTuple):
-    """Outcomes so far, with one more row that takes what belongs to no request."""
+    """Outcomes so far, with one spare row for slots that hold no completed request."""
 
     status: Int[Array, "rows"]
     ttft: Float[Array, "rows"]
@@ -125,7 +127,7 @@ def replay_program(
 ) -> tuple[Array, ...]:
     """Return status, time to first token, latency and preemptions of each request, whose numbers are not checked.
 
-    Compiled, and to be batched over sites.
+    Both times are 0 where the status is 1, rejected.
     """
     num_requests, num_experts = prompts.shape
     spare_row = num_requests
@@ -156,9 +158,10 @@ def replay_program(
         state = advance(site, state, jnp.float32(1.0))
         return state, note_completed(table, state)
 
-    nan = jnp.full(num_requests + 1, jnp.nan, jnp.float32)
-    zeros = jnp.zeros(num_requests + 1, jnp.int32)
-    carry = (idle_site(num_experts, num_slots), _Table(zeros, nan, nan, zeros))
+    # No NaN for those that are rejected, so that this runs under jax_debug_nans.
+    times = jnp.zeros(num_requests + 1, jnp.float32)
+    counts = jnp.zeros(num_requests + 1, jnp.int32)
+    carry = (idle_site(num_experts, num_slots), _Table(counts, times, times, counts))
     numbers = jnp.arange(num_requests, dtype=jnp.int32)
     carry, _ = jax.lax.scan(arrive, carry, (numbers, gaps, prompts, outputs, experts))
     _, table = jax.lax.while_loop(lambda carry: jnp.any(carry[0].slots.status == SlotStatus.ACTIVE), wait, carry)

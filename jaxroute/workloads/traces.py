@@ -19,22 +19,18 @@ _STAMP = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:\.\d{1,9})?)(Z|[+-]\d
 
 
 class Trace(NamedTuple):
-    """Recorded requests in order of arrival, on the host.
-
-    Attributes:
-        arrival_time: seconds since the first request. float64: an hour in steps of 100 ns takes 11 digits.
-        prompt_tokens: tokens of the prompt.
-        output_tokens: tokens generated.
-        format: name of the format in which the file is, one of `FORMATS`.
-        failed: rows left out, because the format marks them as failed.
-
-    """
+    """Recorded requests in order of arrival, on the host."""
 
     arrival_time: Float64[np.ndarray, "request"]
+    """Seconds since the first request. float64: an hour in steps of 100 ns takes 11 digits."""
     prompt_tokens: Int64[np.ndarray, "request"]
+    """Tokens of the prompt."""
     output_tokens: Int64[np.ndarray, "request"]
+    """Tokens generated."""
     format: str
+    """Name of the format in which the file is, one of `FORMATS`."""
     failed: int = 0
+    """Rows left out, because the format marks them as failed."""
 
 
 class Format(NamedTuple):

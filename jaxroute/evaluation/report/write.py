@@ -77,7 +77,7 @@ def write_results_json(result: EvaluationResult, path: str | Path) -> Path:
         "experts": list(result.expert_names),
         **load_content(result, result.nominal_rate),
         "loads": [load_content(result, rate) for rate in result.rates],
-        "settings": result.settings,
+        "provenance": result.provenance,
     }
     return write_file(path, json.dumps(jsonable(content), indent=2, allow_nan=False) + "\n")
 
@@ -134,12 +134,12 @@ def csv_rows(result: EvaluationResult) -> list[list[str]]:
 # --- HTML ----------------------------------------------------------------------------------------------
 
 
-def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten nested settings to dotted names."""
+def flat_provenance(provenance: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Flatten nested provenance to dotted names."""
     flat: dict[str, str] = {}
-    for key, value in settings.items():
+    for key, value in provenance.items():
         if isinstance(value, Mapping):
-            flat |= flat_settings(value, f"{prefix}{key}.")
+            flat |= flat_provenance(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = str(value)
     return flat
@@ -185,7 +185,7 @@ def _html(result: EvaluationResult, pngs: Mapping[str, bytes]) -> str:
         loads=[{"rate": f"{rate:g}", "rows": table_rows(result, rate, columns)} for rate in order],
         images={name: base64_image(png) for name, png in pngs.items()},
         definitions=_definitions(),
-        settings=flat_settings(result.settings),
+        provenance=flat_provenance(result.provenance),
     )
 
 

@@ -1,0 +1,120 @@
+"""Windows of a long serving log: each is replayed by itself, from the state in which the log shows the server."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxroute.fitting.logs import ServingLog
+from jaxroute.serving.engine import SiteState, SlotStatus, idle_site
+
+# Requests of a window, at the least and in multiples of the most that decode at once: a window may end in the middle of
+# so many answers, which tell nothing. Together, windows have at most so many requests.
+_WINDOW, _PER_DECODING = 1024, 4
+_TOGETHER = 4096
+
+
+class Window(NamedTuple):
+    """Requests of a log that are replayed by themselves."""
+
+    begin: float
+    """When the replay begins, on the log's clock, s."""
+    running: Int[np.ndarray, "running"]
+    """Requests that decode then, the one that began first first."""
+    requests: Int[np.ndarray, "request"]
+    """Those that follow, waiting ones included, in order of arrival."""
+    compared: Bool[np.ndarray, "request"]
+    """Whose measured times are compared to the replay's."""
+
+    def part(self, log: ServingLog) -> tuple[ServingLog, Bool[np.ndarray, "request"]]:
+        """Return all requests of the window as a log of its own, and which of them are compared."""
+        chosen = np.concatenate([self.running, self.requests])
+        compared = np.concatenate([np.zeros(len(self.running), bool), self.compared])
+        order = np.argsort(chosen)
+        return ServingLog(*(column[chosen[order]] for column in log)), compared[order]
+
+    def gaps(self, log: ServingLog) -> Float[np.ndarray, "request"]:
+        """Time from one arrival to the next, the first from `begin`, s; below 0 for a request that waits then."""
+        return np.diff(log.arrival_time[self.requests], prepend=self.begin).astype(np.float32)
+
+    def server(self, log: ServingLog, num_lanes: int, num_slots: int, max_num_seqs: int) -> SiteState:
+        """Return the server at `begin`, the same in each lane, with what the log says of its running requests.
+
+        A log tells when the first and the last token came; those between are taken to have come evenly.
+        """
+        state = idle_site(num_lanes, num_slots)
+        number = len(self.running)
+        if not number:
+            return state
+        prompt, output = log.prompt_tokens[self.running], log.output_tokens[self.running]
+        generated = 1 + np.floor(progress(log, self.running, np.array([self.begin]))[:, 0] * (output - 1))
+        generated = np.clip(generated, 1, np.maximum(output - 1, 1))
+        # More than the server takes at once have been preempted: they begin anew, as the first of the queue.
+        admitted = np.arange(number) < max_num_seqs
+
+        def put(column: Array, values: np.ndarray | float) -> Array:
+            return column.at[:number].set(np.broadcast_to(values, number)[:, None].astype(column.dtype))
+
+        slots = state.slots
+        slots = slots._replace(
+            request=put(slots.request, len(self.requests)),
+            prompt_tokens=put(slots.prompt_tokens, prompt),
+            output_tokens=put(slots.output_tokens, np.maximum(output, generated + 1)),
+            ready=put(slots.ready, log.arrival_time[self.running] - self.begin),
+            status=put(slots.status, SlotStatus.ACTIVE),
+            computed=put(slots.computed, np.where(admitted, prompt + generated - 1, 0)),
+            generated=put(slots.generated, generated),
+        )
+        count = jnp.full(num_lanes, admitted.sum(), jnp.int32)
+        waits = bool((~admitted).any())
+        return state._replace(
+            slots=slots,
+            num_admitted=count,
+            num_running=count,
+            head_ready=jnp.zeros(num_lanes) if waits else state.head_ready,
+        )
+
+
+def whole(log: ServingLog, num_fitted: int) -> Window:
+    """Return all of the log as one window, of which the first `num_fitted` requests are compared."""
+    everything = np.arange(len(log.arrival_time))
+    return Window(float(log.arrival_time[0]), np.zeros(0, int), everything, everything < num_fitted)
+
+
+def choose_windows(log: ServingLog, num_fitted: int) -> list[Window]:
+    """Choose windows of one length among the first `num_fitted` requests: all of a short log, parts of a long one."""
+    length = max(_WINDOW, 1 << (_PER_DECODING * most_decoding(log) - 1).bit_length())
+    if len(log.arrival_time) <= length:
+        return [whole(log, num_fitted)]
+    first, last = log.first_token_time, log.last_token_time
+    number = max(1, min(_TOGETHER, num_fitted) // length)
+    windows = []
+    for start in np.linspace(0, max(num_fitted - length, 0), number).astype(int):
+        # At a first token an iteration has just ended; the first window begins with an idle server.
+        begin = float(np.sort(first[:num_fitted])[start]) if start else float(log.arrival_time[0])
+        requests = np.flatnonzero(first > begin if start else first >= begin)[:length]
+        running = np.flatnonzero((first <= begin) & (begin < last)) if start else np.zeros(0, int)
+        running = running[np.argsort(first[running], kind="stable")]
+        # What comes after the window would slow down whoever answers longer.
+        compared = (requests < num_fitted) & (last[requests] <= first[requests[-1]])
+        windows.append(Window(begin, running, requests, compared))
+    # Of one length, so that they share a program.
+    length = min(len(window.requests) for window in windows)
+    return [window._replace(requests=window.requests[:length], compared=window.compared[:length]) for window in windows]
+
+
+def most_decoding(log: ServingLog) -> int:
+    """Count the requests that decode at once, at the most."""
+    begin, end = np.sort(log.first_token_time), np.sort(log.last_token_time)
+    return int((np.arange(1, len(begin) + 1) - np.searchsorted(end, begin, side="right")).max())
+
+
+def progress(
+    log: ServingLog, requests: Int[np.ndarray, "request"] | slice, times: Float[np.ndarray, "time"]
+) -> Float[np.ndarray, "request time"]:
+    """Share of each answer that existed at each time, had its tokens come evenly."""
+    first, last = log.first_token_time[requests, None], log.last_token_time[requests, None]
+    return np.clip((times - first) / np.maximum(last - first, 1e-9), 0, 1)
