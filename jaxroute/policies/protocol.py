@@ -30,6 +30,6 @@ class Policy(NamedTuple):
 def best_available(obs: Observation, score: Float[Array, "expert"]) -> Int[Array, ""]:
     """Return the expert with the highest score among those that would take the request; ties go to the lowest index.
 
-    Every rule is spared the experts that are down or whose queue is full, as a gateway that retries elsewhere would be.
+    No rule chooses an expert that is down or whose queue is full; a gateway would retry elsewhere at once.
     """
     return jnp.argmax(jnp.where(obs.experts.eligible, score, -jnp.inf))
