@@ -41,5 +41,7 @@ def test_a_fresh_kernel_runs_it(path, tmp_path, monkeypatch):
         if cell.cell_type == "code":
             cell.outputs = []
     # An error in a cell, or in a command of a cell, is raised here.
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     assert [len(cell.outputs) > 0 for cell in notebook.cells if cell.cell_type == "code"] == kept

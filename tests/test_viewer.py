@@ -187,7 +187,7 @@ def test_text_from_outside_is_escaped():
     ("arguments", "message"),
     [
         (["view=slo_headrom"], "view=slo_headrom is unknown (did you mean slo_headroom?)"),
-        (["view=true"], "view=True is unknown; choose jaxroute or a rule: random,"),
+        (["view=true"], "view=true is unknown; choose jaxroute or a rule: random,"),
         (["view=jaxroute"], "view=jaxroute needs a trained router; add checkpoint=outputs/<run>"),
         (["view=random", "study=quick"], "view=random shows one episode"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import numpy as np
 
 from jaxroute.errors import UserError
 from jaxroute.fitting.calibration import COEFFICIENTS, Limits
+from jaxroute.tables import open_table
 
 
 def fit_profile(path: str | Path, limits: Limits) -> tuple[dict[str, float], dict[str, float]]:
-    """Fit to a profile, a CSV with columns batch, context, prompt, ms: one iteration a row.
+    """Fit to a profile, a table with the columns batch, context, prompt, ms: one iteration per row.
 
     `batch` sequences decode with `context` tokens among them, or `prompt` tokens are computed. Returns coefficients and
     their relative standard errors; memory is not in it, so `limits.kv_capacity` must be given.
@@ -22,20 +22,19 @@ def fit_profile(path: str | Path, limits: Limits) -> tuple[dict[str, float], dic
         UserError: a column or number is missing, or rows do not determine the coefficients.
     """
     path = Path(path)
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := {"batch", "context", "prompt", "ms"} - set(reader.fieldnames or ()):
-            raise UserError(
-                f"{path}:1: no column {', '.join(sorted(missing))}; a profile has batch, context, prompt, ms"
-            )
-        rows = []
-        for record in reader:
+    columns = ("batch", "context", "prompt", "ms")
+    rows = []
+    with open_table(path, f"the columns {', '.join(columns)}") as table:
+        found = {name: table.find(name) for name in columns}
+        if missing := sorted(name for name, known in found.items() if known is None):
+            raise UserError(f"{path}: no column {', '.join(missing)}; a profile has {', '.join(columns)}")
+        for place, cells in table.rows([name for name in found.values() if name is not None]):
             try:
-                rows.append([float(record[name]) for name in ("batch", "context", "prompt", "ms")])
+                rows.append([float(cell) for cell in cells])
             except (TypeError, ValueError):
-                raise UserError(f"{path}:{reader.line_num}: not four numbers; correct or delete the row") from None
+                raise UserError(f"{table.where(place)}: not four numbers; correct or delete the row") from None
             if min(rows[-1]) < 0 or not np.isfinite(rows[-1]).all() or rows[-1][3] == 0:
-                raise UserError(f"{path}:{reader.line_num}: negative, infinite, or 0 ms; correct or delete the row")
+                raise UserError(f"{table.where(place)}: negative, infinite, or 0 ms; correct or delete the row")
     if limits.kv_capacity is None:
         raise UserError(f"{path}: a profile says nothing about memory; give --kv-capacity")
     batch, context, prompt, seconds = np.array(rows or np.zeros((0, 4))).T * np.array([[1], [1], [1], [1e-3]])

@@ -84,7 +84,7 @@ def serve(
         enters = left & (until_arrival <= 0) & (slots.status != SlotStatus.ACTIVE).any(0)
         request = jnp.minimum(now.following, num_requests - 1)
         # It reached the server as long ago as it has waited for a slot.
-        reached = site.replace(network_delay=until_arrival)  # type: ignore[attr-defined]
+        reached = site._replace(network_delay=until_arrival)
         state, _ = enqueue(reached, state, enters, request, prompts[request], outputs[request])
         following = now.following + enters
         gap_to_next = gaps[jnp.minimum(following, num_requests - 1)]
