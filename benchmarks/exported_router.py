@@ -29,6 +29,7 @@ from jaxroute.config import load_config, read_config
 from jaxroute.devices import use_compilation_cache
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.errors import UserError
+from jaxroute.evaluation.episodes import episode_keys, keys_of_episode, keys_of_step
 from jaxroute.evaluation.statistics import mean_ci95, paired_difference
 from jaxroute.gateway import Router
 from jaxroute.networks import build_network
@@ -90,10 +91,9 @@ def play(
     seed: int = SEED,
 ) -> Played:
     """Let `routers`, one per episode, or else the policy drive the first `episodes` episodes of an evaluation."""
-    keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.key(seed), episodes))
-    step_keys = jax.vmap(lambda key: jax.random.split(key, requests))(keys[:, 1])
+    reset_keys, step_keys = jax.vmap(lambda key: keys_of_episode(key, requests))(episode_keys(seed, episodes))
     params_of_policy = policy.params
-    carry, seen = _begin(env, policy.network, params, params_of_policy, keys[:, 0])
+    carry, seen = _begin(env, policy.network, params, params_of_policy, reset_keys)
     gateways = [_Gateway(router, np.asarray(params.site.network_delay), told) for router in routers or []]
     qos = np.full((episodes, requests), np.nan)
     rows = []
@@ -239,8 +239,7 @@ def _step(
     actions: Int[Any, "episode"],
 ) -> tuple[EnvState, _Seen]:
     def one(keys: PRNGKeyArray, state: EnvState, action: Int[Any, ""]) -> tuple[EnvState, _Seen]:
-        # As in an evaluation: retries take steps of their own, with the key of the arrival that they delay.
-        key = jax.random.split(keys[state.step])[1]
+        _, key = keys_of_step(env, keys, state)
         obs, state, _, _, _, info = env.step(key, state, action, params)
         return state, _look(network, weights, obs, state, info)
 

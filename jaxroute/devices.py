@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,15 +13,45 @@ from jax.sharding import Mesh
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache folder, so that the next start takes seconds."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    wanted = {
-        "jax_compilation_cache_dir": str(home / "jaxroute" / "xla"),
-        "jax_persistent_cache_min_compile_time_secs": 1.0,
-    }
-    for option, value in wanted.items():
-        if option.upper() not in os.environ:  # JAX reads it from there; the user knows better
-            jax.config.update(option, value)
+    """Keep compiled programs in the user's cache folder, so that the next start takes seconds.
+
+    Where that is impossible, such as in a container without a home folder, this says so and keeps none.
+    """
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # JAX reads it from there; the user knows better
+        return
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home) / "jaxroute" / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # permissions say little: root has all, a file system may have none
+            pass
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder is known
+        print(
+            f"warning: compiled programs are not kept, so that every start compiles again ({error}); "
+            "JAX_COMPILATION_CACHE_DIR can name another folder for them",
+            file=sys.stderr,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def unusable_platform(error: Exception) -> str | None:
+    """Return in one line what is wrong with JAX_PLATFORMS if that is why `error` was raised, else None."""
+    wanted = os.environ.get("JAX_PLATFORMS")
+    if not wanted:
+        return None
+    if "Unable to initialize backend" not in str(error):
+        # Where a platform's plugin is missing, JAX says nothing: does it fail again?
+        try:
+            jax.devices()
+            return None
+        except (RuntimeError, AssertionError):
+            pass
+    jax.config.update("jax_platforms", None)
+    there = sorted({"cpu", jax.default_backend()})
+    return f"JAX_PLATFORMS={wanted} cannot be used on this machine; choose {' or '.join(there)}, or unset it"
 
 
 def usable_cores() -> int:

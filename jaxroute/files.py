@@ -53,6 +53,27 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
     return path
 
 
+def check_writable(folder: Path, option: str) -> None:
+    """Check that files can be written into a folder, which need not exist yet and is not made.
+
+    Args:
+        folder: where something will be written.
+        option: what the user sets to choose another one.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; name a folder by {option}=...")
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):  # permissions say little: root has all, a file system may have none
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"{folder} cannot be written ({why}): name another folder by {option}=...") from error
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:

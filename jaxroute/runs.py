@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -33,7 +34,8 @@ PARAMS_FILE, RESULTS_FILE = "params.npz", "results.json"
 _PRETRAINED_FOLDER = Path(__file__).parent / PRETRAINED
 
 
-class TrainedPolicy(NamedTuple):
+@dataclass(frozen=True, eq=False)  # jax.jit takes it, as every one is its own key
+class TrainedPolicy:
     """A network with its parameters: call it with an observation to get the expert that it prefers."""
 
     network: nn.Module
@@ -140,6 +142,8 @@ def run_of(path: Path, option: str = "checkpoint") -> Path:
     """
     if path.parts[:-1] == (PRETRAINED,):
         known = pretrained_routers()
+        if path.name in known and option == "resume":
+            raise UserError(f"resume={path} is a finished router; start a new run from it with fork={path}")
         if path.name in known:
             return _PRETRAINED_FOLDER / path.name
         if not path.exists():
@@ -254,6 +258,6 @@ def _read_arrays(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}); install jaxroute again") from error
     return unflatten_dict(arrays, sep="/")

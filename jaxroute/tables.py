@@ -215,7 +215,8 @@ def _refuse_what_is_no_table(path: Path, head: bytes) -> None:
     for magic, what in _REFUSED.items():
         if head.startswith(magic):
             raise UserError(f"{path} {what}")
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+    # Two early protocols have no mark.
+    if re.match(rb"\x80[\x02-\x05]", head) or {".pkl", ".pickle"} & set(map(str.lower, path.suffixes)):
         raise UserError(
             f"{path} is a Python pickle, which can run any code when it is read: save the table as CSV or Parquet"
         )
@@ -350,7 +351,7 @@ def _long_cells() -> Iterator[None]:
 # --- JSON ---------------------------------------------------------------------------------------------------
 
 
-def json_object(text: str, place: str) -> dict[str, Any]:
+def _json_object(text: str, place: str) -> dict[str, Any]:
     """Read the object in a line of a JSON Lines file; `place` names the line in messages.
 
     Raises:
@@ -398,7 +399,7 @@ def _json_lines(text: _Text, first: str, skipped: int) -> Iterator[tuple[int, di
     with text.reading():
         for place, line in enumerate(itertools.chain([first], text.lines), skipped + 1):
             if not line.isspace():
-                yield place, json_object(line, f"{text.path}:{place}")
+                yield place, _json_object(line, f"{text.path}:{place}")
 
 
 def _json_values(text: _Text, first: str, skipped: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -451,12 +452,25 @@ def _parquet_table(path: Path, file: Any) -> TableReader:
                 batch = next(batches, None)
                 if batch is None:
                     return
-                columns = [batch.column(name).to_pylist() for name in chosen]
+                columns = [_parquet_values(path, name, batch.column(name), start) for name in chosen]
             if batch.num_rows:
                 yield Chunk(list(range(start, start + batch.num_rows)), list(zip(*columns, strict=True)))
             start += batch.num_rows
 
     return TableReader(path, "parquet", names, read, "row")
+
+
+def _parquet_values(path: Path, name: str, column: Any, start: int) -> list[Any]:
+    """Values of some rows of a column, the first of which is row `start` of the table."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:
+        for row, cell in enumerate(column, start):
+            try:
+                cell.as_py()
+            except UnicodeDecodeError:
+                raise UserError(f"{path}, row {row}: {name} is not UTF-8 text: correct or delete the row") from error
+        raise  # unreachable: a column is its cells
 
 
 def pandas_for(path: Path) -> Any:
@@ -480,6 +494,8 @@ def reading_parquet(path: Path) -> Iterator[None]:
     """Report what keeps a Parquet file from being read."""
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError, OverflowError, NotImplementedError) as error:  # pyarrow's own derive from these
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is not a readable Parquet file ({reason}): fetch it again") from error

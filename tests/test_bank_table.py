@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from decimal import Decimal
 
 import numpy as np
@@ -102,7 +103,8 @@ def test_every_format_gives_the_same_bank(tmp_path, capsys, suffix):
     long = answers().sample(frac=1, random_state=0)  # rows in any order
     code, out, _ = run(capsys, "build", write_long(long, tmp_path / f"mine{suffix}"), "--out", tmp_path / "bank")
     assert code == 0
-    assert f"400 prompts x 3 LLMs, 0 cells missing.\nUse it with: bank=table bank.folder={tmp_path / 'bank'}" in out
+    assert "400 prompts x 3 LLMs, 0 cells missing.\nUse it with: " in out
+    assert out.endswith(f" train bank=table bank.folder={tmp_path / 'bank'}\n")
     table = read_table(tmp_path / "bank")
     assert sorted(table.llms) == sorted(LLMS)
     order, columns = np.argsort(table.queries["prompt_tokens"].to_numpy()), [table.llms.index(llm) for llm in LLMS]
@@ -113,6 +115,13 @@ def test_every_format_gives_the_same_bank(tmp_path, capsys, suffix):
     bank = build_bank(own(tmp_path / "bank"), ["b", "c", "a"])
     np.testing.assert_array_equal(bank.quality[order], wide(long, "quality")[:, [1, 2, 0]])
     np.testing.assert_array_equal(bank.prompt_tokens[order], np.arange(ROWS) + 20)
+
+
+def test_what_it_prints_can_be_pasted_back(tmp_path, capsys):
+    folder = tmp_path / "it's (mine), [of] {2025} #1 = ü"
+    _, out, _ = run(capsys, "build", write_long(answers(rows=4), tmp_path / "mine.csv"), "--out", folder)
+    config = load_config([word for word in shlex.split(out.partition("Use it with: ")[2]) if word.startswith("bank")])
+    assert (config.bank.kind, config.bank.folder) == ("table", str(folder))
 
 
 def test_absent_rows_and_empty_lengths_are_missing_cells(tmp_path, capsys, caplog):
@@ -189,7 +198,8 @@ def test_describe_the_published(data_dir, capsys):
     assert {"prompt", "category", "id"} <= set(read_table(data_dir / "mmlu_pro").queries.columns)
     _, out, _ = run(capsys, "describe", data_dir / "zeroeval")
     assert (
-        "Complete for these 57 LLMs: 0 of 2840 prompts; a site needs 100: fewer LLMs (--models) or more prompts." in out
+        "Complete for these 57 LLMs: 0 of 2840 prompts; a site needs 100: choose fewer LLMs (--models) or add prompts."
+        in out
     )
     assert {"prompt", "category", "id"} <= set(read_table(data_dir / "zeroeval").queries.columns)
 

@@ -217,12 +217,12 @@ def test_the_compilation_cache_is_the_users(monkeypatch):
 # --- help --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("main", "program"), [(train_main, "train.py"), (eval_main, "eval.py")])
+@pytest.mark.parametrize(("main", "program"), [(train_main, "train"), (eval_main, "eval")])
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help(main, program, flag, capsys):
     assert main([flag]) == 0
     said = capsys.readouterr().out
-    assert f"python {program}" in said
+    assert f"usage: python -m jaxroute {program} [" in said
     for group in config_folder().iterdir():
         for choice in group.glob("[!_]*.yaml"):
             assert re.search(rf"{group.name}=.*\b{choice.stem}\b", said), choice
@@ -274,7 +274,7 @@ def test_bad_command(main, args, message, capsys):
 
 @pytest.mark.parametrize("main", [eval_main, train_main])
 def test_unknown_policy(main, capsys, monkeypatch):
-    monkeypatch.setattr("jaxroute.commands.train.train", lambda *args: pytest.fail("it trained"))
+    monkeypatch.setattr("jaxroute.training.train", lambda *args: pytest.fail("it trained"))
     said = refuses(main, *TINY, "policies=[shortest_que]", "output_dir=new", capsys=capsys)
     assert "policies: shortest_que is unknown (did you mean shortest_queue?)" in said
 

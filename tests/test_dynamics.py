@@ -16,7 +16,7 @@ from jaxroute.config import load_config
 from jaxroute.env import OutageParams
 from jaxroute.errors import UserError
 from jaxroute.evaluation.episodes import evaluate_policies
-from jaxroute.evaluation.metrics import COMPLETED, IN_FLIGHT, LOST, summarise
+from jaxroute.evaluation.metrics import Outcome, summarise
 from jaxroute.networks import HAN
 from jaxroute.policies import rules_named
 from jaxroute.scenarios import build_env
@@ -402,10 +402,12 @@ def test_outages_are_judged(outages):
         summary = summarise(records, settings["warmup"])
         rates = [summary[f"{name}_rate"] for name in ("in_time", "violation", "rejection", "lost")]
         np.testing.assert_allclose(sum(rates), 1)
-        np.testing.assert_array_equal(records.status == LOST, (records.status == LOST) & (outages == "lost"))
+        np.testing.assert_array_equal(
+            records.status == Outcome.LOST, (records.status == Outcome.LOST) & (outages == "lost")
+        )
         assert (summary["lost_rate"] > 0).all() == (outages == "lost")
-        assert (records.status == IN_FLIGHT).sum(1).max() <= NUM_EXPERTS * env.num_slots
-        np.testing.assert_array_equal(np.isfinite(records.latency), records.status == COMPLETED)
+        assert (records.status == Outcome.IN_FLIGHT).sum(1).max() <= NUM_EXPERTS * env.num_slots
+        np.testing.assert_array_equal(np.isfinite(records.latency), records.status == Outcome.COMPLETED)
         assert (records.output_tokens > 0).all()
 
 

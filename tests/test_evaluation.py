@@ -18,7 +18,7 @@ from rich.console import Console
 import jaxroute
 from jaxroute.errors import UserError
 from jaxroute.evaluation.episodes import _at_load, evaluate_policies
-from jaxroute.evaluation.metrics import COMPLETED, IN_FLIGHT, LOADS, METRICS, REJECTED, EpisodeRecords, summarise
+from jaxroute.evaluation.metrics import LOADS, METRICS, EpisodeRecords, Outcome, summarise
 from jaxroute.evaluation.report.figures import plot_expert_choice, plot_policy_comparison, plot_qos_against_load
 from jaxroute.evaluation.report.tables import markdown_table, results_table, summary_text
 from jaxroute.evaluation.report.write import write_all, write_results_json
@@ -36,10 +36,17 @@ NAN = math.nan
 
 def hand_made_records() -> EpisodeRecords:
     """Six requests: three in time (one exactly), one late, one rejected, one in flight; then six rejected."""
-    status = [COMPLETED, COMPLETED, COMPLETED, REJECTED, IN_FLIGHT, COMPLETED]
+    status = [
+        Outcome.COMPLETED,
+        Outcome.COMPLETED,
+        Outcome.COMPLETED,
+        Outcome.REJECTED,
+        Outcome.IN_FLIGHT,
+        Outcome.COMPLETED,
+    ]
     nothing = [NAN] * 6
     return EpisodeRecords(
-        status=np.array([status, [REJECTED] * 6], np.int8),
+        status=np.array([status, [Outcome.REJECTED] * 6], np.int8),
         expert=np.array([[0, 0, 1, 1, 1, 1]] * 2),
         quality=np.array([[0.5, 0.8, 1.0, 0.9, 0.7, 0.4]] * 2),
         latency_requirement=np.array([[1.0, 0.2, 0.1, 1.0, 1.0, 3.0]] * 2),
@@ -109,7 +116,7 @@ def test_nothing_completed():
 
 def test_nothing_ended():
     records = hand_made_records()
-    records = records._replace(status=np.full_like(records.status, IN_FLIGHT), duration=np.zeros(2))
+    records = records._replace(status=np.full_like(records.status, Outcome.IN_FLIGHT), duration=np.zeros(2))
     per_arrival = ("expert_load", "expert_choice")
     for metric, values in summarise(records).items():
         assert np.isnan(values).all() or metric.startswith("qos") or metric in per_arrival, metric
@@ -229,7 +236,7 @@ def random_records(rng: np.random.Generator, quality: float, episodes: int = 4) 
     latency = np.where(rejected, NAN, tokens * rng.lognormal(-3.0, 0.5, shape))
     load_counts = rng.multinomial(shape[1], np.full(len(LOADS), 1 / len(LOADS)), experts)
     return EpisodeRecords(
-        status=np.where(rejected, REJECTED, COMPLETED).astype(np.int8),
+        status=np.where(rejected, Outcome.REJECTED, Outcome.COMPLETED).astype(np.int8),
         expert=rng.integers(0, 3, shape),
         quality=np.clip(quality + rng.normal(0, 0.05, shape), 0, 1).astype(np.float32),
         latency_requirement=np.full(shape, 0.07, np.float32),

@@ -26,7 +26,8 @@ def test_every_option_is_explained():
 def test_help_lists_what_people_set_most(capsys):
     assert train_main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert all(f"  {name}" in said for name in _COMMON["train.py"])
+    assert all(f"  {name}" in said for name in _COMMON["train"])
+    assert "train.loads is the range of loads" in " ".join(said.split())
     assert "site=edge16, edge3, edge6" in said
     assert "ppo.gae_lambda" not in said
     assert max(map(len, said.splitlines())) <= 120
@@ -42,7 +43,7 @@ def test_multirun_combines_what_is_listed():
         for seed in (0, 1)
         for discount in (0.98, 0.99)
     ]
-    assert runs[0][-1] == "output_dir='some/where/seed=0,ppo.discount=0.98'"
+    assert runs[0][-1] == "output_dir=some/where/seed=0,ppo.discount=0.98"
     assert _runs(["seed=1"]) == [["seed=1"]]
     seeds = {load_config(run).seed for run in _runs(["--multirun", "seed=range(3,6)"])}
     assert seeds == {3, 4, 5}

@@ -30,7 +30,10 @@ from jaxroute.errors import UserError
 from jaxroute.learning import PPOConfig, PPOState, make_ppo
 from jaxroute.runs import read_policy
 from jaxroute.training import memory, states, train
+from jaxroute.training.lock import locked
+from jaxroute.training.programs import Programs
 from jaxroute.training.tracking import Tracker
+from jaxroute.training.warm_start import SeedStart
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = importlib.import_module("jaxroute.training.loop")  # the module; the package exports the function
@@ -48,8 +51,12 @@ def go(config, run):
     return train(config, run, Console(file=said, width=200)), said.getvalue()
 
 
+def resumed_config(run):
+    return replace(read_config(run / "config.yaml"), resume=str(run))
+
+
 def resume(run):
-    return go(replace(read_config(run / "config.yaml"), resume=str(run)), run)
+    return go(resumed_config(run), run)
 
 
 def metrics_of(run):
@@ -61,17 +68,22 @@ def saved_in(run):
     return sorted(int(path.name) for path in (run / "states").iterdir() if path.name.isdigit())
 
 
+class Once:
+    """Builds a learner the first time, and returns the same one after that."""
+
+    def __init__(self, make):
+        self.make, self.made = make, {}
+
+    def __call__(self, *args, many_seeds, **kwargs):
+        self.made[many_seeds] = self.made.get(many_seeds) or self.make(*args, many_seeds=many_seeds, **kwargs)
+        return self.made[many_seeds]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_learner():
     """What is compiled is shared by all trainings of one shape."""
-    make, made = TRAIN.make_ppo, {}
-
-    def make_once(config, *args, many_seeds, **kwargs):
-        made[many_seeds] = made.get(many_seeds) or make(config, *args, many_seeds=many_seeds, **kwargs)
-        return made[many_seeds]
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TRAIN, "make_ppo", make_once)
+        patch.setattr(TRAIN, "make_ppo", Once(make_ppo))
         yield
 
 
@@ -176,6 +188,99 @@ def test_what_is_refused(arguments, message, whole, tmp_path, monkeypatch, capsy
     assert not list(tmp_path.iterdir())
 
 
+# --- warm start --------------------------------------------------------------------------------------------
+
+# Steps: 2 calls and 3 epochs in the first round, the same in the second.
+WARM = (*(option for option in TINY if not option.startswith(("warm_start", "ppo.total_steps"))),
+    "ppo.total_steps=128", "warm_start.num_states=16", "warm_start.horizon=2", "warm_start.num_epochs=3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_program_each():
+    """What is compiled is shared by all warm starts."""
+    start, started = Programs.start, {}
+
+    def start_once(self, name, lower):
+        started[name] = started.get(name) or start(self, name, lower)
+        return started[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Programs, "start", start_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole_warm(one_program_each, one_learner, tmp_path_factory):
+    run = tmp_path_factory.mktemp("warm") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TRAIN, "make_ppo", Once(make_ppo))
+        yield go(load_config(WARM), run)[0], run
+
+
+@pytest.fixture
+def stopped_warm(tmp_path, monkeypatch):
+    """Return a function that trains until so many steps of the warm start are done, where `happens` is called."""
+
+    def start(step, happens, *overrides, run=None):
+        run, steps = run or tmp_path / "stopped", iter(range(1, 1000))
+        after = SeedStart._after_step
+
+        def count(self, *args):
+            if next(steps) == step:
+                happens()
+            after(self, *args)
+
+        config = resumed_config(run) if run.exists() else load_config([*WARM, *overrides])
+        with monkeypatch.context() as patch:
+            patch.setattr(SeedStart, "_after_step", count)
+            with pytest.raises((SystemExit, OSError)) as raised:
+                go(config, run)
+        return run, raised.value
+
+    return start
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 5, 6, 9, 10], ids=lambda step: f"step {step} of 10")
+def test_a_signal_in_the_warm_start_loses_nothing(step, whole_warm, stopped_warm):
+    run, error = stopped_warm(step, lambda: signal.raise_signal(signal.SIGTERM))
+    assert isinstance(error, SystemExit)
+    assert error.code == 128 + signal.SIGTERM
+    params, _ = resume(run)
+    chex.assert_trees_all_equal(params, whole_warm[0])
+    assert metrics_of(run) == metrics_of(whole_warm[1])
+    assert not (run / "warm_start").exists()
+
+
+def test_a_crash_in_the_warm_start_loses_what_came_after_the_last_save(whole_warm, stopped_warm):
+    """Twice: between two saves, and after labels were written that the saved stage does not know of."""
+    run, _ = stopped_warm(6, crash, "train.save_interval=2")
+    (stage,) = (run / "warm_start").glob("*/stage.npz")
+    before = stage.read_bytes()
+    stopped_warm(2, crash, run=run)
+    stage.write_bytes(before)
+    params, _ = resume(run)
+    chex.assert_trees_all_equal(params, whole_warm[0])
+    assert metrics_of(run) == metrics_of(whole_warm[1])
+
+
+def test_a_crash_before_anything_is_saved(whole_warm, stopped_warm):
+    run, _ = stopped_warm(1, crash)
+    assert not (run / "warm_start").exists()
+    chex.assert_trees_all_equal(resume(run)[0], whole_warm[0])
+
+
+@pytest.mark.parametrize("file", ["stage.npz", "labels-000002.npz"])
+def test_a_damaged_warm_start_is_named(file, whole_warm, stopped_warm):
+    run, _ = stopped_warm(2, lambda: signal.raise_signal(signal.SIGINT))
+    (path,) = (run / "warm_start").glob(f"*/{file}")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=rf"^{path} cannot be read \(\w+\); delete {path.parent} to start again there$"):
+        resume(run)
+    shutil.rmtree(path.parent)
+    chex.assert_trees_all_equal(resume(run)[0], whole_warm[0])
+
+
 # --- fork --------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +359,68 @@ def test_no_sound_state_is_left(whole, tmp_path):
     shutil.rmtree(run / "states")
     with pytest.raises(UserError, match=r"run \S+ holds no state under states/ to go on from$"):
         resume(run)
+
+
+@pytest.mark.parametrize("fails_at", ["save", "wait_until_finished", "close"])
+def test_a_full_disk_is_one_line_and_keeps_what_is_there(fails_at, tmp_path, monkeypatch):
+    """TensorStore's error, as it comes from a full disk, whenever Orbax reports it."""
+
+    def fail(*args, **kwargs):
+        raise ValueError(
+            "RESOURCE_EXHAUSTED: Failed to write 1 byte: No space left on device [os_error_code='28']\nmore"
+        )
+
+    state = PPOState({"w": jnp.zeros(2)}, (), (), (), jax.random.key(0), jnp.int32(1))
+    with states.StateWriter(tmp_path, keep=2) as writer:
+        writer.save(1, state, {})
+
+    def save_another():
+        with states.StateWriter(tmp_path, keep=2) as writer:
+            monkeypatch.setattr(writer._manager, fails_at, fail)
+            writer.save(2, state, {})
+            writer.wait()
+
+    with pytest.raises(UserError, match=r"^\S+/states cannot be written \(no space left on device\); .*the run$"):
+        save_another()
+    assert 1 in saved_in(tmp_path)
+    assert states.read_state(tmp_path, pytest.fail).steps in (1, 2)
+
+
+def test_metrics_that_cannot_be_written(tmp_path):
+    with Tracker(tmp_path, load_config(TINY), pytest.fail) as tracker:
+        tracker._file.close()
+        tracker._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+        with pytest.raises(UserError, match=r"^\S+/metrics\.jsonl cannot be written \(no space left on device\)"):
+            tracker.log({"steps": 1})
+        tracker._file = io.StringIO()
+
+
+# --- two at once -------------------------------------------------------------------------------------------
+
+HOLDER = "import sys\nfrom pathlib import Path\nfrom jaxroute.training.lock import locked\n" \
+    "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"  # fmt: skip
+
+
+def test_two_trainings_in_one_folder(tmp_path):
+    """The second is refused, whatever it wants there; a process that is killed holds nothing."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", HOLDER, str(run)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    said = (
+        rf"^{run} is in use by another training \(process {process.pid} on \S+\); wait until it ends, or name another"
+    )
+    for overrides in ((), (f"resume={run}",), ("warm_start.num_states=8",)):
+        config = load_config([*TINY, *overrides])
+        with pytest.raises(UserError, match=said):
+            go(config, run)
+    assert [path.name for path in run.iterdir()] == ["training.lock"]
+    process.kill()
+    process.communicate()
+    with locked(run), pytest.raises(UserError, match=rf"process {os.getpid()} on"), locked(run):
+        pass
+    with locked(run):
+        pass
 
 
 # --- processes ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import csv
 import tracemalloc
 
+import pyarrow.parquet
 import pytest
 from shapes import check_reads_every_shape, check_refuses_every_broken_file, csv_text, json_lines
 
@@ -96,6 +97,17 @@ def test_rows_are_read_as_they_are_asked_for(tmp_path, kind):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < (tmp_path / f"t.{kind}").stat().st_size / 2
+
+
+def test_text_of_parquet_that_is_no_unicode_names_its_row(tmp_path):
+    damaged = pyarrow.array([b"a", b"b", b"\xff"], pyarrow.binary())
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 3, damaged.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"a": column}), tmp_path / "t.parquet")
+    with (
+        open_table(tmp_path / "t.parquet", "") as table,
+        pytest.raises(UserError, match=r"t\.parquet, row 3: a is not UTF-8 text"),
+    ):
+        list(table.chunks(["a"], size=2))
 
 
 def test_unreadable(tmp_path, monkeypatch):

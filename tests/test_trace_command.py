@@ -259,10 +259,9 @@ def test_wrong_options(gamma_traces, write, tmp_path, capsys, monkeypatch, optio
 
 def test_wrong_trace(tmp_path, capsys):
     code, _, err = run(capsys, "describe", tmp_path / "none.csv")
-    assert (code, err) == (
-        2,
-        f"error: {tmp_path / 'none.csv'} does not exist or is not a file: check the path of the trace\n",
-    )
+    assert code == 2
+    assert err.startswith(f"error: {tmp_path / 'none.csv'} does not exist or is not a file: check the path, and give")
+    assert err.count("\n") == 1
 
 
 def test_the_azure_trace(data_dir):

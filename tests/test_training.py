@@ -21,7 +21,7 @@ import jaxroute
 from jaxroute.config import load_config
 from jaxroute.errors import UserError
 from jaxroute.evaluation import EpisodeRecords, episodes, evaluate_policies
-from jaxroute.evaluation.metrics import COMPLETED, IN_FLIGHT, REJECTED
+from jaxroute.evaluation.metrics import Outcome
 from jaxroute.learning import Learner, PPOState
 from jaxroute.policies import rules_named
 from jaxroute.runs import latest_checkpoint, load_policy
@@ -356,8 +356,8 @@ def test_another_rate_brings_the_same_requests_faster(scenario):
 
 def test_what_happens_to_requests(judged):
     for records in judged[0].values():
-        completed, rejected = records.status == COMPLETED, records.status == REJECTED
-        in_flight = records.status == IN_FLIGHT
+        completed, rejected = records.status == Outcome.COMPLETED, records.status == Outcome.REJECTED
+        in_flight = records.status == Outcome.IN_FLIGHT
         assert (completed | rejected | in_flight).all()
         assert completed.any()
         assert rejected.any()
@@ -380,4 +380,4 @@ def test_what_happens_to_requests(judged):
 def test_nothing_is_rejected_before_a_queue_is_full(judged):
     """The first requests find an idle site: nobody is turned away while fewer have come than one expert holds."""
     for records in judged[0].values():
-        assert (records.status[:, :SLOTS] != REJECTED).all()
+        assert (records.status[:, :SLOTS] != Outcome.REJECTED).all()

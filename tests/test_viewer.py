@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,18 +15,11 @@ import jaxroute
 from jaxroute.commands.eval import main as eval_main
 from jaxroute.config import load_config
 from jaxroute.evaluation.episodes import evaluate_policies
-from jaxroute.evaluation.metrics import COMPLETED
-from jaxroute.evaluation.metrics import LOST as RECORD_LOST
-from jaxroute.evaluation.metrics import REJECTED as RECORD_REJECTED
+from jaxroute.evaluation.metrics import Outcome
+from jaxroute.evaluation.viewer import record
 from jaxroute.evaluation.viewer.record import (
-    DECODE,
-    GIVEN_BACK,
-    IN_FLIGHT,
-    IN_TIME,
-    LATE,
-    LOST,
-    REJECTED,
-    WAITING,
+    Ending,
+    Phase,
     episode_content,
     record_episode,
     view_html,
@@ -59,15 +53,15 @@ def test_every_request_is_there_and_ends_once(episode):
     shown = [stay for stay in stays if stay["number"] >= WARMUP]
     assert {stay["number"] for stay in shown} == set(range(WARMUP, WARMUP + REQUESTS))
     # A request has one end; what comes before is only given back, where experts that fail do that.
-    ends = Counter(stay["number"] for stay in stays if stay["outcome"] != GIVEN_BACK)
+    ends = Counter(stay["number"] for stay in stays if stay["outcome"] != Ending.GIVEN_BACK)
     assert set(ends.values()) == {1}
     outcomes = {stay["outcome"] for stay in stays}
-    assert {IN_TIME, LATE, REJECTED} <= outcomes
-    assert (LOST in outcomes) == (outages == "lost")
-    assert (GIVEN_BACK in outcomes) == (outages == "retried")
+    assert {Ending.IN_TIME, Ending.LATE, Ending.REJECTED} <= outcomes
+    assert (Ending.LOST in outcomes) == (outages == "lost")
+    assert (Ending.GIVEN_BACK in outcomes) == (outages == "retried")
     for stay in stays:
-        assert (stay["end"] is None) == (stay["outcome"] == IN_FLIGHT)
-        assert (stay["ttft"] is not None) == (stay["outcome"] in (IN_TIME, LATE))
+        assert (stay["end"] is None) == (stay["outcome"] == Ending.IN_FLIGHT)
+        assert (stay["ttft"] is not None) == (stay["outcome"] in (Ending.IN_TIME, Ending.LATE))
 
 
 def test_outcomes_are_those_of_an_evaluation(episode):
@@ -75,10 +69,15 @@ def test_outcomes_are_those_of_an_evaluation(episode):
     records = evaluate_policies(env, params, [policy], [RATE], seed=SEED, episodes=1, requests=REQUESTS, warmup=WARMUP)[
         RATE
     ]["round_robin"]
-    status = {IN_TIME: COMPLETED, LATE: COMPLETED, REJECTED: RECORD_REJECTED, LOST: RECORD_LOST}
+    status = {
+        Ending.IN_TIME: Outcome.COMPLETED,
+        Ending.LATE: Outcome.COMPLETED,
+        Ending.REJECTED: Outcome.REJECTED,
+        Ending.LOST: Outcome.LOST,
+    }
     for stay in content["stays"]:
         number = stay["number"]
-        if stay["outcome"] in (IN_FLIGHT, GIVEN_BACK):
+        if stay["outcome"] in (Ending.IN_FLIGHT, Ending.GIVEN_BACK):
             continue
         assert status[stay["outcome"]] == records.status[0, number]
         assert stay["expert"] == records.expert[0, number]
@@ -88,7 +87,7 @@ def test_outcomes_are_those_of_an_evaluation(episode):
             assert stay["end"] - stay["arrival"] == pytest.approx(latency, abs=1e-3)
             assert stay["ttft"] == pytest.approx(records.ttft[0, number], abs=1e-4)
             assert stay["preemptions"] == records.preemptions[0, number]
-            assert (stay["outcome"] == IN_TIME) == (latency / stay["output_tokens"] <= requirement)
+            assert (stay["outcome"] == Ending.IN_TIME) == (latency / stay["output_tokens"] <= requirement)
 
 
 def test_samples_are_of_the_time_at_the_expert(episode):
@@ -111,9 +110,9 @@ def test_samples_are_of_the_time_at_the_expert(episode):
         assert (np.diff(samples["preemptions"]) >= 0).all()
         assert samples["generated"][-1] < stay["output_tokens"]
         for phase, generated, computed in zip(samples["phase"], samples["generated"], samples["computed"], strict=True):
-            if phase == WAITING:
+            if phase == Phase.WAITING:
                 assert computed == 0
-            if phase == DECODE:
+            if phase == Phase.DECODE:
                 assert computed == stay["prompt_tokens"] + generated - 1
     decisions = recording.decisions
     begin = int(np.argmax(decisions.request.number == WARMUP))
@@ -162,6 +161,17 @@ def test_page_holds_the_episode(page):
         assert len(column) == 30
     assert decisions["probability"][0] == [None] * 3
     assert len(episode["experts"]) == 3
+    assert episode["endings"] == {ending.name: ending for ending in Ending}
+    assert episode["phases"] == {phase.name: phase for phase in Phase}
+
+
+def test_the_script_has_no_codes_of_its_own():
+    """It takes every name of an ending and a phase from the page's data."""
+    script = Path(record.__file__).with_name("viewer.js").read_text()
+    for codes, source in ((Ending, "episode.endings"), (Phase, "episode.phases")):
+        (names,) = re.findall(rf"const {{([^}}]*)}} = {re.escape(source)};", script)
+        assert {name.strip() for name in names.split(",")} == {code.name for code in codes}
+        assert not re.findall(rf"\b(?:{'|'.join(code.name for code in codes)})\s*=\s*\d", script)
 
 
 def test_text_from_outside_is_escaped():
@@ -177,7 +187,7 @@ def test_text_from_outside_is_escaped():
     ("arguments", "message"),
     [
         (["view=slo_headrom"], "view=slo_headrom is unknown (did you mean slo_headroom?)"),
-        (["view=true"], "view=True is unknown; choose jaxroute or a rule: random,"),
+        (["view=true"], "view=true is unknown; choose jaxroute or a rule: random,"),
         (["view=jaxroute"], "view=jaxroute needs a trained router; add checkpoint=outputs/<run>"),
         (["view=random", "study=quick"], "view=random shows one episode"),
     ],

@@ -2,8 +2,8 @@
 
     python docs/examples/fleet.py FOLDER
 
-The traffic comes in bursts. The servers' logs come from jaxroute's own engine, so that calibration has a right answer to
-find. Prompts are sums and word problems; larger models answer the longer ones better.
+The traffic comes in bursts. The servers' logs come from jaxroute's own engine, so that calibration has a right answer
+to find. Prompts are sums and word problems; larger models answer the longer ones better.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ def traffic(random: np.random.Generator, number: int = 3000) -> list[dict[str, o
             busy = not busy
             until = time + random.exponential(30.0 if busy else 90.0)
         prompt, output = random.lognormal(5.5, 0.8), random.lognormal(4.8, 0.6)
-        rows.append({"arrival_time": round(time, 6), "prompt_tokens": int(prompt) + 1, "output_tokens": int(output) + 1})
+        rows.append(
+            {"arrival_time": round(time, 6), "prompt_tokens": int(prompt) + 1, "output_tokens": int(output) + 1}
+        )
     return rows
 
 
-def serving_log(random: np.random.Generator, server: int, number: int = 150) -> list[dict[str, object]]:
+def serving_log(random: np.random.Generator, server: int, number: int = 100) -> list[dict[str, object]]:
     """Return what one server was asked and when it answered."""
     arrival = np.cumsum(random.exponential(0.2 + 0.3 * server, number))
     prompt = random.lognormal(5.5, 0.8, number).astype(int) + 1
@@ -56,7 +58,7 @@ def serving_log(random: np.random.Generator, server: int, number: int = 150) -> 
     return [dict(zip(names, (*row, p, o), strict=True)) for row, p, o in zip(times, prompt, output, strict=True)]
 
 
-def answers(random: np.random.Generator, number: int = 800) -> list[dict[str, object]]:
+def answers(random: np.random.Generator, number: int = 600) -> list[dict[str, object]]:
     """Return each model's answer to each prompt: whether it was right, and how long it was."""
     rows = []
     for _ in range(number):

@@ -1,1 +1,1 @@
-"""The environment behind the interfaces of other libraries, each in a module named after it, with its own extra."""
+"""The environment behind the interfaces of other libraries: a module for each, named after it, with its own extra."""

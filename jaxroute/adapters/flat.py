@@ -10,12 +10,12 @@ from jaxroute.env import EdgeRouting, EnvParams, Observation
 from jaxroute.networks.features import features_of
 from jaxroute.networks.mlp import flatten
 
-# Features are within a few units of zero on any sensible site; a space needs an end.
+# Features are within a few units of zero on any sensible site, but a space needs bounds.
 LIMIT = 10.0
 
 
 def flat_observation(obs: Observation) -> Float[Array, "feature"]:
-    """Return what network=mlp sees, cut off at `LIMIT`."""
+    """Return what network=mlp sees, clipped to `LIMIT`."""
     return jnp.clip(flatten(features_of(obs, use_impact=False)), -LIMIT, LIMIT)
 
 

@@ -23,7 +23,7 @@ try:
 except ModuleNotFoundError as error:
     raise UserError(f"module {error.name} is missing; run pip install 'jaxroute[gymnasium]' first") from None
 
-# Of a step's `info`, the numbers about all of it; what is told per slot stays on the device.
+# The scalars in the `info` of a step; what is there per slot stays on the device.
 TOTALS = ("rejected", "gap", "qos_sum", "num_completed", "num_late", "num_lost")
 
 
@@ -31,7 +31,7 @@ class GymnasiumVectorEnv(VectorEnv):
     """`num_envs` sites side by side, all steps compiled into one call.
 
     At the horizon an environment starts over in the same step, and `infos["final_obs"]` holds its last observation.
-    `infos["action_mask"]` tells which experts would take the request that has arrived, 1 or 0.
+    `infos["action_mask"]` is 1 for the experts that would accept the arriving request, else 0.
     """
 
     def __init__(self, env: EdgeRouting, params: EnvParams, num_envs: int) -> None:
@@ -82,14 +82,18 @@ class GymnasiumVectorEnv(VectorEnv):
         return np.array(obs), np.array(reward), np.array(terminated), np.array(truncated), infos
 
     def _told(self, infos: dict[str, Array]) -> dict[str, Any]:
-        """To NumPy, and for every key, as Gymnasium has it, whose entries count: everybody's."""
+        """Convert to NumPy, and add for every key the mask that Gymnasium expects: all entries are valid."""
         everybody = np.ones(self.num_envs, bool)
         values = {name: np.array(value) for name, value in infos.items()}
         return values | {f"_{name}": everybody.copy() for name in infos}
 
 
 class GymnasiumEnv(Env):
-    """One site. At the horizon it waits for `reset`."""
+    """One site. At the horizon it waits for `reset`.
+
+    For many, `GymnasiumVectorEnv` is much faster than Gymnasium's vector environments, which call this one by one.
+    `AsyncVectorEnv` needs context="spawn", as JAX does not survive a fork.
+    """
 
     def __init__(self, env: EdgeRouting, params: EnvParams) -> None:
         self._envs = GymnasiumVectorEnv(env, params, num_envs=1)

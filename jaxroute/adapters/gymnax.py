@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class GymnaxAdapter:
     """`jaxroute.make`'s pair as one environment with default parameters and spaces.
 
-    Same keys, states and rewards; observations are vectors, and every `info` has what gymnax's has.
+    Keys, states and rewards are the same; observations are vectors, and every `info` has the entries of gymnax.
     """
 
     def __init__(self, env: EdgeRouting, params: EnvParams) -> None:

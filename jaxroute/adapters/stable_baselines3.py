@@ -1,6 +1,6 @@
 """The environment as Stable-Baselines3's `VecEnv`: many sites in one call; needs the `gymnasium` extra and the library.
 
-Stable-Baselines3 takes a Gymnasium `Env`, which it steps one by one, or its own `VecEnv`, but not a `VectorEnv`.
+Stable-Baselines3 accepts Gymnasium's `Env`, whose copies it steps one by one, or its own `VecEnv`, but no `VectorEnv`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class StableBaselinesVecEnv(VecEnv):
         super().__init__(num_envs, self.envs.single_observation_space, self.envs.single_action_space)
 
     def reset(self) -> Float[np.ndarray, "env feature"]:
-        """Start all environments, from what `seed` gave if it did."""
+        """Start all environments, from the seed of `seed` if it was called."""
         obs, _ = self.envs.reset(seed=self._seeds[0])
         self._reset_seeds()
         return obs
@@ -40,7 +40,7 @@ class StableBaselinesVecEnv(VecEnv):
     def step_wait(
         self,
     ) -> tuple[Float[np.ndarray, "env feature"], Float[np.ndarray, "env"], Bool[np.ndarray, "env"], list[dict]]:
-        """Route each environment's request, and tell the last observation of those that start over."""
+        """Route each environment's request; `infos` holds the last observation of those that start over."""
         obs, reward, _, truncated, told = self.envs.step(self._actions)
         infos: list[dict[str, Any]] = [{name: told[name][e] for name in TOTALS} for e in range(self.num_envs)]
         for e in np.flatnonzero(truncated):
@@ -56,12 +56,12 @@ class StableBaselinesVecEnv(VecEnv):
         return [getattr(self.envs, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Refuse: one environment can't be changed alone."""
-        raise UserError(f"{attr_name} can't be set in a compiled environment; make another one")
+        """Refuse: one environment cannot be changed alone."""
+        raise UserError(f"{attr_name} cannot be set in a compiled environment; make another one")
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
         """Refuse: the environments are one object."""
-        raise UserError(f"{method_name} can't be called on single environments of a compiled batch")
+        raise UserError(f"{method_name} cannot be called on single environments of a compiled batch")
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
         """Return that none is."""

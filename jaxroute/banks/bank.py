@@ -34,27 +34,22 @@ MIN_ROWS = 100  # fewer prompts cannot carry the calibration of the predictions
 
 
 class RequestBank(NamedTuple):
-    """A device-resident table: rows are prompts, columns are a site's experts in the site's order.
-
-    Attributes:
-        prompt_tokens: length of the prompt, tokens.
-        quality: 1 if the expert answers correctly, else 0; a user's own table may grade in between.
-        output_tokens: true length of the expert's answer, tokens, at least 1. Unknown to the router.
-        predicted_quality: expected quality; where answers are right or wrong, the probability that the
-            expert answers correctly. The router sees it.
-        predicted_output_tokens: predicted median of the length, exp(predicted log length), tokens. The router
-            sees it.
-        log_length_error: standard deviation of log(output_tokens) around log(predicted_output_tokens): what
-            the predictor knows of its own error. The router sees it.
-
-    """
+    """A device-resident table: rows are prompts, columns are a site's experts in the site's order."""
 
     prompt_tokens: Int[Array, "prompt"]
+    """Length of the prompt, tokens."""
     quality: Float[Array, "prompt expert"]
+    """1 if the expert answers correctly, else 0; a user's own table may grade in between."""
     output_tokens: Int[Array, "prompt expert"]
+    """True length of the expert's answer, tokens, at least 1. Unknown to the router."""
     predicted_quality: Float[Array, "prompt expert"]
+    """Expected quality; where answers are right or wrong, the probability that the expert answers correctly. The router
+    sees it."""
     predicted_output_tokens: Float[Array, "prompt expert"]
+    """Predicted median of the length, exp(predicted log length), tokens. The router sees it."""
     log_length_error: Float[Array, "expert"]
+    """Standard deviation of log(output_tokens) around log(predicted_output_tokens): what the predictor knows of its own
+    error. The router sees it."""
 
 
 @dataclass

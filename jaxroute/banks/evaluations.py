@@ -365,7 +365,7 @@ def _assembled(path: Path, parts: Iterator[_Answers], notes: list[str], strict: 
                 f"of {strict.counted} {places[first[which[again]]]}; keep one of them, or average several answers "
                 "into one row"
             )
-        notes.append(f"{len(row) - len(first)} answers to prompts that come again are averaged.")
+        notes.append(f"Averaged: {len(row) - len(first)} of {len(row)} answers repeat a prompt and model.")
     queries: dict[str, Any] = {"prompt": list(prompts)}
     if all(part.category is not None for part in collected):
         category = np.array([name for part in collected for name in part.category or ()], object)

@@ -1,10 +1,16 @@
-"""One file per command of `python -m jaxroute`; each has a `main` that takes the command's words."""
+"""One file per command of `jaxroute`; each has a `main` that takes the words after the command.
+
+console.py is what they all share, configured.py what train and eval share, arguments.py what the others share.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from jaxroute.errors import did_you_mean
 
 COMMANDS = {
     "train": "train a router, then judge it against the rules",
@@ -23,9 +29,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_help())
         return 0
+    if words[0] == "--version":
+        from jaxroute import __version__
+
+        print(f"jaxroute {__version__}")
+        return 0
     name, *rest = words
     if name not in COMMANDS:
-        print(f"error: {name} is no command; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        hint = did_you_mean(name, COMMANDS)
+        print(f"error: there is no command {name}{hint}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     # Imported here: each loads what it needs, and no more.
     code: int = importlib.import_module(f"jaxroute.commands.{name}").main(rest)
@@ -35,4 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items()]
-    return "\n".join(["usage: jaxroute COMMAND ...", "", *lines, "", "jaxroute COMMAND --help says more."])
+    started = "jaxroute" if Path(sys.argv[0]).name == "jaxroute" else "python -m jaxroute"
+    return "\n".join(
+        [f"usage: {started} COMMAND ... | --version", "", *lines, "", f"{started} COMMAND --help says more."]
+    )

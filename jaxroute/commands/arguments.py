@@ -1,4 +1,4 @@
-"""What the commands `python -m jaxroute.<name>` share: options, errors in one line, choices written once checked."""
+"""Commands with arguments of their own, read by argparse: trace, calibrate, bank, predict, export."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from jaxroute.commands.console import run_with_console
+from jaxroute.config.words import program
 from jaxroute.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Options whose mistakes are a user's."""
+    """Arguments of a command, whose mistakes are a user's."""
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage.
@@ -24,20 +26,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def parser_of(command: str, description: str, kind: type[Parser] = Parser) -> Parser:
+    """Return a parser for a command of jaxroute, whose usage names the command as it was started."""
+    return kind(prog=program(command), description=description)
+
+
 def run_command(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
     run: Callable[[argparse.Namespace, Console], None],
 ) -> int:
-    """Parse the options and run the command; returns the exit code, 2 for a user's mistake."""
-    # A plain, wide console where nobody watches, so that logs hold whole lines.
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    try:
-        run(parser.parse_args(argv), console)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Read the arguments and run the command; returns the exit code, 2 for a user's mistake."""
+    words = sys.argv[1:] if argv is None else argv
+    return run_with_console(lambda console: run(parser.parse_args(words), console))
 
 
 def run_chosen(options: argparse.Namespace, console: Console) -> None:

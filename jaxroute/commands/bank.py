@@ -1,4 +1,4 @@
-"""Banks of a user's own: build one from an evaluation, describe what it holds.
+"""Build a bank from an evaluation, or describe what a bank holds.
 
 python -m jaxroute bank build INPUT --out FOLDER
 python -m jaxroute bank describe FOLDER
@@ -19,9 +19,10 @@ from rich.table import Table as Grid
 from jaxroute.banks.bank import MIN_ROWS
 from jaxroute.banks.evaluations import read_evaluation
 from jaxroute.banks.tables import Table, choose_llms, read_table, write_table
-from jaxroute.commands.arguments import Parser, run_chosen, run_command
+from jaxroute.commands.arguments import parser_of, run_chosen, run_command
+from jaxroute.config.words import command_line, path_word
 
-_COLUMNS = 7  # of one printed table, so that categories with long names fit beside long names of LLMs
+_COLUMNS = 7  # per printed table: long names of categories and of LLMs fit side by side
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m jaxroute bank", description="Request banks from your own evaluation.")
+    parser = parser_of("bank", "Request banks from your own evaluation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     build = commands.add_parser("build", help="write a bank from an evaluation")
     build.add_argument(
@@ -61,7 +62,7 @@ def _build(options: argparse.Namespace, console: Console) -> None:
     missing = _missing(table).sum()
     console.print(
         f"{options.out}: {len(table.queries)} prompts x {len(table.llms)} LLMs, {missing} cells missing.",
-        f"Use it with: bank=table bank.folder={options.out}",
+        f"Use it with: {command_line('train', 'bank=table', path_word('bank.folder', options.out))}",
         sep="\n", markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -83,7 +84,7 @@ def _missing(table: Table) -> Bool[np.ndarray, "prompt llm"]:
 
 
 def _grids(table: Table, missing: Bool[np.ndarray, "prompt llm"]) -> Iterator[Grid]:
-    """What each LLM misses, how long and how good its answers are, overall and per category; the best LLM first."""
+    """Missing cells, mean length and mean quality of each LLM, overall and per category; the best LLM first."""
     quality = [_mean(column, 3) for column in table.quality.T]
     columns = [
         ("missing", ["", *(str(count) for count in missing.sum(axis=0))]),
@@ -109,7 +110,7 @@ def _grids(table: Table, missing: Bool[np.ndarray, "prompt llm"]) -> Iterator[Gr
 
 def _coverage(missing: Bool[np.ndarray, "prompt llm"]) -> str:
     complete = (~missing.any(axis=1)).sum()
-    few = f"; a site needs {MIN_ROWS}: fewer LLMs (--models) or more prompts" if complete < MIN_ROWS else ""
+    few = f"; a site needs {MIN_ROWS}: choose fewer LLMs (--models) or add prompts" if complete < MIN_ROWS else ""
     return (
         f"Missing: {missing.sum()} of {missing.size} cells (no quality or no output_tokens). "
         f"Complete for these {missing.shape[1]} LLMs: {complete} of {len(missing)} prompts{few}."

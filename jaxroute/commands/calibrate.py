@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from jaxroute.commands.arguments import Parser, run_command
+from jaxroute.commands.arguments import parser_of, run_command
+from jaxroute.commands.console import say
 from jaxroute.config.choices import check_choice, usage_of_choice, write_choice
 from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m jaxroute calibrate", description="Fit experts to serving logs.")
+    parser = parser_of("calibrate", "Fit experts to serving logs.")
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="a log of one expert, or a profile table")
     parser.add_argument("--out", type=Path, required=True, help="the site, such as configs/site/mine.yaml")
     of_each = "of each log; one for all, or one per log"
@@ -90,8 +91,8 @@ def _calibrate(options: argparse.Namespace, console: Console) -> None:
     for name, (log, fit) in figures.items():
         _figure(log, fit).savefig(options.out.parent / name, dpi=120)
         console.print(f"Figure: {options.out.parent / name}", highlight=False)
-    console.print(f"Site: {options.out}", highlight=False)
-    console.print(f"Use it with: {usage_of_choice('site', options.out)}", highlight=False, soft_wrap=True)
+    say(console, f"Site: {options.out}")
+    say(console, f"Use it with: {usage_of_choice('site', options.out)}")
 
 
 def _of_each(given: list[str] | None, logs: list[Path], option: str, default: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jaxroute.commands.arguments import Parser, run_command
+from jaxroute.commands.arguments import Parser, parser_of, run_command
 from jaxroute.training.export import export_router
 
 
@@ -34,7 +34,7 @@ class _Intermixed(Parser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Intermixed(prog="python -m jaxroute export", description="Export a trained router for use in a gateway.")
+    parser = parser_of("export", "Export a trained router for use in a gateway.", _Intermixed)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory or one of its checkpoints")
     parser.add_argument("options", nargs="*", metavar="option=value", help="other than the run's, e.g. site=edge16")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="must not exist yet")

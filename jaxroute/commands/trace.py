@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Column, Table
 
-from jaxroute.commands.arguments import Parser, run_chosen, run_command
+from jaxroute.commands.arguments import parser_of, run_chosen, run_command
 from jaxroute.config.choices import check_choice, usage_of_choice, write_choice
 from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m jaxroute trace", description="Recorded arrivals: what they are like, a fit.")
+    parser = parser_of("trace", "Recorded arrivals: what they are like, a fit.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     describe = commands.add_parser("describe", help="print and plot what a trace is like")
     describe.set_defaults(run=_describe)
@@ -132,10 +132,7 @@ def _say(console: Console, text: str) -> None:
 
 
 def _save(figure: Figure, path: Path, console: Console) -> None:
-    try:
-        write_file(path, png_bytes(figure))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): name another file") from error
+    write_file(path, png_bytes(figure))
     _say(console, f"Figure: {path}")
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from jaxroute.config.load import config_folder, load_config
 from jaxroute.config.schema import Config
+from jaxroute.config.words import command_line, paths_word
 from jaxroute.errors import UserError
+from jaxroute.files import check_writable
 
 
 def check_choice(group: str, path: Path) -> None:
@@ -26,6 +28,7 @@ def check_choice(group: str, path: Path) -> None:
         raise UserError(f"--out={path}: the file names the {group}; use letters, digits, - and _")
     if (config_folder() / group / path.name).exists():
         raise UserError(f"--out={path}: there is a {group} {path.stem} already, which would be loaded; name another")
+    check_writable(path.parent, "--out")
 
 
 def write_choice(group: str, path: Path, text: str, check: Callable[[Config], object] = lambda config: None) -> Config:
@@ -51,13 +54,13 @@ def write_choice(group: str, path: Path, text: str, check: Callable[[Config], ob
 def usage_of_choice(group: str, path: Path) -> str:
     """Return the command that trains with a written choice."""
     folder = path.resolve().parent
+    choice = f"{group}={path.stem}"
     if folder == (config_folder() / group).resolve():
-        return f"python train.py {group}={path.stem}"
+        return command_line("train", choice)
     if folder.name != group:
-        return f"python train.py {group}={path.stem}, once the file is in configs/{group}"
-    return f'python train.py "{_searchpath(folder.parent)}" {group}={path.stem}'
+        return f"{command_line('train', choice)}, once the file is in a folder named {group}, such as configs/{group}"
+    return command_line("train", _searchpath(folder.parent), choice)
 
 
 def _searchpath(folder: Path) -> str:
-    escaped = str(folder.resolve()).replace("'", r"\'")
-    return f"hydra.searchpath=['{escaped}']"
+    return paths_word("hydra.searchpath", [folder.resolve()])

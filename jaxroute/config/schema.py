@@ -75,8 +75,8 @@ class TrainConfig:
     """How to train."""
 
     loads: list[float] = field(default_factory=lambda: [0.25, 1.75])
-    """Least and greatest load, as multiples of the workload's rate. Each environment draws its own in between, so that
-    one router learns what to do when the site is quiet and when it is overloaded."""
+    """Least and greatest load, as multiples of the workload's rate; one number stands for both. Each environment draws
+    its own in between, so that one router learns what to do when the site is quiet and when it is overloaded."""
     redraw_every: int = 512
     """Steps after which an environment draws a new load."""
     arrivals: str | None = "mixed"
@@ -101,8 +101,10 @@ class TrainConfig:
     """Number of latest states to keep, in addition to the one with the best average QoS."""
 
     def __post_init__(self) -> None:
+        if len(self.loads) == 1:
+            self.loads = self.loads * 2
         if len(self.loads) != 2 or not 0 < self.loads[0] <= self.loads[1] < float("inf"):
-            raise UserError(f"train: loads={list(self.loads)} must be two numbers, 0 < least <= greatest")
+            raise UserError(f"train: loads={list(self.loads)} must be one or two numbers, 0 < least <= greatest")
         for name in ("redraw_every", "log_interval", "num_seeds", "save_interval", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train: {name}={getattr(self, name)} must be at least 1")

@@ -49,11 +49,11 @@ from jaxroute.serving import (
 from jaxroute.serving.checks import whole
 from jaxroute.workloads.arrivals import ArrivalProcess, first_arrival_state
 
-# The recent arrival rate is an exponential mean over this many gaps, the recent latency over this time.
+# The recent arrival rate is an exponential mean over this many gaps; the recent latency, over this time in s.
 ARRIVAL_WINDOW = 32.0
 LATENCY_WINDOW = 60.0
 
-# Between which values a random site's experts draw, apart from their LLM.
+# The ranges from which the experts of a random site are drawn, apart from their LLM.
 _TIME_FACTORS = (0.5, 2.0)
 _MEMORY_FACTORS = (0.5, 2.0)
 _NETWORK_DELAYS = (0.001, 0.020)  # s
@@ -62,24 +62,24 @@ _FEWEST_EXPERTS = 2
 
 @dataclass(frozen=True)
 class EdgeRouting:
-    """Route requests among the experts of one edge site; hashable, as everything here is static."""
+    """Route requests among the experts of one edge site. Every field is static, so the environment is hashable."""
 
     num_experts: int
     num_slots: int
-    """Requests that an expert can hold, running and waiting."""
+    """How many requests an expert can hold, running and waiting."""
     arrival_process: ArrivalProcess
     redraw_every: int = 0
-    """Draw a new request rate every so many steps; 0 keeps the first."""
+    """Number of steps after which a new request rate is drawn; 0 keeps the first."""
     horizon: int = 0
-    """Truncate and start over after so many steps; 0 never does, and compiles no reset into `step`."""
+    """Number of steps after which an episode is truncated and starts over; 0 never does, and compiles no reset."""
     expected_quality: bool = True
-    """Reward the predicted quality instead of the drawn outcome; the metrics always count the outcome."""
+    """Reward the predicted quality instead of the drawn outcome; metrics always count the outcome."""
     outages: str = "none"
-    """What an expert that fails does to the requests there: they are "lost", or "retried"; "none" fails."""
+    """What happens to the requests at an expert that fails: "lost" or "retried"; with "none", no expert fails."""
     random_sites: float = 0.0
-    """Share of environments that draw a site of their own at `reset`."""
+    """Fraction of environments that draw a site of their own at `reset`."""
     stale: bool = False
-    """The router sees the experts as of the latest of looks that are `params.refresh_interval` apart."""
+    """The router looks at the experts only every `params.refresh_interval` seconds, and decides on its latest look."""
 
     @property
     def num_actions(self) -> int:
@@ -90,7 +90,7 @@ class EdgeRouting:
         """Start with an idle site and its first request."""
         key_rate, key_start, key_request = jax.random.split(key, 3)
         state_shape = (self.num_slots, self.num_experts)
-        # Of these numbers, `split` takes those below 3.
+        # `split` uses the numbers below 3.
         fleet = _draw_fleet(jax.random.fold_in(key, 3), params, self.random_sites) if self.random_sites else None
         rate = _draw_rate(key_rate, params, fleet)
         zeros = jnp.zeros(self.num_experts, jnp.float32)
@@ -114,7 +114,7 @@ class EdgeRouting:
             retries=retries,
             seen=None,
         )
-        # Nothing has been seen yet: whatever the age, the first look is at the present.
+        # Nothing has been seen yet, so the first look is always at the present.
         return self._observe(state, params, jnp.float32(0.0))
 
     def step(
@@ -123,8 +123,8 @@ class EdgeRouting:
         """Route the request to expert `action`, and let time pass until the next one arrives.
 
         The draws depend on `key` alone, not on the action, so two policies under the same keys meet the same
-        requests at the same times, and the same outages. Where requests are retried, steps are not arrivals: give the
-        same key as long as `state.step` is the same.
+        requests at the same times, and the same outages. If requests are retried, not every step is an arrival: give
+        the same key as long as `state.step` is the same.
 
         Returns:
             Observation and state at the next arrival, the reward, terminated (False), truncated, and `info`:
@@ -160,8 +160,8 @@ class EdgeRouting:
         gap = gap / rate
         mean_gap = state.mean_gap + (gap - state.mean_gap) / ARRIVAL_WINDOW
         if retries is not None:
-            # Requests given back are routed one after the other, at the moment of the failure and before the one that
-            # arrives then: no time passes after them.
+            # Requests that were given back are routed one after the other at the moment of the failure, before the one
+            # that has just arrived: no time passes between them.
             passes = request.age == 0
             gap = jnp.where(passes, gap, 0.0)
             arrivals, rate, mean_gap = jax.tree.map(
@@ -207,7 +207,7 @@ class EdgeRouting:
         return obs, new, _reward(params, state.potential, new.potential, earned, info), info
 
     def _observe(self, state: EnvState, params: EnvParams, gap: Float[Array, ""]) -> tuple[Observation, EnvState]:
-        """Return what the router sees, and the state with what is remembered of it."""
+        """Return what the router sees, and the state that remembers it."""
         seen, potential, obs = _see(
             site_of(state, params),
             by_expert(params.bank.log_length_error, state.fleet),
@@ -219,7 +219,7 @@ class EdgeRouting:
 
 
 def _expert_number(action: Int[Array, ""], num_experts: int) -> Int[Array, ""]:
-    """Check an action as far as it is known: of traced ones, type and shape."""
+    """Check an action; of a traced one, only its type and shape are known."""
     if not isinstance(action, jax.core.Tracer):
         return jnp.int32(whole("action", action, 0, num_experts - 1))
     if action.shape or not jnp.issubdtype(action.dtype, jnp.integer):
@@ -228,17 +228,17 @@ def _expert_number(action: Int[Array, ""], num_experts: int) -> Int[Array, ""]:
 
 
 class _Served(NamedTuple):
-    """What a step did at the experts."""
+    """What happened at the experts during a step."""
 
     site: SiteState
-    """Without what was lost."""
+    """Without the requests that were lost."""
     table: SlotTable
     retries: Retries | None
     latency_sum: Float[Array, "expert"]
-    """Normalised latencies of what ended."""
+    """Sum of the normalised latencies of the requests that ended."""
     num_ended: Int[Array, "expert"]
     expected_qos: Float[Array, ""]
-    """QoS of what ended, at its predicted quality."""
+    """QoS of the requests that ended, with predicted quality."""
     info: dict[str, Array]
 
 
@@ -246,7 +246,7 @@ class _Served(NamedTuple):
 def _serve(
     site: Site, state: EnvState, failed: Bool[Array, "expert"], action: Int[Array, ""], gap: Float[Array, ""]
 ) -> _Served:
-    """Send the request to the chosen expert, if it takes it, and let `gap` s pass, at whose end some experts fail."""
+    """Send the request to the chosen expert, if it accepts it, and let `gap` s pass, after which experts may fail."""
     request, table, retries, up = state.request, state.table, state.retries, state.up
     prompt = jnp.broadcast_to(request.prompt_tokens, request.output_tokens.shape)
     accepted = (positions(up) == action) & up & can_accept(site, state.site, prompt, request.output_tokens)
@@ -320,12 +320,12 @@ def _reward(
     earned: Float[Array, ""],
     info: dict[str, Array],
 ) -> Float[Array, ""]:
-    """Return the tailored reward: QoS that ended, accelerator time, and shaping by the potential's change.
+    """Return the tailored reward: QoS of what ended, minus accelerator time, plus the change of the potential.
 
-    Phi(s') - Phi(s) adds up to nothing in the long run, so the best policy by average QoS stays the best. It moves the
-    credit from where a request ends to where it is routed, and to where its prospects change. With a discount before
-    Phi(s'), as for discounted returns (Ng, Harada and Russell, 1999), an answer would still be worth the less the
-    longer it takes, which QoS is not.
+    Phi(s') - Phi(s) telescopes, so the policy with the best average QoS stays the best. It moves the credit from the
+    step in which a request ends to that in which it is routed, and to those in which its prospects change. With a
+    discount before Phi(s'), as for discounted returns (Ng, Harada and Russell, 1999), an answer would be worth less the
+    longer it takes, which is not true of QoS.
     """
     weights = params.reward
     shaping = next_potential - potential
@@ -334,15 +334,15 @@ def _reward(
 
 def _draw_rate(key: PRNGKeyArray, params: EnvParams, fleet: Fleet | None) -> Float[Array, ""]:
     low, high = params.rate
-    rate = jax.random.uniform(key, (), minval=low, maxval=high)
+    rate = jax.random.uniform(key, (), jnp.float32, minval=low, maxval=high)
     if fleet is None:
         return rate
-    # In proportion to what the drawn site can do, so that the load stays in the range that was asked for.
+    # In proportion to the capacity of the drawn site, so that the load stays in the requested range.
     return rate * (_capacity(fleet.site) * fleet.present).sum() / _capacity(params.site).sum()
 
 
 def _capacity(site: Site) -> Float[Array, "expert"]:
-    """Tokens per second of a full batch, as long as streaming the weights bounds it."""
+    """Tokens per second of a full batch whose time is bounded by streaming the weights."""
     return site.max_num_seqs / site.weight_load
 
 
@@ -350,7 +350,7 @@ def _draw_fleet(key: PRNGKeyArray, params: EnvParams, share: float) -> Fleet:
     """Draw a site with probability `share`: how many experts, and each one's LLM, speed, memory and distance."""
     key_own, key_count, key_column, key_time, key_memory, key_delay = jax.random.split(key, 6)
     num_experts = params.site.num_experts
-    column = jax.random.randint(key_column, (num_experts,), 0, num_experts)
+    column = jax.random.randint(key_column, (num_experts,), 0, num_experts, jnp.int32)
     site = jax.tree.map(lambda values: values[column], params.site)
     slower = _log_uniform(key_time, _TIME_FACTORS, num_experts)
     kv_capacity = (site.kv_capacity * _log_uniform(key_memory, _MEMORY_FACTORS, num_experts)).astype(jnp.int32)
@@ -361,30 +361,30 @@ def _draw_fleet(key: PRNGKeyArray, params: EnvParams, share: float) -> Fleet:
         attention_per_token=site.attention_per_token * slower,
         kv_capacity=jnp.maximum(kv_capacity, params.bank.prompt_tokens.max() + 1),
         network_delay=jax.random.uniform(
-            key_delay, (num_experts,), minval=_NETWORK_DELAYS[0], maxval=_NETWORK_DELAYS[1]
+            key_delay, (num_experts,), jnp.float32, minval=_NETWORK_DELAYS[0], maxval=_NETWORK_DELAYS[1]
         ),
     )
-    # Experts are drawn alike, so that it does not matter which are there.
-    count = jax.random.randint(key_count, (), min(_FEWEST_EXPERTS, num_experts), num_experts + 1)
-    expert = jnp.arange(num_experts)
+    # All experts are drawn from one distribution, so it does not matter which of them are present.
+    count = jax.random.randint(key_count, (), min(_FEWEST_EXPERTS, num_experts), num_experts + 1, jnp.int32)
+    expert = jnp.arange(num_experts, dtype=jnp.int32)
     drawn = Fleet(site, column, present=expert < count)
     given = Fleet(params.site, column=expert, present=expert >= 0)
-    own = jax.random.uniform(key_own) < share
+    own = jax.random.uniform(key_own, (), jnp.float32) < share
     return jax.tree.map(lambda drawn, given: jnp.where(own, drawn, given), drawn, given)
 
 
 def _log_uniform(key: PRNGKeyArray, between: tuple[float, float], size: int) -> Float[Array, "expert"]:
     low, high = between
-    return low * (high / low) ** jax.random.uniform(key, (size,))
+    return low * (high / low) ** jax.random.uniform(key, (size,), jnp.float32)
 
 
 def site_of(state: EnvState, params: EnvParams) -> Site:
-    """Return the site of this environment: its own, or the given one."""
+    """Return the site of this environment: its own, or that of the parameters."""
     return params.site if state.fleet is None else state.fleet.site
 
 
 def by_expert(values: Float[Array, "expert"], fleet: Fleet | None) -> Float[Array, "expert"]:
-    """Turn what is known of each LLM of the bank into what is known of each expert."""
+    """Look up, for each expert, the value of the LLM that it serves."""
     return values if fleet is None else values[fleet.column]
 
 
@@ -392,7 +392,7 @@ def _outages(
     key: PRNGKeyArray, up: Bool[Array, "expert"], gap: Float[Array, ""], params: EnvParams, fleet: Fleet | None
 ) -> tuple[Bool[Array, "expert"], Bool[Array, "expert"]]:
     """Return which experts have failed within `gap`, and which are up after it."""
-    draw = jax.random.uniform(key, up.shape)
+    draw = jax.random.uniform(key, up.shape, jnp.float32)
     failed = up & (draw < -jnp.expm1(-gap / params.outages.mean_uptime))
     recovered = ~up & (draw < -jnp.expm1(-gap / params.outages.mean_downtime))
     if fleet is not None:
@@ -401,16 +401,16 @@ def _outages(
 
 
 def _draw_request(key: PRNGKeyArray, number: Int[Array, ""], params: EnvParams, fleet: Fleet | None) -> Request:
-    # Two numbers of 32 bits in one call: generators are a good part of a step. The remainder favours no row by more
+    # Two 32-bit numbers in one call, as random numbers take a good part of a step. The remainder favours no row by more
     # than one in 2^32 / rows.
-    for_row, for_class = jax.random.bits(key, (2,))
+    for_row, for_class = jax.random.bits(key, (2,), jnp.uint32)
     row = (for_row % params.bank.prompt_tokens.shape[0]).astype(jnp.int32)
     level = (for_class * jnp.float32(2**-32) >= jnp.cumsum(params.share)[:-1]).sum()
     return _request(number, row, params.requirement[level], jnp.float32(0.0), params, fleet)
 
 
 def _take_first(retries: Retries, table: SlotTable, params: EnvParams, fleet: Fleet | None) -> tuple[Retries, Request]:
-    """Take the first marked request, by expert and then by slot; anything if none is."""
+    """Take the first marked request, by expert and then by slot; if none is marked, any."""
     expert, slot = jnp.divmod(jnp.argmax(retries.marked.T), retries.marked.shape[0])
     number, row, age, requirement = (
         column[slot, expert] for column in (retries.number, retries.row, retries.age, table.latency_requirement)
@@ -443,7 +443,7 @@ def _request(
 
 @lanes_last
 def _row(table: Float[Array, "row expert"], row: Int[Array, ""]) -> Float[Array, "expert"]:
-    # Written in the layout in which it is read, and along axes of one where all share a table.
+    # In the layout in which the result is read; the axes have length one where all environments share a table.
     return jnp.take_along_axis(table, row[None, None], axis=0)[0]
 
 
@@ -452,15 +452,15 @@ def observe(
 ) -> Observation:
     """Lay out what a router knows of the experts and of the arriving request, for rules and networks to decide on.
 
-    No engine is needed: a gateway that keeps count of its requests calls this as the environment does. Axes behind
-    those named are batched ones, as in `lanes_last`.
+    It needs no engine: a gateway that keeps track of its requests calls it just as the environment does. Axes behind
+    the named ones are batch axes, as in `lanes_last`.
 
     Args:
         site: limits and profile of the experts.
         log_error: standard deviation of the log length around its prediction.
         known: what is known of the experts.
-        request: the one that has arrived.
-        mean_gap: between arrivals lately, s.
+        request: the arriving request.
+        mean_gap: recent mean time between arrivals, s.
     """
     batch = known.batch
     outlook, load = assess(site, log_error, batch)
@@ -481,7 +481,7 @@ def observe(
         recent_latency=known.recent_latency,
         expected_qos=outlook.expected_qos,
         up=known.up,
-        # The true length is unknown to the router, so that a request too long for the memory is found out late.
+        # The router does not know the true length: that a request is too long for the memory shows only later.
         available=known.up & (load.num_waiting < site.max_waiting) & (request.prompt_tokens < site.kv_capacity),
     )
     active = batch.running | batch.waiting
@@ -513,10 +513,10 @@ def observe(
 def _see(
     site: Site, log_error: Float[Array, "expert"], state: EnvState, gap: Float[Array, ""], refresh: Float[Array, ""]
 ) -> tuple[Snapshot, Float[Array, ""], Observation]:
-    """Return the latest look at the experts, their potential now, and what the router sees of both request and experts.
+    """Return the latest look at the experts, the potential of their present state, and the observation.
 
-    `gap` has passed since the last time; the look is at the present, unless that in `state.seen` is then younger than
-    `refresh`, both in s.
+    `gap` s have passed since the previous step. If the look in `state.seen` is younger than `refresh` s, it still
+    counts; otherwise the router looks again.
     """
     slots, table, seen = state.site.slots, state.table, state.seen
     running, waiting = running_and_waiting(state.site)
@@ -538,6 +538,6 @@ def _see(
         old = seen._replace(age=seen.age + gap)
         look = jax.tree.map(lambda new, old: jnp.where(seen.age + gap >= refresh, new, old), look, old)
     obs = observe(site, log_error, look, state.request.described(), state.mean_gap)
-    # Of the true state, which is what the router sees unless its look is late.
+    # The potential is that of the true state, which is what the router sees unless its look is old.
     expected_qos = obs.experts.expected_qos if seen is None else assess(site, log_error, batch)[0].expected_qos
     return look, expected_qos.sum(0), obs

@@ -1,8 +1,8 @@
 """The action impact estimator: what an action would do to the arriving request and to those in flight.
 
 One *frozen-batch* model serves three purposes: edge features of the graph, the `impact_greedy` policy, and the
-potential of the reward. It supposes that an expert's batch stays as it is (at a steady load, requests leave as
-others come), that lengths are log-normal around their predictions, and that iteration times are known up to
+potential of the reward. It assumes that an expert's batch stays as it is (at a steady load, requests leave as
+others come), that lengths are log-normal around their predictions, and that iteration times are known to within
 `RATE_ERROR`. Formulas and their derivation: docs/explanation/learning.md.
 """
 
@@ -22,10 +22,10 @@ RATE_ERROR = 0.25
 
 
 class Outlook(NamedTuple):
-    """The frozen-batch model of each expert as it stands."""
+    """What the frozen-batch model predicts for each expert as it stands."""
 
     iteration_time: Float[Array, "expert"]
-    """s, with every request there that finds a seat."""
+    """s, with every request there that fits into the batch."""
     pending_prefill: Float[Array, "expert"]
     """tokens."""
     pending_output: Float[Array, "expert"]
@@ -44,15 +44,15 @@ class Load(NamedTuple):
     context: Float[Array, "expert"]
     num_waiting: Float[Array, "expert"]
     seats: Float[Array, "expert"]
-    """Requests that could still join the batch, by seats and by KV memory."""
+    """Requests that could still join the batch, given its limit and the free KV memory."""
     departure_time: Float[Array, "expert"]
-    """Mean time between two requests leaving the batch, s."""
+    """Mean time between two departures from the batch, s."""
     elapsed: Float[Array, "slot expert"]
-    """Time that each request will have spent on other than its own decode iterations, s."""
+    """Time that each request will have spent on anything but its own decode iterations, s."""
 
 
 def _prefill_stall(site: Site, tokens: Array, num_seqs: Array) -> Array:
-    """By how much prefilling `tokens` delays a batch that decodes beside it, s."""
+    """How much prefilling `tokens` delays a batch that decodes at the same time, s."""
     decoding = jnp.maximum(site.weight_load, site.compute_per_token * num_seqs)
     return jnp.maximum(site.compute_per_token * (tokens + num_seqs) - decoding, 0.0)
 
@@ -60,8 +60,8 @@ def _prefill_stall(site: Site, tokens: Array, num_seqs: Array) -> Array:
 def _expected_remaining(predicted: Array, generated: Array, log_error: Array) -> Array:
     """E[n - generated | n > generated] for log-normal n with median `predicted`, at least 1."""
     so_far = jnp.maximum(generated, 1.0)
-    # Four standard deviations into the tail both probabilities vanish in float32; from there on the mean is kept in
-    # proportion to what has been generated, which is a little less than a log-normal's.
+    # Four standard deviations into the tail, both probabilities vanish in float32. From there on, the mean stays in
+    # proportion to what has been generated, slightly below that of a log-normal.
     predicted = jnp.maximum(predicted, so_far * jnp.exp(-4 * log_error))
     z = jnp.minimum(jnp.log(predicted / so_far) / log_error, 8.0)
     mean = predicted * jnp.exp(log_error**2 / 2) * ndtr(z + log_error) / ndtr(z)
@@ -86,7 +86,7 @@ def _probability_in_time(
 
 
 def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple[Outlook, Load]:
-    """Predict the fate of every request in flight if nothing else were sent there.
+    """Predict what becomes of every request in flight if no other one were sent there.
 
     `log_error` is the standard deviation of the log length around its prediction.
     """
@@ -140,7 +140,7 @@ def estimate_impact(
 ) -> Impact:
     """Predict what routing the arriving request to each expert would do, to it and to those there.
 
-    `outlook` and `load` are what `assess` makes of the same batch.
+    `outlook` and `load` are what `assess` returns for the same batch.
     """
     num_before = jnp.minimum(load.num_active, site.max_num_seqs)
     num_seqs = jnp.minimum(load.num_active + 1, site.max_num_seqs)
@@ -152,7 +152,7 @@ def estimate_impact(
     before = _prefill_stall(site, outlook.pending_prefill, num_before)
     after = _prefill_stall(site, outlook.pending_prefill + request.prompt_tokens, num_seqs)
     wait = jnp.maximum(load.num_waiting + 1 - load.seats, 0.0) * load.departure_time
-    # On average half an iteration is left to run when it comes; then one that completes its prefill.
+    # On average, half an iteration is left when it comes; then follows the one that completes its prefill.
     residual = jnp.where(load.num_active > 0, outlook.iteration_time / 2, 0.0)
     ttft = request.age + site.network_delay + residual + wait + after + slower
     fixed = ttft + site.network_delay - slower

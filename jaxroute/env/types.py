@@ -19,38 +19,38 @@ class Arrival(NamedTuple):
     latency_requirement: Float[Array, ""]
     """s per output token."""
     arrival_rate: Float[Array, ""]
-    """Requests per second lately (an exponential window of 32 arrivals)."""
+    """Recent request rate, 1/s: an exponential window of 32 arrivals."""
     age: Float[Array, ""]
     """Time since its first arrival, s: 0, unless an expert that failed has given it back."""
 
 
 class Experts(NamedTuple):
-    """Each expert, as its metrics endpoint and its profile describe it."""
+    """The experts, as their metrics endpoints and profiles describe them."""
 
     num_running: Float[Array, "expert"]
     num_waiting: Float[Array, "expert"]
     max_num_seqs: Float[Array, "expert"]
     max_waiting: Float[Array, "expert"]
     kv_used: Float[Array, "expert"]
-    """KV tokens held, those of the iteration in progress not yet included."""
+    """KV tokens held, without those of the iteration in progress."""
     kv_capacity: Float[Array, "expert"]
     pending_prefill: Float[Array, "expert"]
     """Tokens still to be prefilled for the requests there."""
     pending_output: Float[Array, "expert"]
     """Predicted output tokens still to be generated for the requests there."""
     iteration_time: Float[Array, "expert"]
-    """Time of a decode iteration of the batch as it is, s."""
+    """Time of a decode iteration of the current batch, s."""
     weight_load: Float[Array, "expert"]
     compute_per_token: Float[Array, "expert"]
     network_delay: Float[Array, "expert"]
     recent_latency: Float[Array, "expert"]
-    """Mean normalised latency of what completed there in the last minute or so, s/token; 0 if nothing did."""
+    """Mean normalised latency of what completed there in about the last minute, s/token; 0 if nothing did."""
     expected_qos: Float[Array, "expert"]
     """Expected QoS of all requests there (the impact estimator's)."""
     up: Bool[Array, "expert"]
-    """Whether it serves: the site has it, and it has not failed."""
+    """Whether it serves: the site has this expert, and it has not failed."""
     available: Bool[Array, "expert"]
-    """Whether it would take the arriving request: it is up, its queue has room and its memory could hold the prompt."""
+    """Whether it would accept the arriving request: it is up, its queue has room, its memory could hold the prompt."""
 
     @property
     def eligible(self) -> Bool[Array, "expert"]:
@@ -75,7 +75,7 @@ class Impact(NamedTuple):
     qos_loss: Float[Array, "expert"]
     """Expected QoS that the requests in flight there lose."""
     added_violations: Float[Array, "expert"]
-    """Expected number of them that become late."""
+    """Expected number of these requests that become late."""
 
 
 class Candidates(NamedTuple):
@@ -146,7 +146,7 @@ class Observation(NamedTuple):
 
     Nodes: the arriving request, the experts, the running and the waiting requests (both live in `in_flight`, told
     apart by the masks). Edges: arrival to each expert (`candidates`) and back, each request in flight to its expert.
-    Only what a real router can know is here: predictions, never true qualities or lengths.
+    It holds only what a real router can know: predictions, never true qualities or lengths.
     `jaxroute.networks.graph.as_graphs` lays it out as `jraph.GraphsTuple`s.
     """
 
@@ -159,7 +159,7 @@ class Observation(NamedTuple):
 
 
 class RewardParams(NamedTuple):
-    """Weights of the tailored reward's parts."""
+    """Weights of the parts of the tailored reward."""
 
     accelerator_price: Float[Array, ""]
     """Per accelerator-second spent in iterations."""
@@ -177,7 +177,7 @@ class OutageParams(NamedTuple):
 
 
 class EnvParams(NamedTuple):
-    """Everything about a scenario that may change without a new compilation."""
+    """Everything about a scenario that can change without recompiling."""
 
     site: Site
     bank: RequestBank
@@ -189,7 +189,7 @@ class EnvParams(NamedTuple):
     reward: RewardParams
     outages: OutageParams
     refresh_interval: Float[Array, ""]
-    """Least time between two looks at the experts, s."""
+    """Minimum time between two looks at the experts, s."""
 
 
 class Fleet(NamedTuple):
@@ -199,14 +199,14 @@ class Fleet(NamedTuple):
     column: Int[Array, "expert"]
     """The bank's column, the LLM, that each expert serves."""
     present: Bool[Array, "expert"]
-    """Whether the site has it at all."""
+    """Whether the site has this expert at all."""
 
 
 class Request(NamedTuple):
-    """The arriving request with all its truths."""
+    """The arriving request, with the true values that no router sees."""
 
     number: Int[Array, ""]
-    """How many have arrived before it."""
+    """How many requests have arrived before it."""
     row: Int[Array, ""]
     """Its prompt's row in the bank."""
     age: Float[Array, ""]
@@ -219,7 +219,7 @@ class Request(NamedTuple):
     latency_requirement: Float[Array, ""]
 
     def described(self) -> Described:
-        """Return what a router is told of it."""
+        """Return the request as a router sees it."""
         return Described(
             prompt_tokens=self.prompt_tokens.astype(jnp.float32),
             latency_requirement=self.latency_requirement,
@@ -239,14 +239,14 @@ class SlotTable(NamedTuple):
 
 
 class Retries(NamedTuple):
-    """What it takes to route the request in each slot again after its expert has failed."""
+    """What is needed to route the request in each slot again after its expert has failed."""
 
     marked: Bool[Array, "slot expert"]
-    """Slots whose request waits to be routed again; the expert is down, so that the entries stay."""
+    """Slots whose request waits to be routed again; the expert is down, so the entries stay."""
     number: Int[Array, "slot expert"]
     row: Int[Array, "slot expert"]
     age: Float[Array, "slot expert"]
-    """Time from its first arrival until it was sent here, or was given back, s."""
+    """Time from its first arrival until it was sent here or given back, s."""
 
 
 class EnvState(NamedTuple):
@@ -260,7 +260,7 @@ class EnvState(NamedTuple):
     rate: Float[Array, ""]
     """Current request rate, 1/s."""
     step: Int[Array, ""]
-    """Number of the latest arrival: requests routed so far, those routed again not counted."""
+    """Number of the latest arrival: requests routed so far, not counting those routed again."""
     mean_gap: Float[Array, ""]
     """Exponential mean of the gaps between arrivals, s."""
     latency_sum: Float[Array, "expert"]
@@ -269,8 +269,8 @@ class EnvState(NamedTuple):
     potential: Float[Array, ""]
     """Expected QoS of all requests in flight: Phi of the shaping term."""
     fleet: Fleet | None
-    """None where all environments have the parameters' site."""
+    """None if all environments use the site in the parameters."""
     retries: Retries | None
     """None unless requests are retried."""
     seen: Snapshot | None
-    """What the router sees of the experts; None where that is the present."""
+    """What the router sees of the experts; None if it sees their present state."""

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.env.types import Experts
-from jaxroute.evaluation.metrics import COMPLETED, IN_FLIGHT, LOADS, LOST, REJECTED, EpisodeRecords
+from jaxroute.evaluation.metrics import LOADS, EpisodeRecords, Outcome
 from jaxroute.policies import Policy
 from jaxroute.policies.planning import Situation
 
@@ -43,9 +43,8 @@ def evaluate_policies(
         For each rate, each policy's records. Accelerator and wall time, loads and choices count from the arrival of
         request `warmup`.
     """
-    episode_keys = jax.random.split(jax.random.key(seed), episodes)
     # The same keys at every rate: the same prompts come, only faster.
-    keys = jnp.tile(episode_keys, len(rates))
+    keys = jnp.tile(episode_keys(seed, episodes), len(rates))
     low_high = jnp.repeat(jnp.asarray(rates, jnp.float32), episodes)
     low_high = jnp.stack([low_high, low_high], axis=1)
     rules = [policy for policy in policies if _is_light(policy)]
@@ -84,9 +83,75 @@ def evaluate_policies(
     }
 
 
+def episode_keys(seed: int, episodes: int) -> PRNGKeyArray:
+    """Return the key of each episode; the first ones are the same however many there are."""
+    return jax.random.split(jax.random.key(seed), episodes)
+
+
+def keys_of_episode(key: PRNGKeyArray, num_steps: int) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+    """Return the key of an episode's reset and one for each of its arrivals."""
+    key_reset, key_steps = jax.random.split(key)
+    return key_reset, jax.random.split(key_steps, num_steps)
+
+
+def keys_of_step(env: EdgeRouting, keys: PRNGKeyArray, state: EnvState) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+    """Return the keys of the policy and of the environment at a decision; `keys` are those of the arrivals.
+
+    A retry is a decision of its own, with the keys of the arrival that it delays: arrivals keep their keys.
+    """
+    key_action, key_env = jax.random.split(keys[state.step])
+    if env.outages == "retried":
+        key_action = jax.random.fold_in(key_action, state.request.number)
+    return key_action, key_env
+
+
 def _is_light(policy: Policy) -> bool:
-    """Whether a policy decides for next to nothing: a rule with no more than a few numbers as parameters."""
+    """Whether a policy's decision costs next to nothing: that of a rule with a few numbers as parameters at most."""
     return not policy.plans and sum(np.size(leaf) for leaf in jax.tree.leaves(policy.params)) < 10
+
+
+class _Row(NamedTuple):
+    """What is noted of a request, in the terms of `EpisodeRecords`; what its end decides comes first."""
+
+    status: Any
+    ttft: Any
+    latency: Any
+    preemptions: Any
+    expert: Any
+    quality: Any
+    output_tokens: Any
+    latency_requirement: Any
+
+
+class _Episode(NamedTuple):
+    """One episode under way."""
+
+    obs: Observation
+    state: EnvState
+    memories: tuple[Any, ...]
+    """Of every policy, of which one plays."""
+    table: Float[Array, "row column"]
+    """A `_Row` per request, and one more for what belongs to none."""
+    busy_seconds: Float[Array, "expert"]
+    kv_token_seconds: Float[Array, "expert"]
+    duration: Float[Array, ""]
+    load_counts: Float[Array, "expert load"]
+    choice_counts: Float[Array, "expert load"]
+
+
+class _Game(NamedTuple):
+    """What all episodes have in common."""
+
+    env: EdgeRouting
+    params: EnvParams
+    policies: tuple[Policy, ...]
+    num_requests: int
+    """That are noted; as many as `warmup` follow them."""
+    warmup: int
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_requests + self.warmup
 
 
 @partial(jax.jit, static_argnames=("env", "acts", "plans", "num_requests", "warmup"))
@@ -103,92 +168,107 @@ def _episodes(
     policy_params: tuple[Any, ...],
     memories: tuple[Any, ...],
 ) -> EpisodeRecords:
-    def act(
-        which: Int[Array, ""], at: _Episode, params: EnvParams, keys: PRNGKeyArray, key: PRNGKeyArray
-    ) -> tuple[Array, tuple[Any, ...]]:
-        def branch(number: int) -> Callable:
-            def run(memories: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
-                seen: Any = at.obs
-                if plans[number]:
-                    ahead = jnp.minimum(at.state.step + jnp.arange(plans[number]), num_steps - 1)
-                    upcoming = jax.vmap(lambda key: jax.random.split(key)[1])(keys[ahead])
-                    seen = Situation(at.obs, at.state, params, upcoming)
-                action, memory = acts[number](policy_params[number], seen, key, memories[number])
-                memory = jax.tree.map(lambda new, old: new.astype(jnp.result_type(old)), memory, memories[number])
-                return action.astype(jnp.int32), (*memories[:number], memory, *memories[number + 1 :])
-
-            return run
-
-        return jax.lax.switch(which, [branch(number) for number in range(len(acts))], at.memories)
-
-    num_steps = num_requests + warmup
-
-    def begin(key: PRNGKeyArray, rate: Float[Array, "2"]) -> tuple[PRNGKeyArray, _Episode]:
-        key_reset, key_steps = jax.random.split(key)
-        obs, state = env.reset(key_reset, params._replace(rate=rate))
-        table = jnp.zeros((num_requests + 1, len(_Row._fields)), jnp.float32).at[:, 0].set(IN_FLIGHT)
-        zeros = jnp.zeros(env.num_experts, jnp.float32)
-        none = jnp.zeros((env.num_experts, len(LOADS)), jnp.float32)
-        fresh = jax.tree.map(jnp.asarray, memories)
-        episode = _Episode(
-            obs, state, fresh, table, zeros, zeros, duration=jnp.float32(0.0), load_counts=none, choice_counts=none
-        )
-        return jax.random.split(key_steps, num_steps), episode
+    """Run every episode to its end; `which` says which policy plays it, `low_high` the rates between which it is."""
+    names = ("",) * len(acts)
+    policies = tuple(map(Policy, names, acts, policy_params, memories, plans))
+    game = _Game(env, params, policies, num_requests, warmup)
 
     def step(keys: PRNGKeyArray, rate: Float[Array, "2"], which: Int[Array, ""], at: _Episode) -> _Episode:
-        # Retries take steps of their own, with the keys of the arrival that they delay: arrivals keep their keys.
-        number, request = at.state.step, at.state.request
-        key_action, key_env = jax.random.split(keys[number])
-        if env.outages == "retried":
-            key_action = jax.random.fold_in(key_action, request.number)
-        of_rate = params._replace(rate=rate)
-        action, memories = act(which, at, of_rate, keys, key_action)
-        obs, state, _, _, _, info = env.step(key_env, at.state, action, of_rate)
+        of_rate = game._replace(params=params._replace(rate=rate))
+        key_action, key_env = keys_of_step(env, keys, at.state)
+        action, memories = _decide(of_rate, which, at, keys, key_action)
+        obs, state, _, _, _, info = env.step(key_env, at.state, action, of_rate.params)
+        after = _measure(game, at, action, info)
+        return after._replace(obs=obs, state=state, memories=memories, table=_note(game, at, action, info))
 
-        going_on = number < num_steps
-        routed = _Row(
-            status=jnp.where(info["rejected"], REJECTED, IN_FLIGHT),
-            ttft=jnp.nan,
-            latency=jnp.nan,
-            preemptions=0,
-            expert=action,
-            quality=request.quality[action],
-            output_tokens=request.output_tokens[action],
-            latency_requirement=request.latency_requirement,
-        )
-        row = jnp.where(going_on, jnp.minimum(request.number, num_requests), num_requests)
-        table = at.table.at[row].set(jnp.stack([jnp.float32(value) for value in routed]))
-        ended, lost = info["ended"], info["lost"]
-        rows = jnp.where(going_on & (ended | lost), jnp.minimum(info["request"], num_requests), num_requests)
-        outcome = (
-            jnp.where(ended, COMPLETED, LOST),
-            jnp.where(ended, info["ttft"], jnp.nan),
-            jnp.where(ended, info["latency"], jnp.nan),
-            info["preemptions"],
-        )
-        table = table.at[rows, : len(outcome)].set(jnp.stack(outcome, axis=-1))
-
-        counts = (number >= warmup) & (number < num_requests)
-        at_load = counts * _at_load(at.obs.experts)
-        chosen = jnp.arange(env.num_experts) == action
-        return _Episode(
-            obs=obs,
-            state=state,
-            memories=memories,
-            table=table,
-            busy_seconds=at.busy_seconds + counts * info["busy_seconds"],
-            kv_token_seconds=at.kv_token_seconds + counts * info["kv_token_seconds"],
-            duration=at.duration + counts * info["gap"],
-            load_counts=at.load_counts + at_load,
-            choice_counts=at.choice_counts + at_load * chosen[:, None],
-        )
-
-    step_keys, episodes = jax.vmap(begin)(keys, low_high)
+    step_keys, episodes = jax.vmap(partial(_begin, game))(keys, low_high)
     episodes = jax.lax.while_loop(
-        lambda episodes: (episodes.state.step < num_steps).any(),
+        lambda episodes: (episodes.state.step < game.num_steps).any(),
         lambda episodes: jax.vmap(step)(step_keys, low_high, which, episodes),
         episodes,
     )
+    return _records(episodes, num_requests)
+
+
+def _begin(game: _Game, key: PRNGKeyArray, rate: Float[Array, "2"]) -> tuple[PRNGKeyArray, _Episode]:
+    """Return the keys of an episode's arrivals, and the episode before the first one."""
+    key_reset, step_keys = keys_of_episode(key, game.num_steps)
+    obs, state = game.env.reset(key_reset, game.params._replace(rate=rate))
+    table = jnp.zeros((game.num_requests + 1, len(_Row._fields)), jnp.float32).at[:, 0].set(Outcome.IN_FLIGHT)
+    zeros = jnp.zeros(game.env.num_experts, jnp.float32)
+    none = jnp.zeros((game.env.num_experts, len(LOADS)), jnp.float32)
+    memories = jax.tree.map(jnp.asarray, tuple(policy.memory for policy in game.policies))
+    episode = _Episode(
+        obs, state, memories, table, zeros, zeros, duration=jnp.float32(0.0), load_counts=none, choice_counts=none
+    )
+    return step_keys, episode
+
+
+def _decide(
+    game: _Game, which: Int[Array, ""], at: _Episode, keys: PRNGKeyArray, key: PRNGKeyArray
+) -> tuple[Int[Array, ""], tuple[Any, ...]]:
+    """Let the policy number `which` choose; returns the expert, and the memories of all policies."""
+
+    def of(number: int) -> Callable:
+        policy = game.policies[number]
+
+        def act(memories: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
+            seen: Any = at.obs
+            if policy.plans:
+                ahead = jnp.minimum(at.state.step + jnp.arange(policy.plans), game.num_steps - 1)
+                upcoming = jax.vmap(lambda key: jax.random.split(key)[1])(keys[ahead])
+                seen = Situation(at.obs, at.state, game.params, upcoming)
+            action, memory = policy.act(policy.params, seen, key, memories[number])
+            memory = jax.tree.map(lambda new, old: new.astype(jnp.result_type(old)), memory, memories[number])
+            return action.astype(jnp.int32), (*memories[:number], memory, *memories[number + 1 :])
+
+        return act
+
+    return jax.lax.switch(which, [of(number) for number in range(len(game.policies))], at.memories)
+
+
+def _note(game: _Game, at: _Episode, action: Int[Array, ""], info: dict[str, Array]) -> Float[Array, "row column"]:
+    """Return the table with the request that was routed, and with those that have ended since."""
+    request, going_on, spare = at.state.request, at.state.step < game.num_steps, game.num_requests
+    routed = _Row(
+        status=jnp.where(info["rejected"], Outcome.REJECTED, Outcome.IN_FLIGHT),
+        ttft=jnp.nan,
+        latency=jnp.nan,
+        preemptions=0,
+        expert=action,
+        quality=request.quality[action],
+        output_tokens=request.output_tokens[action],
+        latency_requirement=request.latency_requirement,
+    )
+    row = jnp.where(going_on, jnp.minimum(request.number, spare), spare)
+    table = at.table.at[row].set(jnp.stack([jnp.float32(value) for value in routed]))
+    ended, lost = info["ended"], info["lost"]
+    rows = jnp.where(going_on & (ended | lost), jnp.minimum(info["request"], spare), spare)
+    outcome = (
+        jnp.where(ended, Outcome.COMPLETED, Outcome.LOST),
+        jnp.where(ended, info["ttft"], jnp.nan),
+        jnp.where(ended, info["latency"], jnp.nan),
+        info["preemptions"],
+    )
+    return table.at[rows, : len(outcome)].set(jnp.stack(outcome, axis=-1).astype(jnp.float32))
+
+
+def _measure(game: _Game, at: _Episode, action: Int[Array, ""], info: dict[str, Array]) -> _Episode:
+    """Add up time, loads and choices, while requests count."""
+    counts = (at.state.step >= game.warmup) & (at.state.step < game.num_requests)
+    at_load = counts * _at_load(at.obs.experts)
+    chosen = jnp.arange(game.env.num_experts) == action
+    return at._replace(
+        busy_seconds=at.busy_seconds + counts * info["busy_seconds"],
+        kv_token_seconds=at.kv_token_seconds + counts * info["kv_token_seconds"],
+        duration=at.duration + counts * info["gap"],
+        load_counts=at.load_counts + at_load,
+        choice_counts=at.choice_counts + at_load * chosen[:, None],
+    )
+
+
+def _records(episodes: _Episode, num_requests: int) -> EpisodeRecords:
+    """Return what happened in finished episodes, whose leading axis is episode."""
     rows = _Row(*jnp.moveaxis(episodes.table[:, :num_requests], -1, 0))
     records: dict[str, Any] = rows._asdict() | {
         "status": rows.status.astype(jnp.int8),
@@ -209,31 +289,3 @@ def _at_load(experts: Experts) -> Bool[Array, "expert load"]:
     in_flight = experts.num_running + experts.num_waiting
     reached = 100 * in_flight[:, None] >= jnp.array(LOADS) * experts.max_num_seqs[:, None]
     return (reached.sum(1, keepdims=True) == 1 + jnp.arange(len(LOADS))) & experts.up[:, None]
-
-
-class _Row(NamedTuple):
-    """What is noted of a request, in `EpisodeRecords`' terms; first what its end decides."""
-
-    status: Any
-    ttft: Any
-    latency: Any
-    preemptions: Any
-    expert: Any
-    quality: Any
-    output_tokens: Any
-    latency_requirement: Any
-
-
-class _Episode(NamedTuple):
-    """One episode on its way."""
-
-    obs: Observation
-    state: EnvState
-    memories: tuple[Any, ...]
-    table: Float[Array, "row column"]
-    """A `_Row` per request, and one more for what belongs to none."""
-    busy_seconds: Float[Array, "expert"]
-    kv_token_seconds: Float[Array, "expert"]
-    duration: Float[Array, ""]
-    load_counts: Float[Array, "expert load"]
-    choice_counts: Float[Array, "expert load"]

@@ -10,6 +10,7 @@ All arrays here are NumPy on the host, and all arithmetic is float64.
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,17 @@ from jaxtyping import Bool, Float, Int, Int8
 
 from jaxroute.errors import UserError
 
-COMPLETED, REJECTED, IN_FLIGHT, LOST = 0, 1, 2, 3
+
+class Outcome(IntEnum):
+    """What has become of a request at the end of an episode; the first two are those of `jaxroute.replay`."""
+
+    COMPLETED = 0
+    REJECTED = 1
+    IN_FLIGHT = 2
+    """Still waiting or running; it is not counted."""
+    LOST = 3
+    """Its expert failed."""
+
 
 _PERCENTILES = (50, 95, 99)
 
@@ -26,27 +37,39 @@ LOADS = (0, 25, 50, 75, 100)
 
 
 class EpisodeRecords(NamedTuple):
-    """What happened to every request of `seed` independent episodes of one policy at one load (NumPy).
+    """What happened to every request of independent episodes of one policy at one load, as NumPy arrays.
 
-    The last five fields cover the time in which requests are counted. With a
-    warm-up they are therefore measured from the arrival of the first counted
-    request to the end of the episode; otherwise rates would be too low.
-    Arrival is at the router and "back" is back there: the network counts both ways.
+    The last five fields cover the time in which requests are counted: from the arrival of the first counted request to
+    that of the first one that no longer counts. Arrival is at the router and "back" is back at the router, so the
+    network counts both ways.
     """
 
-    status: Int8[np.ndarray, "seed request"]  # 0 completed, 1 rejected, 2 in flight at the end (not counted), 3 lost
-    expert: Int[np.ndarray, "seed request"]  # expert it was routed to, the last time
-    quality: Float[np.ndarray, "seed request"]  # quality of the answer there, in [0, 1]
-    latency_requirement: Float[np.ndarray, "seed request"]  # s per output token
-    output_tokens: Int[np.ndarray, "seed request"]  # length of the answer there
-    ttft: Float[np.ndarray, "seed request"]  # s, from arrival to the first token back; nan unless completed
-    latency: Float[np.ndarray, "seed request"]  # s, E2E, to the last token back; nan unless completed
-    preemptions: Int[np.ndarray, "seed request"]  # how often it lost its KV cache
-    busy_seconds: Float[np.ndarray, "seed expert"]  # accelerator-seconds spent in iterations
-    kv_token_seconds: Float[np.ndarray, "seed expert"]  # KV tokens held, integrated over time
-    duration: Float[np.ndarray, " episode"]  # simulated seconds
-    load_counts: Float[np.ndarray, "seed expert load"]  # decisions at which it was up, by its load as the router saw it
-    choice_counts: Float[np.ndarray, "seed expert load"]  # of them, those that chose it
+    status: Int8[np.ndarray, "episode request"]
+    """An `Outcome`."""
+    expert: Int[np.ndarray, "episode request"]
+    """The expert that it was routed to, the last time."""
+    quality: Float[np.ndarray, "episode request"]
+    """Of the answer there, in [0, 1]."""
+    latency_requirement: Float[np.ndarray, "episode request"]
+    """s per output token."""
+    output_tokens: Int[np.ndarray, "episode request"]
+    """Length of the answer there."""
+    ttft: Float[np.ndarray, "episode request"]
+    """s from arrival until the first token is back; nan unless completed."""
+    latency: Float[np.ndarray, "episode request"]
+    """s from arrival until the last token is back (E2E); nan unless completed."""
+    preemptions: Int[np.ndarray, "episode request"]
+    """How often it lost its KV cache."""
+    busy_seconds: Float[np.ndarray, "episode expert"]
+    """Accelerator-seconds spent in iterations."""
+    kv_token_seconds: Float[np.ndarray, "episode expert"]
+    """KV tokens held, integrated over time."""
+    duration: Float[np.ndarray, "episode"]
+    """Simulated seconds."""
+    load_counts: Float[np.ndarray, "episode expert load"]
+    """Decisions at which the expert was up, by its load as the router saw it."""
+    choice_counts: Float[np.ndarray, "episode expert load"]
+    """Those of them that chose the expert."""
 
 
 class Metric(NamedTuple):
@@ -85,7 +108,7 @@ METRICS: dict[str, Metric] = {
     "rejection_rate": Metric(
         "Rejected (rejection rate)",
         "share of ended",
-        "Requests turned away because the expert's queue was full or they can't fit / ended requests.",
+        "Requests turned away because the expert's queue was full or its KV cache too small / ended requests.",
     ),
     "lost_rate": Metric(
         "Lost (lost rate)", "share of ended", "Requests lost because their expert failed / ended requests."
@@ -158,13 +181,13 @@ def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def _distribution(
-    values: Float[np.ndarray, "seed request"], counted: Bool[np.ndarray, "seed request"]
-) -> dict[str, Float[np.ndarray, " episode"]]:
-    """Mean and percentiles (linear interpolation) per seed of the counted values; nan if there are none."""
+    values: Float[np.ndarray, "episode request"], counted: Bool[np.ndarray, "episode request"]
+) -> dict[str, Float[np.ndarray, "episode"]]:
+    """Mean and percentiles (linear interpolation) per episode of the counted values; nan if there are none."""
     summary = np.full((len(values), 1 + len(_PERCENTILES)), np.nan)
-    for seed, (row, mask) in enumerate(zip(values, counted, strict=True)):
+    for episode, (row, mask) in enumerate(zip(values, counted, strict=True)):
         if mask.any():
-            summary[seed] = [row[mask].mean(), *np.percentile(row[mask], _PERCENTILES)]
+            summary[episode] = [row[mask].mean(), *np.percentile(row[mask], _PERCENTILES)]
     names = ["mean", *(f"p{percentile}" for percentile in _PERCENTILES)]
     return dict(zip(names, summary.T, strict=True))
 
@@ -177,14 +200,13 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
         warmup: the first `warmup` requests of each episode aren't counted, because they met an empty site.
 
     Returns:
-        Metric name to values of shape (seed,), or (seed, expert) for `expert_share` and
-        `expert_utilisation`, or (seed, expert, load) for `expert_load` and `expert_choice`. A value is
+        Metric name to values of shape (episode,), or (episode, expert) for `expert_share` and
+        `expert_utilisation`, or (episode, expert, load) for `expert_load` and `expert_choice`. A value is
         nan where there was nothing to measure: no request ended, none was completed (quality,
         latencies), no time was spent.
 
     Raises:
-        UserError: if the warm-up leaves no request.
-
+        UserError: the warm-up leaves no request.
     """
     total = records.status.shape[1]
     if not 0 <= warmup < total:
@@ -197,13 +219,13 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
     ttft = records.ttft[:, warmup:].astype(np.float64)
     latency = records.latency[:, warmup:].astype(np.float64)
 
-    completed = status == COMPLETED
-    ended = status != IN_FLIGHT
+    completed = status == Outcome.COMPLETED
+    ended = status != Outcome.IN_FLIGHT
     normalised_latency = latency / np.maximum(tokens, 1)  # only completed ones count, and they have a token
     in_time = completed & (normalised_latency <= requirement)
     number_ended = ended.sum(axis=1)
 
-    def per_ended(counted: np.ndarray) -> Float[np.ndarray, " episode"]:
+    def per_ended(counted: np.ndarray) -> Float[np.ndarray, "episode"]:
         return _divide(counted.sum(axis=1), number_ended)
 
     sum_of_qos = np.where(in_time, quality, 0.0).sum(axis=1)
@@ -213,8 +235,8 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
         "avg_qos": _divide(sum_of_qos, number_ended),
         "in_time_rate": per_ended(in_time),
         "violation_rate": per_ended(completed & ~in_time),
-        "rejection_rate": per_ended(status == REJECTED),
-        "lost_rate": per_ended(status == LOST),
+        "rejection_rate": per_ended(status == Outcome.REJECTED),
+        "lost_rate": per_ended(status == Outcome.LOST),
         "mean_quality": _divide(sum_of_quality, completed.sum(axis=1)),
         "qos_per_busy_second": _divide(sum_of_qos, records.busy_seconds.sum(axis=1, dtype=np.float64)),
         "qos_per_million_kv_token_seconds": _divide(sum_of_qos, million_kv_token_seconds),

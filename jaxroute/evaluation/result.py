@@ -14,7 +14,7 @@ from jaxtyping import Float
 from jaxroute.evaluation.statistics import Interval, mean_ci95, paired_difference
 
 Summary = Mapping[str, np.ndarray]
-"""The metrics of one policy at one load, as `summarise` returns them: (seed,), (seed, expert), (seed, expert, load)."""
+"""The metrics of one policy at one load, as `summarise` returns them: leading axis episode, perhaps expert and load."""
 
 
 def means(intervals: Any) -> Any:
@@ -36,7 +36,7 @@ class EvaluationResult:
     warmup: int  # of them not counted at the start
     reference: str | None  # the policy that others are compared with (the learned router), if any
     expert_names: Sequence[str]  # (expert,)
-    summaries: Mapping[float, Mapping[str, Summary]]  # rate -> policy -> metric -> values per seed
+    summaries: Mapping[float, Mapping[str, Summary]]  # rate -> policy -> metric -> values per episode
     upper_references: Sequence[str] = ()  # policies that see what no router can: shown, never called the best
     provenance: Mapping[str, Any] = field(default_factory=dict)  # command, versions, seed
 
@@ -84,7 +84,7 @@ class EvaluationResult:
         return sorted(self.summaries[rate], key=qos, reverse=True)
 
     def paired(self, rate: float, policy: str, other: str, metric: str = "avg_qos") -> Interval:
-        """Average QoS (or another metric) of `policy` minus that of `other`, seed by seed."""
+        """Average QoS (or another metric) of `policy` minus that of `other`, episode by episode."""
         summaries = self.summaries[rate]
         return paired_difference(summaries[policy][metric], summaries[other][metric])
 

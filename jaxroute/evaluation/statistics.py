@@ -41,9 +41,8 @@ def student_t_975(degrees_of_freedom: int) -> float:
 def mean_ci95(values: Float[np.ndarray, " episode"]) -> Interval:
     """Mean over episodes with its Student-t confidence interval.
 
-    Seeds without a value (nan: nothing was measured, such as a latency when no
-    request was completed) are left out. One seed says nothing about the spread,
-    so its ci95 is nan; without any seed the mean is nan, too.
+    Episodes without a value (nan: nothing was measured, such as a latency where no request was completed) are left out.
+    One episode says nothing about the spread, so its ci95 is nan; without any, the mean is nan as well.
     """
     values = np.asarray(values, np.float64)
     values = values[~np.isnan(values)]
@@ -59,9 +58,8 @@ def mean_ci95(values: Float[np.ndarray, " episode"]) -> Interval:
 def paired_difference(a: Float[np.ndarray, " episode"], b: Float[np.ndarray, " episode"]) -> Interval:
     """Mean of `a - b` with its confidence interval, for policies that met the same requests.
 
-    With common random numbers seed i is the same sequence of requests for both,
-    so most of the variance cancels in the difference and the interval is far
-    narrower than the intervals of `a` and `b` suggest.
+    With common random numbers, episode i is the same sequence of requests for both. Most of the variance cancels in the
+    difference, and its interval is far narrower than those of `a` and `b` suggest.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape:

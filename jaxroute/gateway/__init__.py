@@ -1,4 +1,4 @@
-"""A trained router in a gateway: what it believes of the experts, and the artefact that holds its decision."""
+"""A trained router in a gateway: the router, what it believes of the experts, and the artefact with its decision."""
 
 from jaxroute.gateway.router import Router
 

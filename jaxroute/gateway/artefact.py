@@ -23,7 +23,7 @@ from jaxroute.serving import Site
 FORMAT, FORMAT_VERSION = "jaxroute-router", 1
 MANIFEST, DECIDE, PREDICTOR = "manifest.json", "decide.jax_export", "predictor"
 
-# What the exported function takes: four float32 arrays, the fields of each along its first axis.
+# The arguments of the exported function: four float32 arrays, with the fields along the first axis.
 FIELDS: dict[str, tuple[str, ...]] = {
     "site": (*Site._fields, "log_length_error"),  # (field, expert)
     "batch": Batch._fields,  # (field, slot, expert); masks are 0 or 1
@@ -33,7 +33,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check the manifest, and that the files are those that it names.
+    """Read and check the manifest and the files that it names.
 
     Raises:
         UserError: it is not there, not ours, of another version, or a file differs.
@@ -70,12 +70,12 @@ def file_digest(path: Path) -> str:
 def compile_decision(
     folder: Path, site: Float[np.ndarray, "field expert"], slots: int, platform: str, written_by: str
 ) -> Callable[..., Any]:
-    """Return the exported function, compiled for one device of the platform, of all arguments but the site."""
+    """Return the exported function, with the site filled in, compiled for one device of the platform."""
     check_flatbuffers()
     serialised = (folder / DECIDE).read_bytes()
     try:
         exported = jax.export.deserialize(bytearray(serialised))
-    except Exception as error:  # It raises many kinds; to the user they all mean that the two versions do not fit.
+    except Exception as error:  # It raises many kinds. For the user, all mean that the versions do not fit.
         raise UserError(
             f"{folder} was exported by {written_by}, which jax {jax.__version__} cannot read "
             f"({type(error).__name__}); export it again with a jax of about the same age"
@@ -98,7 +98,7 @@ def compile_decision(
 
 @cache
 def _executable(serialised: bytes, device: jax.Device) -> Callable[..., Any]:
-    """Compile once, however many routers of a process are loaded from one export."""
+    """Compile once per process, however many routers are loaded from one export."""
     exported = jax.export.deserialize(bytearray(serialised))
     place = SingleDeviceSharding(device)
     arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=place) for aval in exported.in_avals]
@@ -116,7 +116,7 @@ def check_flatbuffers() -> None:
 
 
 def load_predictor(folder: Path, columns: Sequence[str]) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
-    """Return what predicts quality and length at each expert from a prompt's text."""
+    """Return the function that predicts quality and length at each expert from a prompt's text."""
     predictor = predictor_class().load(folder / PREDICTOR)
     chosen = [list(predictor.models).index(column) for column in columns]
 
@@ -128,7 +128,7 @@ def load_predictor(folder: Path, columns: Sequence[str]) -> Callable[[str], tupl
 
 
 def predictor_class() -> Any:
-    """Return `jaxroute.predictors.Predictor`, which a router without a predictor does not need."""
+    """Return `jaxroute.predictors.Predictor`; imported here because few routers need it."""
     from jaxroute.predictors import Predictor
 
     return Predictor

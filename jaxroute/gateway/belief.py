@@ -50,7 +50,7 @@ _BATCH = Batch(*range(len(Batch._fields)))
 
 
 class Belief:
-    """The requests at each expert, as far as a gateway can know them.
+    """What is known and inferred of the requests at each expert.
 
     Times are seconds. Every method that takes an id raises `UserError` if no expert has its request.
     """
@@ -89,7 +89,7 @@ class Belief:
         """Put a request, sent now, at the end of an expert's queue; `arrived` is its first arrival at the gateway."""
         queue = self._queues[expert]
         if len(queue) == self._held.shape[1]:
-            # More than the site's limits let in: the gateway's business. The network sees the first ones.
+            # More requests than the site's limits allow: the gateway may do that. The network sees the first `slots`.
             more = [(0, 0), (0, len(queue)), (0, 0)]
             self._held, self._batch = np.pad(self._held, more), np.pad(self._batch, more)
             self._there = np.pad(self._there, more[1:])
@@ -130,7 +130,7 @@ class Belief:
         at = self._place(request_id)
         self.advance(now)
         expert = at[1]
-        # It has been on its way, and the expert has gone on.
+        # The token has been on its way, and the expert has gone on since.
         since = self._site.network_delay[expert] / self._pace[expert]
         self._held[(_HELD.generated, *at)] = 1 + since
         self._held[(_HELD.missing, *at)] = 1
@@ -139,7 +139,7 @@ class Belief:
     def progress(
         self, request_id: Hashable, now: float, *, generated: int, kv_tokens: int | None, running: bool | None
     ) -> None:
-        """The expert has got this far; arguments as those of `Router.progress`."""
+        """The expert has got this far; arguments are those of `Router.progress`."""
         at = self._place(request_id)
         self.advance(now)
         total = self._held[(_HELD.prompt_tokens, *at)] + generated
@@ -187,7 +187,7 @@ class Belief:
         if not prefilling.any():
             return
         new = prefilling & (prefilled == math.inf)
-        # On average half an iteration is left to run when it comes; then one that completes its prefill.
+        # On average, half an iteration is left when it comes; then follows the one that completes its prefill.
         decode = np.maximum(site.weight_load, site.compute_per_token * num_seqs)
         stall = np.maximum(site.compute_per_token * ((missing * new).sum(0) + num_seqs) - decode, 0)
         np.copyto(prefilled, np.maximum(now - gap, held[_HELD.ready]) + 1.5 * pace + stall, where=new)
@@ -196,7 +196,7 @@ class Belief:
         missing[due] = 1
 
     def _in_batch(self, now: float) -> Bool[np.ndarray, "slot expert"]:
-        """Return who is in the batch: who is known to be, and the first to come as far as seats and memory reach."""
+        """Return who is in the batch: those known to be, and the first to come, as seats and memory allow."""
         held, site = self._held, self._site
         told = held[_HELD.told]
         candidate = self._there & (told != 0)
@@ -206,7 +206,7 @@ class Belief:
         return candidate & ((told == 1) | (fits & (held[_HELD.ready] <= now)))
 
     def batch(self) -> Float[np.ndarray, "field slot expert"]:
-        """Return the fields of a `Batch` as of the latest `advance`, float32; the array is written over by the next."""
+        """Return the fields of a `Batch` as of the latest `advance`, float32; the next call overwrites it."""
         held, batch, running = self._held, self._batch, self._running
         generated = np.floor(held[_HELD.generated])
         batch[_BATCH.running] = running

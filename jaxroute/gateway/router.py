@@ -1,4 +1,4 @@
-"""A trained router in a gateway: it is told what happens to requests, and says where to send the next one.
+"""A trained router in a gateway: it is told what happens to requests, and decides where to send the next one.
 
 `Router.load` reads what `python -m jaxroute export` wrote. The router keeps the observation graph itself, on the host:
 what it believes of the requests at the experts (`jaxroute.gateway.belief`), the recent latencies and the arrival rate.
@@ -26,14 +26,14 @@ from jaxroute.serving.checks import real, real_array, whole
 class Router:
     """Route the requests of one gateway; not for several threads at once.
 
-    Times are seconds of any clock that does not go back. Experts are numbered as in `experts`. A request's id may be
-    anything that a dictionary takes as a key, and may be used again once its request has ended.
+    Times are seconds of any clock that never goes back. Experts are numbered as in `experts`. A request's id may be any
+    hashable value, and may be used again once its request has ended.
     """
 
     experts: list[str]
-    """What the number of an expert stands for: its LLM and accelerator."""
+    """The LLM and accelerator behind each expert's number."""
     logits: Float[np.ndarray, "expert"]
-    """Scores of the latest decision, the chosen expert's the highest; -1e9 for those that are down or full."""
+    """Scores of the latest decision. The chosen expert has the highest; experts that are down or full have -1e9."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Router:
             platform: cpu, which decides fastest, or cuda.
 
         Raises:
-            UserError: the folder is incomplete, damaged, or of another version; a rate that is none.
+            UserError: the folder is incomplete, damaged, or of another version; a rate out of range.
         """
         folder = Path(folder)
         if rate is not None:
@@ -115,11 +115,11 @@ class Router:
             latency_requirement: s per output token.
             predicted_quality: at each expert, from 0 to 1.
             predicted_output_tokens: at each expert, the median.
-            prompt: its text, in the place of both predictions, if the router was exported with a predictor.
-            arrived: when it arrived first, if an expert has given it back; it does not count as an arrival then.
+            prompt: its text, instead of both predictions, if the router was exported with a predictor.
+            arrived: time of its first arrival, s, if an expert has given it back; then it does not count as an arrival.
 
         Returns:
-            The expert's number. Every expert may be full: then one of them, which may refuse (`rejected`).
+            The expert's number. If every expert is full, it is one of these, which may refuse (`rejected`).
 
         Raises:
             UserError: a value out of range, an id that is taken, a clock that goes back.
@@ -187,7 +187,7 @@ class Router:
         kv_tokens: int | None = None,
         running: bool | None = None,
     ) -> None:
-        """How far the expert is with a request, as far as the gateway knows.
+        """Tell how far the expert is with a request.
 
         Args:
             request_id: of a request at an expert.

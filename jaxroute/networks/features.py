@@ -30,7 +30,7 @@ class Features(NamedTuple):
     up: Bool[Array, "expert"]
     eligible: Bool[Array, "expert"]
     expected_gain: Float[Array, "expert"]
-    """Own expected QoS minus expected QoS lost by others: what the residual head starts from."""
+    """Own expected QoS minus the expected QoS that others lose: where the residual head starts from."""
 
 
 def _log_tokens(tokens: Array) -> Array:
@@ -99,7 +99,7 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
             jnp.minimum(impact.added_violations, 4.0),
             jnp.clip(gain, -4.0, 1.0),
         ]
-    # By far the most numbers are here, so these are scaled without logarithms.
+    # By far the most numbers are here, so they are scaled without logarithms.
     limit = jnp.where(requests.latency_requirement > 0, requests.latency_requirement, 1.0)
     total = jnp.maximum(requests.generated + requests.remaining_tokens, 1.0)
     request_features = jnp.stack(
@@ -111,7 +111,7 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
             requests.predicted_quality,
             shown * requests.in_time,
             jnp.minimum(_TYPICAL_TIME_PER_TOKEN / limit, 4.0),
-            # Share of its time that is used up.
+            # Fraction of its time that is used up.
             jnp.minimum(requests.age / (limit * total), 4.0),
         ],
         axis=-1,

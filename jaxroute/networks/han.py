@@ -29,11 +29,11 @@ _MASKED = -1e9
 
 
 class NeighbourAttention(nn.Module):
-    """Node-level attention of the experts over their requests, for each type of request by itself.
+    """Node-level attention of the experts over their requests, separately for each type of request.
 
     For expert i, neighbour j and head h: e_ij = LeakyReLU(a_h . [W x_i || W' x_j]), alpha = softmax_j(e), and the
-    output is the concatenation over heads of sum_j alpha_ij W' x_j; zero for an expert without neighbours. W, W' and
-    a are the type's own.
+    output is the concatenation over heads of sum_j alpha_ij W' x_j; zero for an expert without neighbours. Each type
+    has its own W, W' and a.
     """
 
     heads: int
@@ -47,7 +47,7 @@ class NeighbourAttention(nn.Module):
         masks: Bool[Array, "type expert slot"],
         graphs: Sequence[jraph.GraphsTuple],
     ) -> list[Float[Array, "expert hidden"]]:
-        """Attend densely, or along the edges of `graphs`, one per type, if they are given."""
+        """Attend densely, or along the edges of `graphs` if they are given, one per type."""
         num_types = masks.shape[0]
         weights_shape = (num_types, requests.shape[-1], self.heads, self.head_size)
         project = self.param("project", nn.initializers.lecun_normal(1, (2, 3), batch_axis=0), weights_shape)
@@ -57,7 +57,7 @@ class NeighbourAttention(nn.Module):
             return [
                 self._by_segments(graph, project[i], of_request[i], of_expert[:, i]) for i, graph in enumerate(graphs)
             ]
-        # One matrix product for all types and heads, with slots last for the softmax: 3 times faster on a CPU than a
+        # One matrix product for all types and heads, with slots last for the softmax: on a CPU, 3 times as fast as one
         # product per type with heads last.
         by_feature = jnp.einsum("tfhd,thd->fth", project, of_request)
         logits = jnp.moveaxis(jnp.tensordot(requests, by_feature, 1), 1, -1) + of_expert[..., None]
@@ -66,7 +66,7 @@ class NeighbourAttention(nn.Module):
         num_experts, num_slots = masks.shape[1:]
         attended = jnp.matmul(weights.reshape(num_experts, -1, num_slots), requests)
         attended = attended.reshape(num_experts, num_types, -1)
-        # Each head has a projection of its own: the blocks of one plain matrix.
+        # Each head has its own projection: a block of one plain matrix.
         blocks = jnp.einsum("tfhd,hg->thfgd", project, jnp.eye(self.heads))
         blocks = blocks.reshape(num_types, attended.shape[-1], -1)
         return [attended[:, i] @ blocks[i] for i in range(num_types)]
@@ -91,7 +91,7 @@ class SemanticAttention(nn.Module):
     def __call__(
         self, by_type: list[Float[Array, "expert hidden"]], up: Bool[Array, "expert"]
     ) -> Float[Array, "expert hidden"]:
-        """Weigh the types and add them up."""
+        """Return the weighted sum over types."""
         project = nn.Dense(self.hidden)
         # q . is linear, so the mean over experts comes first.
         means = jnp.stack([_mean(jnp.tanh(project(embedding)), up) for embedding in by_type])
@@ -112,7 +112,7 @@ class HAN(nn.Module):
     """False hides the action impact estimator, the residual term included (an ablation)."""
 
     def prepare(self, obs: Observation) -> Features:
-        """Return the input of the network; it has no parameters, so a learner computes it once per step."""
+        """Return the input of the network; this has no parameters, so a learner computes it once per step."""
         return features_of(obs, self.use_impact)
 
     @nn.compact
@@ -184,5 +184,5 @@ def _mean(embedding: Float[Array, "expert hidden"], up: Bool[Array, "expert"]) -
 
 
 def mask_ineligible(logits: Float[Array, "expert"], eligible: Bool[Array, "expert"]) -> Float[Array, "expert"]:
-    """Rule out experts that would reject the request, as far as there are others."""
+    """Rule out the experts that would visibly reject the request, unless all would."""
     return jnp.where(eligible, logits, _MASKED)

@@ -1,4 +1,4 @@
-"""Routers: the rules in production use and the learned one, on one protocol."""
+"""Routers: rules from production use and the literature, planners, and the learned one, on one protocol."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _greedy(network: nn.Module) -> Callable:
 
     def act(params, obs, key, memory: Memory):  # type: ignore[no-untyped-def]
         logits, _ = network.apply(params, network.prepare(obs))
-        return jnp.argmax(logits), memory
+        return jnp.argmax(logits).astype(jnp.int32), memory
 
     return act
 

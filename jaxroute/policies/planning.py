@@ -1,16 +1,15 @@
-"""Planning routers: they try every expert on clones of the environment, and take the one that fares best.
+"""Planning routers: they try every expert on clones of the environment, and take the one that does best.
 
-`lookahead` sees only what a router can know: what it can't (the lengths and the qualities of what is in flight, what
-will come) is drawn from the predictions. `clairvoyant` sees the truth, and marks from above what routing can reach.
-Both cost hundreds to thousands of environment steps a decision; the learned router is to come near them for one
-network pass.
+`lookahead` sees only what a router can know: the rest (lengths and qualities of what is in flight, future requests) is
+drawn from the predictions. `clairvoyant` sees the truth, and is an upper reference for what routing can achieve. Both
+cost hundreds to thousands of environment steps per decision; the learned router approaches them with one network pass.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +25,17 @@ from jaxroute.serving import with_output_tokens
 from jaxroute.workloads.arrivals import poisson
 
 BASE = RULES["impact_greedy"]
-"""What the clones follow after the first decision."""
+"""The rule that the clones follow after the first decision."""
 
 
 class Situation(NamedTuple):
-    """What a planner is given in the place of an observation."""
+    """What a planner is given instead of an observation."""
 
     obs: Observation
     state: EnvState
     params: EnvParams
     upcoming: PRNGKeyArray
-    """Keys of the coming steps, `(steps,)`: the true future, which `clairvoyant` alone looks at."""
+    """Keys of the coming steps, `(steps,)`: the true future, which only `clairvoyant` looks at."""
 
 
 def lookahead(env: EdgeRouting, *, futures: int = 12, horizon: int = 40, base: Policy = BASE) -> Policy:
@@ -76,7 +75,7 @@ def drawn_values(
     """Value of each expert in one future drawn from what a router can know; the same one for every expert."""
     key_unknown, key_future, key_base = jax.random.split(key, 3)
     return action_values(
-        # A router knows how many requests came lately, not what makes them come.
+        # A router knows the recent request rate, but not the arrival process.
         replace(env, expected_quality=True, arrival_process=poisson, redraw_every=0),
         params,
         redraw_unknown(state, params, key_unknown)._replace(rate=1 / state.mean_gap),
@@ -96,22 +95,21 @@ def action_values(
     key: PRNGKeyArray,
     accelerator_price: Float[Array, ""] | float = 0.0,
 ) -> Float[Array, "expert"]:
-    """QoS that ends within the steps, plus the estimator's expected QoS of what is then in flight, for each expert.
+    """QoS that ends within the steps, plus the estimator's expected QoS of what is in flight then, for each expert.
 
-    Of both, the price of the accelerator time that they take is taken off. The request at hand goes to the expert, the
-    next ones where `base` sends them. All experts meet the same future (common random numbers), so that the
-    differences say more than the values.
+    The price of the accelerator time that both take is subtracted. The request at hand goes to the expert, the next
+    ones wherever `base` sends them. All experts meet the same future (common random numbers), so differences are more
+    precise than values.
     """
     price = jnp.float32(accelerator_price)
     params = params._replace(reward=RewardParams(accelerator_price=price, shaping=jnp.float32(0.0)))
-    # What the base would do first does not count: the first step is in the loop because compiling another takes long.
+    # The first decision of the base is discarded: the first step is inside the loop because compiling it twice is slow.
     seen = jax.eval_shape(env.step, step_keys[0], state, jnp.int32(0), params)[0]
     nothing_seen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seen)
 
-    def value_of(expert: Int[Array, ""]) -> Float[Array, ""]:
-        def step(carry: tuple, given: tuple) -> tuple[tuple, Float[Array, ""]]:
-            obs, state, memory = carry
-            number, key_env, key_base = given
+    def step(carry: tuple, given: tuple) -> tuple[tuple, Float[Array, "expert"]]:
+        # Experts are mapped over here, and not around the loop, which would be traced once more for it.
+        def of_expert(expert: Int[Array, ""], obs: Any, state: EnvState, memory: Memory) -> tuple[tuple, Array]:
             chosen, next_memory = base.act(base.params, obs, key_base, memory)
             action, memory = jax.tree.map(
                 partial(jnp.where, number == 0), (expert, memory), (chosen.astype(expert.dtype), next_memory)
@@ -119,15 +117,20 @@ def action_values(
             obs, state, reward, *_ = env.step(key_env, state, action, params)
             return (obs, state, memory), reward
 
-        given = (jnp.arange(len(step_keys)), step_keys, jax.random.split(key, len(step_keys)))
-        (obs, last, _), rewards = jax.lax.scan(step, (nothing_seen, state, base.memory), given)
-        return rewards.sum() + last.potential - price * _time_to_drain(obs).sum()
+        number, key_env, key_base = given
+        return jax.vmap(of_expert)(experts, *carry)
 
-    return jax.vmap(value_of)(jnp.arange(env.num_experts))
+    experts = jnp.arange(env.num_experts)
+    alike = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (env.num_experts, *jnp.shape(leaf))), (nothing_seen, state, base.memory)
+    )
+    given = (jnp.arange(len(step_keys)), step_keys, jax.random.split(key, len(step_keys)))
+    (obs, last, _), rewards = jax.lax.scan(step, alike, given)
+    return rewards.sum(0) + last.potential - price * jax.vmap(_time_to_drain)(obs).sum(-1)
 
 
 def _time_to_drain(obs: Observation) -> Float[Array, "expert"]:
-    """Time for which each expert would be busy with the requests there and no other, its iterations as they are, s."""
+    """Time for which each expert would be busy with the requests there alone, at the current iteration time, s."""
     experts = obs.experts
     num_seqs = jnp.minimum(experts.num_running + experts.num_waiting, experts.max_num_seqs)
     iterations = jnp.maximum(
@@ -137,10 +140,10 @@ def _time_to_drain(obs: Observation) -> Float[Array, "expert"]:
 
 
 def redraw_unknown(state: EnvState, params: EnvParams, key: PRNGKeyArray) -> EnvState:
-    """Draw the true lengths of what is in flight and of the arriving request anew, given what has been seen.
+    """Redraw the true lengths of the requests in flight and of the arriving one, given what has been observed.
 
     Lengths are log-normal around their predictions, and longer than what has been generated, as the impact estimator
-    supposes. Qualities become their predictions, which is what they are worth on average.
+    assumes. Qualities become their predictions, which are right on average.
     """
     key_slots, key_request = jax.random.split(key)
     slots, table, request = state.site.slots, state.table, state.request
@@ -149,8 +152,8 @@ def redraw_unknown(state: EnvState, params: EnvParams, key: PRNGKeyArray) -> Env
 
     def draw(key: PRNGKeyArray, predicted: Array, generated: Array, prompt_tokens: Array) -> Array:
         z = (jnp.log(jnp.maximum(generated, 1.0)) - jnp.log(jnp.maximum(predicted, 1.0))) / log_error
-        # Upper tail, so that float32 keeps its digits where much more was generated than predicted.
-        tail = jax.random.uniform(key, predicted.shape, minval=1e-6) * ndtr(-z)
+        # The upper tail, so that float32 keeps its digits where much more was generated than predicted.
+        tail = jax.random.uniform(key, predicted.shape, jnp.float32, minval=1e-6) * ndtr(-z)
         drawn = jnp.exp(jnp.log(jnp.maximum(predicted, 1.0)) - log_error * ndtri(jnp.maximum(tail, 1e-30)))
         least = generated.astype(jnp.int32) + 1
         most = jnp.maximum(jnp.minimum(site.kv_capacity - prompt_tokens, 2 * params.bank.output_tokens.max()), least)

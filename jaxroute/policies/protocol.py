@@ -1,4 +1,4 @@
-"""One protocol for every router, rules and networks alike, so that evaluation can vmap over any of them."""
+"""One protocol for every router, rule or network, so that evaluation can vmap over any of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Memory = Any
 
 
 class Policy(NamedTuple):
-    """A router: a pure function of what it knows and what it sees."""
+    """A router: a pure function of its parameters, its memory and what it sees."""
 
     name: str
     act: Callable[[Params, Any, PRNGKeyArray, Memory], tuple[Int[Array, ""], Memory]]
@@ -24,12 +24,13 @@ class Policy(NamedTuple):
     memory: Memory = ()
     """Memory at the start of an episode."""
     plans: int = 0
-    """How many steps a planner looks ahead."""
+    """Number of steps that a planner looks ahead; 0 for all other policies."""
 
 
 def best_available(obs: Observation, score: Float[Array, "expert"]) -> Int[Array, ""]:
-    """Return the expert with the highest score among those that would take the request; ties go to the lowest index.
+    """Return the eligible expert with the highest score; ties go to the lowest index.
 
-    Every rule is spared the experts that are down or whose queue is full, as a gateway that retries elsewhere would be.
+    No rule may choose an expert that is down or would visibly reject the request, as long as there is another: a
+    gateway would retry elsewhere.
     """
-    return jnp.argmax(jnp.where(obs.experts.eligible, score, -jnp.inf))
+    return jnp.argmax(jnp.where(obs.experts.eligible, score, -jnp.inf)).astype(jnp.int32)

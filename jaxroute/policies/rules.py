@@ -36,14 +36,14 @@ def _relative_latency(obs: Observation) -> Float[Array, "expert"]:
 
 
 def _best_among(obs: Observation, preferred: Bool[Array, "expert"], score: Float[Array, "expert"]) -> Int[Array, ""]:
-    """Return the best available expert among the preferred, or among all if none of them is available."""
+    """Return the best expert among the preferred ones that are available, or among all if none is."""
     preferred = preferred & obs.experts.available
     return best_available(obs, jnp.where(preferred | ~preferred.any(), score, -jnp.inf))
 
 
 def random(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Choose uniformly (SGLang, LiteLLM simple-shuffle)."""
-    return best_available(obs, jax.random.uniform(key, obs.experts.available.shape)), memory
+    return best_available(obs, jax.random.uniform(key, obs.experts.available.shape, jnp.float32)), memory
 
 
 def weighted_random(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
@@ -54,7 +54,7 @@ def weighted_random(params: Params, obs: Observation, key: PRNGKeyArray, memory:
     """
     capacity = obs.experts.max_num_seqs / obs.experts.weight_load
     # Of exponential clocks with these rates, each is the first with a probability in proportion to its rate.
-    return best_available(obs, -jax.random.exponential(key, capacity.shape) / capacity), memory
+    return best_available(obs, -jax.random.exponential(key, capacity.shape, jnp.float32) / capacity), memory
 
 
 def round_robin(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
@@ -100,7 +100,7 @@ def shortest_work(params: Params, obs: Observation, key: PRNGKeyArray, memory: M
 
 def power_of_two(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Draw two available experts and take the one with fewer pending tokens (SGLang)."""
-    draw = jnp.where(obs.experts.available, jax.random.uniform(key, obs.experts.available.shape), -1.0)
+    draw = jnp.where(obs.experts.available, jax.random.uniform(key, obs.experts.available.shape, jnp.float32), -1.0)
     two = draw >= jnp.sort(draw)[-2:].min()
     return _best_among(obs, two, -(obs.experts.pending_prefill + obs.experts.pending_output)), memory
 
@@ -144,7 +144,7 @@ def slo_headroom(params: Params, obs: Observation, key: PRNGKeyArray, memory: Me
     meets = relative <= 1.0
     # 1 / relative is below 1 for those that miss L, so that no other comes before an idle one.
     missing = (_num_in_flight(obs) == 0) + 1 / relative
-    explore = jax.random.uniform(key) < EXPLORATION
+    explore = jax.random.uniform(key, (), jnp.float32) < EXPLORATION
     return _best_among(obs, meets ^ explore, jnp.where(meets, -params * relative, missing)), memory
 
 
@@ -180,11 +180,11 @@ def win_rate(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory
 def lowest_latency(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Choose at random among the experts within 1.1 times the lowest recent latency (LiteLLM latency-based).
 
-    Latency is the mean of seconds per output token of what completed there; unknown counts as 0.
+    Latency is the mean of seconds per output token of what has completed there; if nothing has, it counts as 0.
     """
     recent = jnp.where(obs.experts.available, obs.experts.recent_latency, jnp.inf)
     close = recent <= 1.1 * recent.min()
-    return best_available(obs, jnp.where(close, jax.random.uniform(key, close.shape), -1.0)), memory
+    return best_available(obs, jnp.where(close, jax.random.uniform(key, close.shape, jnp.float32), -1.0)), memory
 
 
 def weighted_sum(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
@@ -199,8 +199,8 @@ def weighted_sum(params: Params, obs: Observation, key: PRNGKeyArray, memory: Me
 def interference_aware(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Argmin predicted slow-down of the requests in flight, among the experts predicted to meet L (all, if none).
 
-    The slow-down is by how much an iteration gets longer, relative to what it takes now, summed over the requests
-    there. In the spirit of interference-aware cooperative routing in 5G.
+    The slow-down is the relative increase of the iteration time, summed over the requests there. In the spirit of
+    interference-aware cooperative routing in 5G.
     """
     slowdown = _num_in_flight(obs) * (obs.candidates.impact.tpot / obs.experts.iteration_time - 1)
     return _best_among(obs, _relative_latency(obs) <= 1.0, -slowdown), memory

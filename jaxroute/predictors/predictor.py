@@ -1,4 +1,4 @@
-"""A fitted predictor: it predicts in plain numpy, and is stored without pickle."""
+"""A fitted predictor, which predicts in plain NumPy and is stored without pickle."""
 
 from __future__ import annotations
 
@@ -20,19 +20,15 @@ _SETTINGS, _ARRAYS = "predictor.json", "predictor.npz"
 
 
 class Answers(NamedTuple):
-    """What LLMs answer to prompts, or what is predicted of it.
-
-    Attributes:
-        quality: from 0 to 1, NaN where missing.
-        log_length: log of the output tokens, NaN where missing.
-
-    """
+    """Qualities and lengths of LLMs' answers to prompts, true or predicted."""
 
     quality: Float[np.ndarray, "prompt llm"]
+    """From 0 to 1, NaN where missing."""
     log_length: Float[np.ndarray, "prompt llm"]
+    """Log of the output tokens, NaN where missing."""
 
     def rows(self, chosen: np.ndarray) -> Answers:
-        """Only some of the prompts, by number or mask."""
+        """Return some of the prompts, by number or mask."""
         return Answers(self.quality[chosen], self.log_length[chosen])
 
 
@@ -52,21 +48,16 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """Predicts each LLM's answer to a prompt from its text; `python -m jaxroute predict` makes one.
-
-    Attributes:
-        models: names of the LLMs, in the order of the columns.
-        log_length_error: standard deviation of log(output tokens) around log(predicted), on prompts that it was
-            not fitted to.
-        features: how a prompt becomes numbers.
-        weights: of the linear model.
-
-    """
+    """Predicts each LLM's answer to a prompt from its text; `python -m jaxroute predict` makes one."""
 
     models: tuple[str, ...]
+    """Names of the LLMs, in the order of the columns."""
     log_length_error: Float[np.ndarray, "llm"]
+    """Standard deviation of log(output tokens) around log(predicted), on prompts that it was not fitted to."""
     features: Features
+    """How a prompt becomes numbers."""
     weights: Weights
+    """Weights of the linear model."""
 
     def __call__(
         self, prompts: Sequence[str]
@@ -86,7 +77,7 @@ class Predictor:
         return quality, np.exp(log_length)
 
     def save(self, folder: Path | str) -> None:
-        """Store it; the folder appears complete or not at all.
+        """Store the predictor; the folder appears complete or not at all.
 
         Raises:
             UserError: the folder exists, or cannot be written.
@@ -110,7 +101,7 @@ class Predictor:
         """Load what `save` stored; it predicts exactly the same.
 
         Raises:
-            UserError: there is no predictor, it is damaged, or of a version with other features.
+            UserError: there is no predictor, it is damaged, or it is from a version with other features.
 
         """
         folder = Path(folder)

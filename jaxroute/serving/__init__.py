@@ -1,6 +1,7 @@
 """The serving engine: experts that batch continuously, token for token as vLLM V1 schedules them.
 
-Knows requests, iterations and KV memory, and nothing of routing or rewards.
+The engine knows requests, iterations and KV memory, and nothing of routing or rewards. Newcomers read
+`jaxroute.serving.reference` first: the same semantics, one iteration at a time.
 """
 
 from jaxroute.serving.engine import (

@@ -1,7 +1,7 @@
-"""What callers give as numbers, checked at the door: one line says what is wrong, and nothing is cast in silence.
+"""Checks of the numbers that callers pass in: one line says what is wrong, and nothing is cast silently.
 
-Booleans, text, dates, durations, complex and missing values are no numbers. Times are seconds, so that dates and
-durations have to be turned into seconds by whoever knows when zero is.
+Booleans, text, dates, durations, complex numbers and missing values are not numbers. Times are seconds. A date or a
+duration is refused with the formula that converts it, because only the caller knows the time that counts as zero.
 """
 
 from __future__ import annotations

@@ -2,16 +2,16 @@
 
 Semantics: docs/reference/semantics.md (iteration-level scheduling, chunked prefill, KV memory, preemption by
 recompute, as vLLM V1 does them). Nothing steps token by token: while every running request decodes and
-nobody can be admitted, any number of iterations is applied in closed form.
+no request can be admitted, any number of iterations is applied in closed form.
 
 Two choices keep this small. *One ordered list per expert*: its slots hold the running requests in order of
 admission, then the waiting ones in queue order, so that admission and preemption only move the border
-between them (`num_admitted`), and sums over the slots before one tell what is left for it. Requests that end leave
+between them (`num_admitted`), and sums over the slots before one give what is left for it. Requests that end leave
 holes; `enqueue` closes one when it needs room. *Times are relative to now*: `advance` ends by shifting them, so float32
 stays exact in an endless run.
 
-Most experts only go on decoding from one arrival to the next, which is one formula (`_decode_until`). The few whose
-schedule changes before that are gathered, and taken from event to event until none has another (`_next_event`).
+Most experts just keep decoding from one arrival to the next, which is one formula (`_decode_until`). The few whose
+schedule changes before that are gathered and taken from event to event until none has another (`_next_event`).
 
 Slots are the leading axis; the axes behind it (`*lanes`: experts, and environments when batched) are
 independent of each other. So scalars of a lane broadcast, and reductions over slots are sums of long vectors.
@@ -29,16 +29,16 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jaxroute.serving.lanes import computed_once, fold, lanes_last, positions, running_sums
 from jaxroute.serving.site import Site
 
-# Finite, so that no product with it is NaN, and above every time that can be asked for.
+# Finite, so that no product with it is NaN, and later than any time that can occur.
 _NEVER = 1e30
 _MANY = 2**20
 
-# Of lanes, about a quarter has an event on a busy site, and 2 % more than two. So it pays to gather at first a third of
-# them, and then an eighth of these; not of fewer lanes than this.
+# On a busy site, about a quarter of the lanes has an event, and 2 % have more than two. So it pays to gather a third of
+# the lanes at first, and then an eighth of those; below `_FEW_LANES` lanes it does not.
 _FEWER = (3, 8)
 _FEW_LANES = 64
 _CHANGED_BY_EVENTS = ("status", "computed", "generated", "scheduled", "preemptions", "ttft", "latency")
-"""Of slots; the rest need not be put back."""
+"""The slots' fields that events change; the others need not be put back."""
 
 
 class SlotStatus(IntEnum):
@@ -75,7 +75,7 @@ class Slots(NamedTuple):
 
 
 class SiteState(NamedTuple):
-    """All that the experts remember between two arrivals."""
+    """Everything that the experts remember between two arrivals."""
 
     slots: Slots
     num_admitted: Int[Array, "*lanes"]
@@ -83,11 +83,11 @@ class SiteState(NamedTuple):
     clock: Float[Array, "*lanes"]
     """Start of the iteration in progress, or the boundary at which the next is scheduled, s from now."""
     head_ready: Float[Array, "*lanes"]
-    """When the head of the waiting queue is (or was) ready, s from now; `_NEVER` if nobody waits."""
+    """When the head of the waiting queue is (or was) ready, s from now; `_NEVER` if no request waits."""
     duration: Float[Array, "*lanes"]
     """Time of the iteration in progress, s; `_NEVER` if there is none."""
     growth: Float[Array, "*lanes"]
-    """By how much each further decode iteration takes longer, s."""
+    """How much longer each further decode iteration takes, s."""
     max_iterations: Int[Array, "*lanes"]
     """Iterations like this one until a request ends or KV memory runs out."""
     num_running: Int[Array, "*lanes"]
@@ -151,8 +151,8 @@ def idle_site(num_experts: int, num_slots: int) -> SiteState:
 
 
 def clear(state: SiteState, failed: Bool[Array, "*lanes"]) -> SiteState:
-    """Return the state with failed experts as idle ones, at which nothing has arrived."""
-    # At an idle expert, all slots are alike.
+    """Return the state with failed experts idle, as if nothing had ever arrived there."""
+    # All slots of an idle expert are the same.
     return jax.tree.map(lambda idle, now: jnp.where(failed, idle.ravel()[0], now), idle_site(1, 1), state)
 
 
@@ -171,7 +171,7 @@ def num_waiting(state: SiteState) -> Int[Array, "*lanes"]:
 def can_accept(
     site: Site, state: SiteState, prompt_tokens: Int[Array, "*lanes"], output_tokens: Int[Array, "*lanes"]
 ) -> Bool[Array, "*lanes"]:
-    """Whether each expert would take a request of this size now, rather than reject it."""
+    """Whether each expert would accept a request of this size now."""
     fits = prompt_tokens + output_tokens <= site.kv_capacity
     return fits & (num_waiting(state) < site.max_waiting)
 
@@ -188,7 +188,7 @@ def enqueue(
     """Put one request, arriving now, at the end of the chosen experts' queues (at most one; none if rejected).
 
     Returns:
-        The new state, and the placement, with which a caller keeps a table of its own beside the slots.
+        The new state, and the placement, with which a caller keeps a table of its own in step with the slots.
     """
     chosen = computed_once(chosen)
     slots = state.slots
@@ -220,7 +220,7 @@ def enqueue(
     num_admitted = state.num_admitted - (close & (hole < state.num_admitted))
     state = state._replace(
         slots=slots,
-        # Holes at the end of the batch are given up, or the new request would seem admitted.
+        # Holes at the end of the batch are dropped, or the new request would seem to be admitted.
         num_admitted=jnp.where(chosen, jnp.minimum(num_admitted, tail), num_admitted),
         head_ready=jnp.where(chosen, jnp.minimum(state.head_ready, site.network_delay), state.head_ready),
     )
@@ -233,7 +233,7 @@ def with_output_tokens(site: Site, state: SiteState, output_tokens: Int[Array, "
     decoding = (slots.status == SlotStatus.ACTIVE) & (slots.scheduled > 0)
     to_completion = jnp.where(decoding, output_tokens - slots.generated, _MANY).min(0)
     to_full = 1 + (site.kv_capacity - state.kv_held) // jnp.maximum(state.num_running, 1)
-    # 1 stays 1: it may mean that the next iteration is not like this one, and costs nothing but another look.
+    # 1 stays 1: it may mean that the next iteration is not like this one. At worst, it costs one more event.
     repeats = jnp.where(state.max_iterations > 1, jnp.clip(to_full, 1, to_completion), state.max_iterations)
     return state._replace(slots=slots._replace(output_tokens=output_tokens), max_iterations=repeats)
 
@@ -282,8 +282,8 @@ def _advance_lanes(site: Site, state: SiteState, until: Float[Array, "lane"]) ->
 def _until_no_event(site: Site, state: SiteState, until: Float[Array, "lane"], fewer: tuple[int, ...]) -> SiteState:
     """Let events happen until no lane has another one before `until`.
 
-    All lanes take part until so few have an event, by the first of the numbers in `fewer`, that it pays to gather them;
-    they go on in the same way by the others.
+    All lanes take part until at most one in `fewer[0]` has an event. Then those are gathered, and go on in the same way
+    with the rest of `fewer`.
     """
     num_lanes = until.shape[0]
     few = num_lanes // fewer[0] if fewer and num_lanes >= _FEW_LANES else 0
@@ -322,7 +322,7 @@ def _iterations_to_event(site: Site, state: SiteState) -> Int[Array, "lane"]:
 
 def _has_event(state: SiteState, event: Int[Array, "lane"], until: Float[Array, "lane"]) -> Bool[Array, "lane"]:
     """Whether the schedule changes, or is due, at or before `until`."""
-    # The same comparison as in `_iterations_within`: rounded otherwise, a lane could ask for rounds for ever.
+    # The same comparison as in `_iterations_within`: rounded differently, the loop might never end.
     ends = (state.duration < _NEVER) & (_elapsed(event, state.duration, state.growth) <= until - state.clock)
     return ends | (_next_start(state) < until)
 
@@ -334,7 +334,7 @@ def _next_start(state: SiteState) -> Float[Array, "lane"]:
 
 
 class _Schedule(NamedTuple):
-    """An iteration as it is scheduled; of each expert, or of each slot."""
+    """The iteration that an expert runs next."""
 
     tokens: Int[Array, "slot lane"]
     preempted: Bool[Array, "slot lane"]
@@ -386,7 +386,7 @@ def _next_event(site: Site, state: SiteState, event: Int[Array, "lane"], until: 
 def _end_iterations(
     site: Site, slots: Slots, done: Bool[Array, "lane"], k: Int[Array, "lane"], clock: Float[Array, "lane"]
 ) -> Slots:
-    """Let k iterations end at `clock`: tokens are computed, and whoever has all that it needs emits one."""
+    """Let k iterations end at `clock`: tokens are computed, and a request that has all that it needs emits one."""
     worked = done & (slots.scheduled > 0)
     emitted = worked & (slots.scheduled == slots.prompt_tokens + slots.generated - slots.computed)
     generated = slots.generated + jnp.where(emitted, k, 0)
@@ -404,8 +404,8 @@ def _end_iterations(
 def _schedule(site: Site, slots: Slots, num_admitted: Int[Array, "lane"], clock: Float[Array, "lane"]) -> _Schedule:
     """Schedule the iteration that starts at `clock`.
 
-    Running requests come first, in order of admission, then the queue, up to the first for whom there is no room. Slots
-    are in this order, so sums over those before tell what is left for each.
+    Running requests come first, in order of admission, then the queue, up to the first request that does not fit. Slots
+    are in this order, so sums over the slots before one give what is left for it.
     """
     active = slots.status == SlotStatus.ACTIVE
     running = active & (positions(active) < num_admitted)
@@ -445,7 +445,7 @@ def _schedule(site: Site, slots: Slots, num_admitted: Int[Array, "lane"], clock:
 
 
 def _decode_until(site: Site, state: SiteState, until: Float[Array, "lane"]) -> SiteState:
-    """Apply what ends at or before `until` at lanes without an event before it, and make that the new now."""
+    """Apply the iterations that end by `until` in lanes that have no event before it, and make `until` the new now."""
     left = until - state.clock
     running = state.duration < _NEVER
     k = jnp.where(running, _iterations_within(left, state.duration, state.growth), 0)

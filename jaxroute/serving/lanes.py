@@ -17,7 +17,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def lanes_last(function: _Function) -> _Function:
     """Let `vmap` add one more last axis to the arrays of `function`, instead of batching each operation in it.
 
-    `function` takes and returns arrays only, in any pytrees, and must broadcast over axes behind those that it names.
+    `function` takes and returns pytrees of arrays, and must broadcast over axes behind those that it names.
     Long vectors then run through its arithmetic, several times as fast on a CPU as short ones behind the batch, and
     its loops run once for all, without selecting old or new for each batch entry in each round.
     """
@@ -48,10 +48,10 @@ def positions(like: Shaped[Array, "first *lanes"]) -> Int[Array, "first *ones"]:
 
 
 def computed_once(mask: Bool[Array, "*lanes"]) -> Bool[Array, "*lanes"]:
-    """Return `mask`, with all that it takes computed only once on a CPU.
+    """Return `mask`, computed only once on a CPU.
 
-    There, XLA computes what is cheap again in each of its uses, here for every slot of every table. It does not do so
-    with what it holds to be dear. A root is, and those of 0 and 1 are 0 and 1.
+    XLA recomputes a cheap value wherever it is used, here for every slot of every table. It does not recompute what it
+    considers expensive, such as a square root; and the roots of 0 and 1 are 0 and 1.
     """
     return jnp.sqrt(mask.astype(jnp.float32)) > 0
 

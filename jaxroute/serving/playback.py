@@ -1,4 +1,4 @@
-"""Replay one fixed assignment of requests to experts and return what each request met."""
+"""Replay requests with a fixed assignment to experts, and return what happened to each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxroute.serving.site import MAX_COUNT, Site, check_site
 
 
 class Requests(NamedTuple):
-    """Requests in order of arrival. Token counts may differ by expert (an LLM's own length and tokenizer)."""
+    """Requests in order of arrival. Token counts may differ between experts, as LLMs differ in tokenizer and length."""
 
     arrival_time: ArrayLike
     """(R,), s, in order; float64, as absolute times may be large. Dates are refused: subtract the first one."""
@@ -29,20 +29,20 @@ class Requests(NamedTuple):
 
 
 class Outcomes(NamedTuple):
-    """What each request met, NumPy arrays of shape (R,)."""
+    """What happened to each request, as NumPy arrays of shape (R,)."""
 
     status: np.ndarray
     """0 completed, 1 rejected on arrival."""
     ttft: np.ndarray
-    """First token at the expert, s after `arrival_time` (the way there included); nan if rejected."""
+    """First token at the expert, s after `arrival_time`, the way to the expert included; nan if rejected."""
     latency: np.ndarray
     """Last token at the expert, s after `arrival_time`; nan if rejected."""
     preemptions: np.ndarray
-    """How often the request lost its KV memory and was computed again."""
+    """How often the request lost its KV memory and had to be recomputed."""
 
 
 def replay(site: Site, requests: Requests, assignment: ArrayLike) -> Outcomes:
-    """Serve `requests`, request r at expert `assignment[r]`, until the last one has ended.
+    """Serve `requests`, request r at expert `assignment[r]`, until the last one has completed.
 
     Args:
         site: the experts.
@@ -50,11 +50,11 @@ def replay(site: Site, requests: Requests, assignment: ArrayLike) -> Outcomes:
         assignment: (R,) expert of each request.
 
     Returns:
-        Outcomes as seen at the expert: what a user sees adds the network delay back.
+        Outcomes as seen at the expert; a user sees the answer one network delay later.
 
     Raises:
-        UserError: something is no number, arrays disagree in length, times go backwards, a count is below 1, an expert
-            does not exist.
+        UserError: values that are not numbers, arrays of different lengths, times that go backwards, a count below 1,
+            an expert that does not exist.
     """
     if not isinstance(requests, Requests):
         raise UserError(f"requests is a {type(requests).__name__}; give jaxroute.Requests")
@@ -108,7 +108,7 @@ def _check_requests(
 
 
 class _Table(NamedTuple):
-    """Outcomes so far, with one more row that takes what belongs to no request."""
+    """Outcomes so far, with one spare row for slots that hold no completed request."""
 
     status: Int[Array, "rows"]
     ttft: Float[Array, "rows"]

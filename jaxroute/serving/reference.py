@@ -1,16 +1,28 @@
-"""A token-by-token simulator of the serving semantics: float64, absolute times, one iteration at a time.
+"""The serving semantics in plain Python, one iteration at a time: the place to start reading.
 
-The engine skips events and runs in float32 on a device. This file does neither: it is the serving semantics
-written down in the plainest way, to be believed by reading, and it shares no code with the engine. "Step n"
-in the comments is step n of an iteration there.
+The engine (`jaxroute.serving.engine`) skips events and runs in float32 on a device. This module does neither: it uses
+float64 and absolute times, it is meant to be believed by reading, and it shares no code with the engine. Tests hold the
+engine to it.
 
-Conventions where those semantics leave a choice:
+Read it in this order; docs/reference/semantics.md says the same in words, and "step n" in the comments is its step n.
 
-- `ttft` and `latency` are measured at the expert, from the request's arrival at the router: they contain the
-  network delay out, not the one back. They are nan if the request was rejected.
-- An iteration that starts at clock c sees every request that is ready at c or before, one that arrives at c
-  included. So at an arrival at time T, iterations that end at or before T are applied, and only iterations
-  that start strictly before T have their schedule fixed.
+1. `Request`: what an expert remembers of a request. `need` and `decoding` are what every later step turns on.
+2. `Expert.schedule`: steps 1 to 4, who takes part in the next iteration and how long it takes. It calls `share_tokens`
+   (the token budget) and `kv_in_use` (the memory).
+3. `Expert.apply`: step 5, what counts when the iteration ends.
+4. `Expert.arrive` and `Expert.advance`: what happens between two arrivals, and when a request is rejected.
+5. `simulate`: all requests, each at the expert that it is assigned to.
+
+Then read the engine: it keeps the requests of an expert in slots in the order of `running` followed by `waiting`, and
+applies many iterations at once while `schedule` would decide the same.
+
+Conventions where the semantics leave a choice:
+
+- `ttft` and `latency` are measured at the expert, from the request's arrival at the router: they contain the network
+  delay to the expert, but not the way back. They are nan if the request was rejected.
+- An iteration that starts at clock c sees every request that is ready by c, including one that arrives at c. So at an
+  arrival at time T, iterations that end at or before T have been applied, and only iterations that start strictly
+  before T have a fixed schedule.
 - Only sequences that are scheduled (n > 0) count as decoding in the cost of an iteration.
 - Every expert runs on after the last arrival until it is empty.
 """
@@ -29,15 +41,15 @@ COMPLETED, REJECTED = 0, 1
 
 @dataclass
 class Request:
-    """A request at its expert."""
+    """A request at its expert; times in s, lengths in tokens."""
 
     index: int
-    arrival: float
+    arrival: float  # at the router
     ready: float  # when it has crossed the network
     prompt: int
     output: int
     computed: int = 0  # KV tokens held
-    generated: int = 0
+    generated: int = 0  # output tokens so far
     preemptions: int = 0
     first_token: float = math.nan
     finish: float = math.nan
@@ -106,7 +118,7 @@ class Expert:
     log: list[Iteration] = field(default_factory=list)
 
     def arrive(self, request: Request) -> bool:
-        """The request reaches the router's decision for this expert. Returns whether it was accepted."""
+        """Receive a request that the router has sent here now; returns whether it is accepted."""
         self.advance(request.arrival)
         if len(self.waiting) >= self.max_waiting or request.prompt + request.output > self.kv_capacity:
             return False
@@ -157,7 +169,7 @@ class Expert:
             preempted.append(victim.index)
             self.share_tokens()
 
-        # Step 3: first come, first served; the first that cannot be admitted holds up the others.
+        # Step 3: first come, first served; the first that cannot be admitted blocks those behind it.
         while not preempted and self.waiting:
             head = self.waiting[0]
             left = self.max_num_batched_tokens - sum(self.tokens)
@@ -216,15 +228,20 @@ def simulate(
     assignment: np.ndarray,
     observe: Callable[[Iteration], None] | None = None,
 ) -> Result:
-    """Serve `(R,)` requests, in order of arrival, each at the expert that `assignment` names.
+    """Serve R requests at N experts, each at the expert that it is assigned to, until all have completed.
 
-    `site` maps the ten field names of a site to arrays with leading axis expert. Tokens are `(R,)`, or
-    `(R, N)` if they depend on the expert. `observe` is called with every iteration, expert by expert, in the
-    order of time.
+    Args:
+        site: the ten fields of a `Site`, each an array (N,).
+        arrival_time: (R,), s, in order.
+        prompt_tokens: (R,), or (R, N) if they depend on the expert.
+        output_tokens: (R,) or (R, N).
+        assignment: (R,), the expert of each request.
+        observe: called with every iteration, expert by expert, in order of time.
 
-    `closest_call` is the smallest distance in time between a request's arrival or readiness and a start of an
-    iteration of its expert (unless they are equal): what happens next depends on which comes first, so a
-    simulator in lower precision can only be held to this one if its error is smaller.
+    Returns:
+        Outcomes and totals. `closest_call` is the smallest time between a request's arrival or readiness and the start
+        of an iteration of its expert, unless they coincide. What happens next depends on which comes first, so a
+        simulator of lower precision can be held to this one only if its error is smaller than that.
     """
     arrival_time = np.asarray(arrival_time, np.float64)
     assignment = np.asarray(assignment)

@@ -1,4 +1,4 @@
-"""What an edge site is made of: one LLM on one accelerator per expert."""
+"""An edge site: one LLM on one accelerator per expert."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Site(NamedTuple):
         )
 
 
-# The least value that makes sense, field by field. A weight_load of zero would let an iteration take no time.
+# The smallest sensible value of each field. With a weight_load of zero, an iteration could take no time.
 _MINIMUM: dict[str, float] = {
     "iteration_overhead": 0.0,
     "weight_load": 1e-9,
@@ -78,7 +78,7 @@ _MINIMUM: dict[str, float] = {
     "network_delay": 0.0,
 }
 
-# Of every count. The router sees tokens in float32, which holds whole numbers exactly up to here.
+# Limit of every count. The router sees tokens in float32, which is exact for whole numbers up to here.
 MAX_COUNT = 2**24
 
 

@@ -2,8 +2,8 @@
 
 python -m jaxroute export RUN --out FOLDER [--predictor FOLDER] [option=value ...]
 
-The folder holds the decision, from what a gateway knows to the expert, as one StableHLO program with the parameters in
-it, and a manifest. `jaxroute.gateway.Router` reads it; docs/how-to/export.md describes both.
+The folder holds a manifest and the decision: one StableHLO program, parameters included, from what a gateway knows to
+the chosen expert. `jaxroute.gateway.Router` reads it; docs/how-to/export.md describes both.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from jaxroute.serving import Site
 
 PLATFORMS = ("cpu", "cuda")
 
-# What the decision depends on, beside the run.
+# The groups of options that an export can change.
 _OPTIONS = ("site", "bank", "workload", "data_dir")
 
 
@@ -98,7 +98,7 @@ def export_router(
 
 def decision(policy: TrainedPolicy) -> Callable[..., tuple[Int[Array, ""], Float[Array, "expert"]]]:
     """Return the function that is exported: the trained router on arrays of `FIELDS`."""
-    # As NumPy arrays they become constants of the program.
+    # As NumPy arrays, they become constants of the program.
     network, params = policy.network, jax.tree.map(np.asarray, policy.params)
 
     def decide(
@@ -133,7 +133,7 @@ def _exported(policy: TrainedPolicy, env: EdgeRouting) -> bytes:
     arguments = [
         jax.ShapeDtypeStruct((len(fields), *shapes.get(name, ())), jnp.float32) for name, fields in FIELDS.items()
     ]
-    # Without the paths of source files: they are nobody's business, and the same router gives the same bytes anywhere.
+    # Without the paths of source files, which are private; and so the same router gives the same bytes everywhere.
     option = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, option)
     jax.config.update(option, 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -16,10 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Lowered
 from jaxtyping import PRNGKeyArray
 from rich.console import Console
 
 from jaxroute.config import Config
+from jaxroute.config.words import command_line, path_word
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.errors import UserError
 from jaxroute.learning import Learner, PPOState, Regression, make_ppo, make_warm_start
@@ -32,7 +33,17 @@ from jaxroute.training.lock import locked
 from jaxroute.training.memory import check_memory, memory_advice
 from jaxroute.training.processes import ENVS_ON_CPU, is_first_process
 from jaxroute.training.programs import Program, Programs
-from jaxroute.training.states import STATES, Saved, StateWriter, forget_others, forked, has_states, read_state, resumed
+from jaxroute.training.states import (
+    STATES,
+    Saved,
+    StateWriter,
+    disk_advice,
+    forget_others,
+    forked,
+    has_states,
+    read_state,
+    resumed,
+)
 from jaxroute.training.tracking import METRICS_FILE, Tracker
 from jaxroute.training.warm_start import WARM_START, SeedStart, calls_per_round
 
@@ -106,7 +117,7 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
                     state = _run_updates(plan, host, state, update, saved)
             except Interrupted as where:
                 assert interrupts.received is not None
-                go_on = f"python train.py resume={shlex.quote(str(run))}"
+                go_on = command_line("train", path_word("resume", run))
                 console.print(f"{interrupts.received.name} {where}; go on with: {go_on}", markup=False, soft_wrap=True)
                 raise SystemExit(128 + interrupts.received) from None
             if tracker and judge is not None:
@@ -258,24 +269,26 @@ def _queue_programs(plan: _Plan, programs: Programs) -> _Queued:
     While they are made, the rest is compiled.
     """
     config, learner = plan.config, plan.learner
-    num_envs, num_states = config.ppo.num_envs, config.warm_start.num_states
+    num_envs = config.ppo.num_envs
     assert num_envs is not None
-    assert num_states is not None
     functions = make_warm_start(config.warm_start, plan.env, plan.env_params, plan.network, num_envs)
     of_all = jax.eval_shape(learner.init, plan.key)
     state = jax.eval_shape(lambda of_all: _of_seed(0, plan.seeds, of_all), of_all)
-    base = jax.ShapeDtypeStruct((), bool)
-    to_label = (state.params, base, (state.obs, state.env_state), jax.random.key(0))
-    size = calls_per_round(config) * num_envs
-    init = programs.start("environments", learner.init, plan.key)
-    label = programs.start("labels", functions.label, *to_label)
-    labelled = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype),
-        jax.eval_shape(functions.label, *to_label)[1],
-    )
-    regression = jax.eval_shape(functions.begin_fit, state.params)
-    fit = programs.start("regression", functions.fit, regression, labelled, jax.ShapeDtypeStruct((), jnp.int32))
-    update = programs.start("updates", learner.update, of_all)
+    to_label = (state.params, jax.ShapeDtypeStruct((), bool), (state.obs, state.env_state), jax.random.key(0))
+
+    def lower_fit() -> Lowered:
+        size = calls_per_round(config) * num_envs
+        labelled = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype),
+            jax.eval_shape(functions.label, *to_label)[1],
+        )
+        regression = jax.eval_shape(functions.begin_fit, state.params)
+        return functions.fit.lower(regression, labelled, jax.ShapeDtypeStruct((), jnp.int32))
+
+    init = programs.start("environments", lambda: learner.init.lower(plan.key))
+    label = programs.start("labels", lambda: functions.label.lower(*to_label))
+    fit = programs.start("regression", lower_fit)
+    update = programs.start("updates", lambda: learner.update.lower(of_all))
     return _Queued(init, label, functions.begin_fit, fit, update)
 
 
@@ -326,7 +339,8 @@ def _save_checkpoint(plan: _Plan, steps: int, state: PPOState) -> None:
         return
     params = jax.device_get(state.params)
     for number, folder in enumerate(seed_runs(plan.run, plan.config)):
-        save_params(folder, steps, _of_seed(number, plan.seeds, params))
+        with disk_advice(folder / CHECKPOINTS):
+            save_params(folder, steps, _of_seed(number, plan.seeds, params))
 
 
 def _check_convergence(plan: _Plan, metrics: dict[str, float], steps: int, last_saved: int | None) -> None:

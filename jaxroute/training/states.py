@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +27,8 @@ from jaxroute.runs import read_policy, restore
 
 STATES = "states"
 _SCORE, _CHECKSUM = "train/avg_qos", "checksum"
+
+_ORBAX_LOG = logging.getLogger("absl")
 
 # Leaves by name, such as "params/params/query/kernel": containers of any kind look the same.
 Leaves: TypeAlias = dict[str, np.ndarray]
@@ -44,26 +49,76 @@ class StateWriter:
         kept = AnyPreservationPolicy([LatestN(keep), BestN(get_metric_fn=score, n=1)])
         # Without best_fn, Orbax would not write the metrics.
         options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=score)
-        self._manager = ocp.CheckpointManager((run / STATES).resolve(), options=options)
+        self._folder = run / STATES
+        with disk_advice(self._folder):
+            self._manager = ocp.CheckpointManager(self._folder.resolve(), options=options)
 
     def save(self, steps: int, state: PPOState, metrics: Mapping[str, float]) -> None:
-        """Start to write a copy of the state, so that training can go on at once."""
+        """Start to write a copy of the state, so that training can go on at once.
+
+        Raises:
+            UserError: this state or one before it cannot be written.
+        """
         plain = jax.device_get(jax.tree.map(_plain, state))
         # Orbax does not notice every damage by itself.
         notes = {_SCORE: metrics.get(_SCORE, 0.0), _CHECKSUM: _checksum(by_name(plain))}
-        self._manager.save(steps, args=ocp.args.Composite(state=ocp.args.StandardSave(plain)), metrics=notes)
+        with disk_advice(self._folder):
+            self._manager.save(steps, args=ocp.args.Composite(state=ocp.args.StandardSave(plain)), metrics=notes)
 
     def wait(self) -> None:
-        """Wait until what has been saved is on disk."""
-        self._manager.wait_until_finished()
+        """Wait until what has been saved is on disk.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with disk_advice(self._folder):
+            self._manager.wait_until_finished()
 
     def __enter__(self) -> StateWriter:
+        # Orbax logs stack traces of errors that it also raises.
+        self._level = _ORBAX_LOG.level
+        _ORBAX_LOG.setLevel(logging.CRITICAL)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()  # waits for what is being written
+        try:
+            with disk_advice(self._folder):
+                self._manager.close()  # waits for what is being written
+        finally:
+            _ORBAX_LOG.setLevel(self._level)
+
+
+@contextmanager
+def disk_advice(written: Path) -> Iterator[None]:
+    """Turn a failure to write into one line.
+
+    Raises:
+        UserError: what is written here does not get to disk.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+        _ignore_closed_loops()
+        full = "No space left on device" in str(error)
+        reason = "no space left on device" if full else (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{written} cannot be written ({reason}); what was saved before is kept: make room, then resume the run"
+        ) from error
+
+
+def _ignore_closed_loops() -> None:
+    """Other threads of Orbax still report to an event loop that is closed once one of them has failed."""
+    report = sys.unraisablehook
+
+    def report_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = report_others
 
 
 def has_states(run: Path) -> bool:

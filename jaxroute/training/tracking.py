@@ -14,15 +14,17 @@ from typing import Any
 
 from jaxroute import __version__
 from jaxroute.config import Config
+from jaxroute.files import write_file
 from jaxroute.runs import CONFIG_FILE, latest_checkpoint, seed_runs
+from jaxroute.training.states import disk_advice
 
 METRICS_FILE = "metrics.jsonl"
-# Name of the run at W&B, which a resumed training goes on with.
+# Holds the name of the run at W&B, which a resumed training goes on with.
 _ID_FILE = "wandb_id"
 
 
 class Tracker:
-    """Write each set of metrics to metrics.jsonl, after those of the first `steps`, and, by configuration, to W&B."""
+    """Append metrics to metrics.jsonl, after those of the first `steps`, and send them to W&B if configured."""
 
     def __init__(self, run: Path, config: Config, warn: Callable[[str], None], steps: int = 0) -> None:
         _keep_lines(run / METRICS_FILE, steps)
@@ -34,11 +36,12 @@ class Tracker:
 
     def log(self, metrics: dict[str, float]) -> None:
         """Add one line."""
-        self._file.write(json.dumps(metrics) + "\n")
+        with disk_advice(self._run / METRICS_FILE):
+            self._file.write(json.dumps(metrics) + "\n")
         self._tell_wandb(lambda wandb: wandb.log(metrics))
 
     def finish(self, figures: dict[str, float]) -> None:
-        """Give W&B what the run has led to: final figures, the evaluation's table and plots, and the router."""
+        """Send the results to W&B: final figures, the evaluation's table and plots, and the router."""
         self._tell_wandb(lambda wandb: _log_results(wandb, self._run, self._config, figures))
 
     def __enter__(self) -> Tracker:
@@ -61,12 +64,10 @@ class Tracker:
 
 
 def _keep_lines(path: Path, steps: int) -> None:
-    """Leave the metrics of the first `steps`, which a resumed run goes on from."""
+    """Keep only the metrics of the first `steps`, which a resumed run goes on from."""
     lines = path.read_text().splitlines(keepends=True) if steps and path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["steps"] <= steps]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept))
-    beside.replace(path)
+    write_file(path, "".join(kept))
 
 
 def _reason(error: Exception) -> str:
@@ -94,7 +95,7 @@ def _log_results(started: Any, run: Path, config: Config, figures: dict[str, flo
 
 def _start_wandb(run: Path, config: Config, warn: Callable[[str], None]) -> Any:
     """Start the run's W&B run, or go on with it; if that fails (no key, no network), say so once and go on without."""
-    # Imported here: it takes a second, and most runs do without.
+    # Imported here, because it takes a second and most runs do not need it.
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
@@ -103,7 +104,7 @@ def _start_wandb(run: Path, config: Config, warn: Callable[[str], None]) -> Any:
         return None
     id_file = run / _ID_FILE
     if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:8])
+        write_file(id_file, uuid.uuid4().hex[:8])
     try:
         started = wandb.init(
             mode=config.wandb.mode,  # type: ignore[arg-type]

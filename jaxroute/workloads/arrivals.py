@@ -90,12 +90,12 @@ ArrivalProcess = Callable[[PRNGKeyArray, ArrivalState, ArrivalParams], tuple[Flo
 def poisson(key: PRNGKeyArray, state: ArrivalState, params: ArrivalParams) -> tuple[Float[Array, ""], ArrivalState]:
     """Memoryless arrivals: exponential gaps."""
     del params
-    return jax.random.exponential(key), state
+    return jax.random.exponential(key, (), jnp.float32), state
 
 
 def gamma(key: PRNGKeyArray, state: ArrivalState, params: ArrivalParams) -> tuple[Float[Array, ""], ArrivalState]:
     """Renewal arrivals with gamma gaps; a coefficient of variation above 1 clusters them."""
-    return jax.random.gamma(key, params.shape) / params.shape, state
+    return jax.random.gamma(key, params.shape, dtype=jnp.float32) / params.shape, state
 
 
 def trace(key: PRNGKeyArray, state: ArrivalState, params: ArrivalParams) -> tuple[Float[Array, ""], ArrivalState]:
@@ -107,20 +107,20 @@ def trace(key: PRNGKeyArray, state: ArrivalState, params: ArrivalParams) -> tupl
 
 def mmpp(key: PRNGKeyArray, state: ArrivalState, params: ArrivalParams) -> tuple[Float[Array, ""], ArrivalState]:
     """Markov-modulated Poisson arrivals: a higher rate in bursts, which begin and end at random."""
-    gap, *stays = jax.random.exponential(key, (1 + _MAX_SWITCHES,))
+    gap, *stays = jax.random.exponential(key, (1 + _MAX_SWITCHES,), jnp.float32)
     return _through_bursts(gap, stays, state.pattern.burst_ratio, state, params)
 
 
 def diurnal(key: PRNGKeyArray, state: ArrivalState, params: ArrivalParams) -> tuple[Float[Array, ""], ArrivalState]:
     """Poisson arrivals whose rate swings like a sine."""
     del params
-    return _through_swing(jax.random.exponential(key), state.pattern.amplitude, state)
+    return _through_swing(jax.random.exponential(key, (), jnp.float32), state.pattern.amplitude, state)
 
 
 def mixed(key: PRNGKeyArray, state: ArrivalState, params: ArrivalParams) -> tuple[Float[Array, ""], ArrivalState]:
     """Each environment its own: poisson, clustered gaps, mmpp or diurnal; one formula with the others switched off."""
     key_branch, key_sizes = jax.random.split(key)
-    gap, *stays = jax.random.exponential(key_sizes, (1 + _MAX_SWITCHES,))
+    gap, *stays = jax.random.exponential(key_sizes, (1 + _MAX_SWITCHES,), jnp.float32)
     kind, pattern = state.kind, state.pattern
     gap = gap * _cluster_scale(key_branch, jnp.where(kind == _CLUSTERED, pattern.cv, 1.0))
     gap, state = _through_bursts(gap, stays, jnp.where(kind == _MMPP, pattern.burst_ratio, 1.0), state, params)
@@ -160,22 +160,22 @@ def first_arrival_state(key: PRNGKeyArray, params: ArrivalParams) -> ArrivalStat
     """
     # Apart from the draw of `position`, which takes `key` itself.
     key_kind, key_pattern, key_burst, key_switch, key_phase = jax.random.split(jax.random.fold_in(key, 2), 5)
-    drawn = jax.random.uniform(key_pattern, (len(Pattern._fields),))
+    drawn = jax.random.uniform(key_pattern, (len(Pattern._fields),), jnp.float32)
     pattern = Pattern(*(low * (high / low) ** u for (low, high), u in zip(params.pattern, drawn, strict=True)))
-    kind = jax.random.randint(key_kind, (), 0, _OWN if params.own is None else _OWN + 1)
+    kind = jax.random.randint(key_kind, (), 0, _OWN if params.own is None else _OWN + 1, jnp.int32)
     if params.own is not None:
         pattern = jax.tree.map(lambda own, other: jnp.where(kind == _OWN, own, other), params.own, pattern)
     share, ratio = params.burst_share, pattern.burst_ratio
     in_burst = jax.random.bernoulli(key_burst, share * ratio / (1 + share * (ratio - 1)))
     # A place and its mirror image have rates that add up to 2: the choice between them weighs both by their rate.
-    place, choice = jax.random.uniform(key_phase, (2,)) * jnp.asarray([2 * jnp.pi, 2.0])
+    place, choice = jax.random.uniform(key_phase, (2,), jnp.float32) * jnp.asarray([2 * jnp.pi, 2.0], jnp.float32)
     phase = jnp.where(choice < 1 + pattern.amplitude * jnp.sin(place), place, -place)
     return ArrivalState(
-        position=jax.random.randint(key, (), 0, params.gaps.shape[0]),
+        position=jax.random.randint(key, (), 0, params.gaps.shape[0], jnp.int32),
         kind=kind,
         pattern=pattern,
         in_burst=in_burst,
-        until_switch=jax.random.exponential(key_switch) * _mean_length(in_burst, pattern, params),
+        until_switch=jax.random.exponential(key_switch, (), jnp.float32) * _mean_length(in_burst, pattern, params),
         phase=phase,
     )
 
@@ -193,7 +193,7 @@ def _cluster_scale(key: PRNGKeyArray, cv: Float[Array, ""]) -> Float[Array, ""]:
     sampler, whose loop waits for its slowest lane.
     """
     short = (1 + jnp.sqrt((cv**2 - 1) / (cv**2 + 1))) / 2
-    return 0.5 / jnp.where(jax.random.uniform(key) < short, short, 1 - short)
+    return 0.5 / jnp.where(jax.random.uniform(key, (), jnp.float32) < short, short, 1 - short)
 
 
 def _through_bursts(

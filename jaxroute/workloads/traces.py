@@ -1,4 +1,4 @@
-"""Recorded request traces: reading the published formats and a user's own, and what their arrivals are like."""
+"""Recorded request traces: a reader of published formats and of a user's own, and statistics of their arrivals."""
 
 from __future__ import annotations
 
@@ -19,22 +19,18 @@ _STAMP = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:\.\d{1,9})?)(Z|[+-]\d
 
 
 class Trace(NamedTuple):
-    """Recorded requests in order of arrival, on the host.
-
-    Attributes:
-        arrival_time: seconds since the first request. float64: an hour in steps of 100 ns takes 11 digits.
-        prompt_tokens: tokens of the prompt.
-        output_tokens: tokens generated.
-        format: name of the format in which the file is, one of `FORMATS`.
-        failed: rows left out, because the format marks them as failed.
-
-    """
+    """Recorded requests in order of arrival, on the host."""
 
     arrival_time: Float64[np.ndarray, "request"]
+    """Seconds since the first request. float64: an hour in steps of 100 ns takes 11 digits."""
     prompt_tokens: Int64[np.ndarray, "request"]
+    """Tokens of the prompt."""
     output_tokens: Int64[np.ndarray, "request"]
+    """Tokens generated."""
     format: str
+    """Name of the format in which the file is, one of `FORMATS`."""
     failed: int = 0
+    """Rows left out, because the format marks them as failed."""
 
 
 class Format(NamedTuple):
@@ -84,7 +80,7 @@ def _milliseconds(cells: Sequence[Any]) -> Float64[np.ndarray, "row"]:
 
 def _nanoseconds(cells: Sequence[Any]) -> Int64[np.ndarray, "row"]:
     """Dates and times in UTC, as nanoseconds; Python's datetime would cut the last of Azure's seven decimals."""
-    matches = [_STAMP.fullmatch(str(cell).strip()) for cell in cells]  # numpy alone would read "12345" as a year
+    matches = [_STAMP.fullmatch(str(cell).strip()) for cell in cells]  # NumPy alone would read "12345" as a year
     if None in matches:
         raise ValueError("not dates and times")
     found = [(match[1], match[2]) for match in matches if match]
@@ -214,14 +210,14 @@ def _checked(
 
 
 def window_counts(arrival_time: Float64[np.ndarray, "request"], window: float) -> tuple[Int64[np.ndarray, "full"], int]:
-    """Count the requests in windows side by side that lie wholly within the trace.
+    """Count the requests in consecutive windows that lie wholly within the trace.
 
     Args:
         arrival_time: s since the first request, never falling.
         window: their length, s.
 
     Returns:
-        The counts of the windows with any request, in order, and how many windows there are.
+        The counts of the windows that have a request, in order, and the number of all windows.
 
     """
     number = int(arrival_time[-1] // window)

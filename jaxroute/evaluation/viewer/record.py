@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import IntEnum
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.env.environment import site_of
 from jaxroute.env.types import Candidates, Request
 from jaxroute.errors import UserError, did_you_mean
+from jaxroute.evaluation.episodes import episode_keys, keys_of_episode, keys_of_step
 from jaxroute.evaluation.judge import versions
 from jaxroute.evaluation.report.write import fill_template, jsonable
 from jaxroute.files import write_file
@@ -30,10 +32,24 @@ from jaxroute.serving import Site, running_and_waiting
 SHOWN = 200
 """Requests that the page plays, at most: some twenty seconds at the default rate."""
 
-# How a request's stay at an expert ends.
-IN_TIME, LATE, REJECTED, LOST, GIVEN_BACK, IN_FLIGHT = range(6)
-# What a request at an expert is doing.
-WAITING, PREFILL, DECODE = range(3)
+
+class Ending(IntEnum):
+    """How a request's stay at an expert ends; the page is given these names and numbers."""
+
+    IN_TIME = 0
+    LATE = 1
+    REJECTED = 2
+    LOST = 3
+    GIVEN_BACK = 4
+    IN_FLIGHT = 5
+
+
+class Phase(IntEnum):
+    """What a request at an expert is doing; the page is given these names and numbers."""
+
+    WAITING = 0
+    PREFILL = 1
+    DECODE = 2
 
 
 def view_episode(config: Config, console: Console, run: Path, *, command: str) -> Path:
@@ -147,9 +163,8 @@ def record_episode(
 
     `network` is a learned policy's own, which gives the probabilities.
     """
-    key_reset, key_steps = jax.random.split(jax.random.split(jax.random.key(seed), 1)[0])
     num_steps = requests + 2 * warmup
-    keys = jax.random.split(key_steps, num_steps)
+    key_reset, keys = keys_of_episode(episode_keys(seed, 1)[0], num_steps)
     carry = (*_begin(env, params, key_reset), jax.tree.map(jnp.asarray, policy.memory))
     first = carry[1]
     chunks = []
@@ -180,9 +195,7 @@ def _play(
 
     def step(carry: tuple[Observation, EnvState, Any], xs: None) -> tuple[tuple[Observation, EnvState, Any], Decision]:
         obs, state, memory = carry
-        key_action, key_env = jax.random.split(keys[state.step])
-        if env.outages == "retried":
-            key_action = jax.random.fold_in(key_action, state.request.number)
+        key_action, key_env = keys_of_step(env, keys, state)
         action, new_memory = act(policy_params, obs, key_action, memory)
         new_memory = jax.tree.map(lambda new, old: new.astype(old.dtype), new_memory, memory)
         probability = jnp.full(env.num_experts, jnp.nan)
@@ -254,6 +267,8 @@ def episode_content(recording: Recording, labels: list[str], *, first: int, last
     }
     site = recording.site
     return {
+        "endings": {ending.name: ending.value for ending in Ending},
+        "phases": {phase.name: phase.value for phase in Phase},
         "experts": [
             {
                 "label": labels[column],
@@ -279,7 +294,7 @@ def _stays(decisions: Decision, time: Float[np.ndarray, "decision"], sampled: ra
             _sample(decisions, k, latest, k - sampled.start)
         before = latest.pop(number, None)
         if before is not None:
-            before |= {"outcome": GIVEN_BACK, "end": time[k]}
+            before |= {"outcome": Ending.GIVEN_BACK, "end": time[k]}
         request = decisions.request
         stay = {
             "number": number,
@@ -290,7 +305,7 @@ def _stays(decisions: Decision, time: Float[np.ndarray, "decision"], sampled: ra
             "output_tokens": request.output_tokens[k, expert],
             "requirement": _rounded(request.latency_requirement[k]),
             "quality": _rounded(request.quality[k, expert]),
-            "outcome": IN_FLIGHT,
+            "outcome": Ending.IN_FLIGHT,
             "end": None,
             "ttft": None,
             "preemptions": 0,
@@ -298,7 +313,7 @@ def _stays(decisions: Decision, time: Float[np.ndarray, "decision"], sampled: ra
             "samples": {"phase": [], "generated": [], "computed": [], "preemptions": []},
         }
         if decisions.rejected[k]:
-            stay |= {"outcome": REJECTED, "end": time[k]}
+            stay |= {"outcome": Ending.REJECTED, "end": time[k]}
         else:
             latest[number] = stay
         if k <= sampled[-1]:
@@ -319,7 +334,7 @@ def _sample(decisions: Decision, k: int, latest: dict[int, dict[str, Any]], samp
         computed, generated = decisions.computed[at], decisions.generated[at]
         # A decoding request has everything in its KV cache but the latest token.
         decodes = decisions.prompt_tokens[at] + generated - computed == 1
-        phase = (DECODE if decodes else PREFILL) if decisions.running[at] else WAITING
+        phase = (Phase.DECODE if decodes else Phase.PREFILL) if decisions.running[at] else Phase.WAITING
         values = {
             "phase": phase,
             "generated": generated,
@@ -337,10 +352,10 @@ def _end(info: dict[str, Any], k: int, now: float, latest: dict[int, dict[str, A
         stay = latest.pop(int(info["request"][at]))
         stay["preemptions"] = info["preemptions"][at]
         if info["lost"][at]:
-            stay |= {"outcome": LOST, "end": now}
+            stay |= {"outcome": Ending.LOST, "end": now}
         else:
             stay |= {
-                "outcome": IN_TIME if info["in_time"][at] else LATE,
+                "outcome": Ending.IN_TIME if info["in_time"][at] else Ending.LATE,
                 "end": stay["arrival"] + float(info["latency"][at]),
                 "ttft": float(info["ttft"][at]),
             }

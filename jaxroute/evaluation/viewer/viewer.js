@@ -3,13 +3,15 @@ const episode = JSON.parse(document.getElementById("episode").textContent);
 const { experts, decisions, stays } = episode;
 const times = decisions.time;
 const duration = times.at(-1) || 1;
-// The order of viewer.py.
-const WAITING = 0, PREFILL = 1, DECODE = 2;
-const PHASES = ["waiting", "prefill", "decode"];
-const IN_TIME = 0, LATE = 1, REJECTED = 2, LOST = 3, GIVEN_BACK = 4, IN_FLIGHT = 5;
-const OUTCOMES = ["in time", "late", "rejected", "lost", "given back", "in flight"];
-const MARKS = ["●", "▲", "✕", "◆", "◁", ""];
-const OUTCOME_COLOURS = ["--in-time", "--late", "--late", "--lost", "--soft", "--soft"];
+const { WAITING, PREFILL, DECODE } = episode.phases;
+const { IN_TIME, LATE, REJECTED, LOST, GIVEN_BACK, IN_FLIGHT } = episode.endings;
+const words = (codes) => Object.fromEntries(
+  Object.entries(codes).map(([name, code]) => [code, name.toLowerCase().replace("_", " ")]));
+const PHASES = words(episode.phases);
+const OUTCOMES = words(episode.endings);
+const MARKS = { [IN_TIME]: "●", [LATE]: "▲", [REJECTED]: "✕", [LOST]: "◆", [GIVEN_BACK]: "◁", [IN_FLIGHT]: "" };
+const OUTCOME_COLOURS = { [IN_TIME]: "--in-time", [LATE]: "--late", [REJECTED]: "--late", [LOST]: "--lost",
+  [GIVEN_BACK]: "--soft", [IN_FLIGHT]: "--soft" };
 
 const element = (id) => document.getElementById(id);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -362,14 +364,14 @@ function drawLives(now) {
 }
 
 const key = element("key");
-for (const phase of PHASES) {
+for (const phase of Object.values(PHASES)) {
   const entry = make("span", "", key);
   make("i", "", entry).style.background = `var(--${phase})`;
   entry.append(phase);
 }
 const there = new Set(stays.map((stay) => stay.outcome));
 for (const outcome of [IN_TIME, LATE, REJECTED, LOST, GIVEN_BACK]) {
-  if (outcome > REJECTED && !there.has(outcome)) continue;
+  if ([LOST, GIVEN_BACK].includes(outcome) && !there.has(outcome)) continue;
   const entry = make("span", "", key);
   make("b", "", entry, MARKS[outcome]).style.color = `var(${OUTCOME_COLOURS[outcome]})`;
   entry.append(OUTCOMES[outcome]);
@@ -396,7 +398,7 @@ const tiles = {
 };
 
 function showTiles(now, decision) {
-  const counts = [0, 0, 0, 0, 0];
+  const counts = Object.fromEntries(Object.values(episode.endings).map((outcome) => [outcome, 0]));
   let qos = 0, inFlight = 0;
   for (const stay of stays) {
     if (endOf(stay) <= now) {
@@ -404,10 +406,10 @@ function showTiles(now, decision) {
       if (stay.outcome === IN_TIME) qos += stay.quality;
     } else if (stay.routed <= now) inFlight += 1;
   }
-  const ended = counts.reduce((sum, count) => sum + count, 0) - counts[GIVEN_BACK];
+  const ended = counts[IN_TIME] + counts[LATE] + counts[REJECTED] + counts[LOST];
   tiles.arrived.textContent = new Set(decisions.number.slice(0, decision + 1)).size;
   tiles.inFlight.textContent = inFlight;
-  counts.forEach((count, outcome) => tiles[outcome] && (tiles[outcome].textContent = count));
+  for (const [outcome, count] of Object.entries(counts)) if (tiles[outcome]) tiles[outcome].textContent = count;
   tiles.qos.textContent = ended ? (qos / ended).toFixed(3) : "–";
 }
 
