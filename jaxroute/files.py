@@ -19,9 +19,11 @@ def complete_folder(folder: Path) -> Iterator[Path]:
     """Give a draft to write into, which becomes `folder` once all is written, and vanishes if anything fails.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the folder exists, or cannot be written.
     """
     with _writing(folder):
+        if folder.exists():
+            raise UserError(f"{folder} exists already: choose another place, or remove it")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
             draft = Path(scratch) / folder.name
@@ -63,23 +65,41 @@ def check_writable(folder: Path, option: str) -> None:
     Raises:
         UserError: they cannot.
     """
-    try:
+    with _writing(folder, f"name another folder by {option}=..."):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; name a folder by {option}=...")
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        with tempfile.TemporaryFile(dir=there):  # permissions say little: root has all, a file system may have none
-            pass
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"{folder} cannot be written ({why}): name another folder by {option}=...") from error
+        _try_to_write(folder)
+
+
+def check_new(path: Path, option: str, what: str = "folder") -> None:
+    """Check that a new file or folder can be made, before the work whose results it is for.
+
+    Args:
+        path: where it will be.
+        option: what the user sets to choose another place.
+        what: "file" or "folder".
+
+    Raises:
+        UserError: it exists, or it cannot be made.
+    """
+    with _writing(path, f"name another {what} by {option}=..."):
+        if path.exists():
+            raise UserError(f"{path} exists already: name another {what} by {option}=..., or remove it")
+        _try_to_write(path)
+
+
+def _try_to_write(path: Path) -> None:
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    with tempfile.TemporaryFile(dir=there):  # permissions say little: root has all, a file system may have none
+        pass
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, advice: str = "choose another place") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another place") from error
+        raise UserError(f"{path} cannot be written ({error.strerror or error}): {advice}") from error
 
 
 def shown(row: str | Iterable[Any]) -> str:

@@ -185,7 +185,7 @@ def test_a_fit_is_a_workload(mmpp_traces, write, tmp_path, capsys):
     assert run(capsys, "fit", path, "--out", out_file) == (
         2,
         "",
-        f"error: {out_file} exists already; name another file\n",
+        f"error: {out_file} exists already: name another file by --out=..., or remove it\n",
     )
     assert out_file.read_text() == before
 

@@ -276,6 +276,36 @@ def test_a_folder_that_cannot_be_written_is_found_out(name, tmp_path, monkeypatc
     assert [path.name for path in Path.cwd().iterdir()] == ["taken"]
 
 
+COMMANDS = {
+    "predict": ["bank", "--out"],
+    "bank": ["build", "answers.csv", "--out"],
+    "export": ["run", "--out"],
+    "calibrate": ["log.csv", "--out"],
+    "trace": ["fit", "trace.csv", "--plot", "new.png", "--out"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", ["taken", "below/it", "x" * 300])
+def test_commands_find_out_before_they_read_anything(command, name, tmp_path, monkeypatch, capsys):
+    """Nothing that they would read is there, so that reading it would be another error."""
+    monkeypatch.chdir(tmp_path)
+    suffix = ".yaml" if command in ("calibrate", "trace") else ""
+    Path(f"taken{suffix}").touch()
+    Path("below").touch()
+    assert jaxroute_main([command, *COMMANDS[command], name + suffix]) == 2
+    what = "file" if suffix else "folder"
+    why = "exists already" if name == "taken" else r"cannot be written \([^\n]*\)"
+    assert re.fullmatch(rf"error: {name}{suffix} {why}: name another {what} by --out=[^\n]*\n", capsys.readouterr().err)
+
+
+def test_a_figure_that_cannot_be_written_is_found_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("below").touch()
+    assert jaxroute_main(["trace", "describe", "trace.csv", "--plot", "below/it.png"]) == 2
+    assert "below/it.png cannot be written" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_one_line(capsys):
     def write(console):
         with open("/dev/full", "w") as file:

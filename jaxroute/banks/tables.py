@@ -231,8 +231,6 @@ def write_table(table: Table, folder: Path) -> None:
     Raises:
         UserError: the folder exists, or cannot be written.
     """
-    if folder.exists():
-        raise UserError(f"{folder} exists already: name another folder, or remove it")
     frames = pandas_for(folder)
     queries = [name for name in ("id", "prompt", "category", "prompt_tokens") if name in table.queries.columns]
     parts = {

@@ -20,7 +20,9 @@ from jaxroute.banks.bank import MIN_ROWS
 from jaxroute.banks.evaluations import read_evaluation
 from jaxroute.banks.tables import Table, choose_llms, read_table, write_table
 from jaxroute.commands.arguments import parser_of, run_chosen, run_command
+from jaxroute.commands.console import say
 from jaxroute.config.words import command_line, path_word
+from jaxroute.files import check_new
 
 _COLUMNS = 7  # per printed table: long names of categories and of LLMs fit side by side
 
@@ -53,18 +55,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _build(options: argparse.Namespace, console: Console) -> None:
+    check_new(options.out, "--out")
     is_bank = (options.input / "queries.parquet").exists()
     table, notes = (read_table(options.input), []) if is_bank else read_evaluation(options.input)
     table = _chosen(table, options.models, options.input)
     write_table(table, options.out)
     for note in notes:
-        console.print(note, markup=False, highlight=False)
+        say(console, note)
     missing = _missing(table).sum()
-    console.print(
-        f"{options.out}: {len(table.queries)} prompts x {len(table.llms)} LLMs, {missing} cells missing.",
-        f"Use it with: {command_line('train', 'bank=table', path_word('bank.folder', options.out))}",
-        sep="\n", markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    say(console, f"{options.out}: {len(table.queries)} prompts x {len(table.llms)} LLMs, {missing} cells missing.")
+    say(console, f"Use it with: {command_line('train', 'bank=table', path_word('bank.folder', options.out))}")
 
 
 def _describe(options: argparse.Namespace, console: Console) -> None:
@@ -72,7 +72,8 @@ def _describe(options: argparse.Namespace, console: Console) -> None:
     missing = _missing(table)
     for grid in _grids(table, missing):
         console.print(grid, markup=False)
-    console.print(f"{_coverage(missing)}\n{_choice(table, missing)}", markup=False, highlight=False, soft_wrap=True)
+    say(console, _coverage(missing))
+    say(console, _choice(table, missing))
 
 
 def _chosen(table: Table, models: str | None, where: Path) -> Table:

@@ -90,7 +90,7 @@ def _calibrate(options: argparse.Namespace, console: Console) -> None:
     write_choice("site", options.out, "".join([header, *experts]), check=lambda config: build_site(config.site))
     for name, (log, fit) in figures.items():
         _figure(log, fit).savefig(options.out.parent / name, dpi=120)
-        console.print(f"Figure: {options.out.parent / name}", highlight=False)
+        say(console, f"Figure: {options.out.parent / name}")
     say(console, f"Site: {options.out}")
     say(console, f"Use it with: {usage_of_choice('site', options.out)}")
 

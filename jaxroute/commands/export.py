@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from jaxroute.commands.arguments import Parser, parser_of, run_command
+from jaxroute.commands.console import say
 from jaxroute.training.export import export_router
 
 
@@ -19,12 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(options: argparse.Namespace, console: Console) -> None:
     manifest = export_router(options.run, options.out, predictor=options.predictor, overrides=options.options)
-    console.print(
-        f"{options.out}: {manifest['checkpoint']} for the {len(manifest['site']['experts'])} experts of site "
-        f"{manifest['site']['name']}, {manifest['slots']} requests each",
-        f"Use it with: jaxroute.gateway.Router.load({str(options.out)!r})",
-        sep="\n", markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    site = manifest["site"]
+    of = f"the {len(site['experts'])} experts of site {site['name']}, {manifest['slots']} requests each"
+    say(console, f"{options.out}: {manifest['checkpoint']} for {of}")
+    say(console, f"Use it with: jaxroute.gateway.Router.load({str(options.out)!r})")
 
 
 class _Intermixed(Parser):

@@ -19,10 +19,11 @@ from rich.table import Table as Grid
 
 from jaxroute.banks.tables import Table, choose_llms, read_table, split_of_rows
 from jaxroute.commands.arguments import parser_of, run_command
+from jaxroute.commands.console import say
 from jaxroute.config.words import command_line, path_word
 from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
-from jaxroute.files import complete_folder
+from jaxroute.files import check_new, complete_folder
 from jaxroute.predictors.metrics import measure, reliability
 from jaxroute.predictors.model import FOLDS, MAX_ROWS, CrossValidated, cross_validate
 from jaxroute.predictors.predictor import Answers
@@ -64,8 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _predict(options: argparse.Namespace, console: Console) -> None:
-    if options.out.exists():
-        raise UserError(f"{options.out} exists already: name another folder, or remove it")
+    check_new(options.out, "--out")
     if options.seed < 0:
         raise UserError(f"--seed={options.seed} is negative: use a seed of at least 0")
     table = read_table(options.bank)
@@ -86,7 +86,7 @@ def _predict(options: argparse.Namespace, console: Console) -> None:
     for grid in _grids(figures, per_llm, per_category):
         console.print(grid, markup=False)
     for line in _notes(options, result, in_train, figures["folds"]):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def _texts(table: Table, folder: Path) -> list[str]:

@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from jaxroute.commands.arguments import parser_of, run_chosen, run_command
+from jaxroute.commands.console import say
 from jaxroute.config.choices import check_choice, usage_of_choice, write_choice
 from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
-from jaxroute.files import write_file
+from jaxroute.files import check_new, write_file
 from jaxroute.fitting import ArrivalFit, fit_arrivals, synthetic_times
 from jaxroute.fitting.arrivals import MIN_WINDOWS, NUM_SYNTHETIC, PROCESSES, Times, mean_rate
 from jaxroute.plotting import REFERENCE_COLOUR, STYLE, png_bytes
@@ -74,7 +75,7 @@ def _describe(options: argparse.Namespace, console: Console) -> None:
         lengths.add_row(name, *(f"{figure:.0f}" for figure in figures))
     console.print(lengths)
     for note in _reading_notes(trace):
-        _say(console, note)
+        say(console, note)
     if options.plot:
         _save(_plot_trace(trace), options.plot, console)
 
@@ -118,22 +119,17 @@ def _read(path: Path) -> Trace:
 
 
 def _check_new(path: Path | None, option: str, suffix: str) -> None:
-    """Refuse a file to write that exists, or of another kind."""
+    """Check a file to write: that it is of this kind, does not exist yet and can be made."""
     if path is None:
         return
     if path.suffix != suffix:
         raise UserError(f"{option}={path} must end in {suffix}")
-    if path.exists():
-        raise UserError(f"{path} exists already; name another file")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    check_new(path, option, "file")
 
 
 def _save(figure: Figure, path: Path, console: Console) -> None:
     write_file(path, png_bytes(figure))
-    _say(console, f"Figure: {path}")
+    say(console, f"Figure: {path}")
 
 
 # --- fit ----------------------------------------------------------------------------------------------------
@@ -160,11 +156,11 @@ def _fit(options: argparse.Namespace, console: Console) -> None:
         drawn = synthetic_times(build_workload(config, None), min(len(times), _MAX_DRAWN))
     console.print(_comparison(times, fit, windows, drawn))
     for note in [*_reading_notes(trace), *_fit_notes(times, fits, windows, longest)]:
-        _say(console, note)
+        say(console, note)
     if options.plot:
         _save(_plot_fit(times, fit, drawn), options.plot, console)
-    _say(console, f"Workload: {options.out}")
-    _say(console, f"Use it with: {usage_of_choice('workload', options.out)}")
+    say(console, f"Workload: {options.out}")
+    say(console, f"Use it with: {usage_of_choice('workload', options.out)}")
 
 
 def _measured(times: Times, windows: Sequence[float]) -> list[float]:

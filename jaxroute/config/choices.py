@@ -11,24 +11,22 @@ from jaxroute.config.load import config_folder, load_config
 from jaxroute.config.schema import Config
 from jaxroute.config.words import command_line, paths_word
 from jaxroute.errors import UserError
-from jaxroute.files import check_writable
+from jaxroute.files import check_new
 
 
 def check_choice(group: str, path: Path) -> None:
     """Check where a choice of a configuration group is to be written.
 
     Raises:
-        UserError: it exists, or its name is no name of a choice, or is taken.
+        UserError: it exists or cannot be written, or its name is no name of a choice, or is taken.
     """
     if path.suffix != ".yaml":
         raise UserError(f"--out={path} must end in .yaml")
-    if path.exists():
-        raise UserError(f"{path} exists already; name another file")
+    check_new(path, "--out", "file")
     if not re.fullmatch(r"[\w-]+", path.stem):
         raise UserError(f"--out={path}: the file names the {group}; use letters, digits, - and _")
     if (config_folder() / group / path.name).exists():
         raise UserError(f"--out={path}: there is a {group} {path.stem} already, which would be loaded; name another")
-    check_writable(path.parent, "--out")
 
 
 def write_choice(group: str, path: Path, text: str, check: Callable[[Config], object] = lambda config: None) -> Config:

@@ -84,8 +84,6 @@ class Predictor:
 
         """
         folder = Path(folder)
-        if folder.exists():
-            raise UserError(f"{folder} exists already: name another folder, or remove it")
         arrays = {
             **self.features._asdict(),
             **{f"{name}_weights": array for name, array in self.weights._asdict().items()},

@@ -27,7 +27,7 @@ from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.env.environment import observe
 from jaxroute.env.types import Batch, Described, Snapshot
 from jaxroute.errors import UserError
-from jaxroute.files import complete_folder
+from jaxroute.files import check_new, complete_folder
 from jaxroute.gateway.artefact import (
     DECIDE,
     FIELDS,
@@ -64,10 +64,10 @@ def export_router(
         The manifest.
 
     Raises:
-        UserError: the folder exists; the run has no checkpoint that fits the site; the predictor lacks an LLM.
+        UserError: the folder exists or cannot be written; the run has no checkpoint that fits the site; the predictor
+            lacks an LLM.
     """
-    if folder.exists():
-        raise UserError(f"{folder} exists already: name another folder, or remove it")
+    check_new(folder, "--out")
     check_flatbuffers()
     for option in overrides:
         if option.split("=")[0].split(".")[0] not in _OPTIONS:
