@@ -243,7 +243,7 @@ def test_what_cannot_be_fitted(write, tmp_path, capsys, times, message):
         (["--out", "mine.yaml", "--plot", "mine.pdf"], "--plot=mine.pdf must end in .png"),
         (["--out", "mine.yaml", "--process", "poisson"], "--process: invalid choice: 'poisson'"),
         ([], "the following arguments are required: --out; see python -m jaxroute trace fit --help"),
-        (["--out", "trace.csv/mine.yaml"], "trace.csv/mine.yaml cannot be written (File exists): name another file"),
+        (["--out", "trace.csv/mine.yaml"], "error: trace.csv/mine.yaml cannot be written (Not a directory): name "),
     ],
 )
 def test_wrong_options(gamma_traces, write, tmp_path, capsys, monkeypatch, options, message):

@@ -17,7 +17,9 @@ from jaxroute.commands.console import say
 from jaxroute.config.choices import check_choice, usage_of_choice, write_choice
 from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
+from jaxroute.files import write_file
 from jaxroute.fitting import COEFFICIENTS, Calibration, Limits, ServingLog, calibrate, fit_profile, read_log
+from jaxroute.plotting import png_bytes
 from jaxroute.serving import build_site
 
 matplotlib.use("Agg")
@@ -89,8 +91,7 @@ def _calibrate(options: argparse.Namespace, console: Console) -> None:
     header = f"# Written by python -m jaxroute calibrate.\nname: {options.out.stem}\nexperts:\n"
     write_choice("site", options.out, "".join([header, *experts]), check=lambda config: build_site(config.site))
     for name, (log, fit) in figures.items():
-        _figure(log, fit).savefig(options.out.parent / name, dpi=120)
-        say(console, f"Figure: {options.out.parent / name}")
+        say(console, f"Figure: {write_file(options.out.parent / name, png_bytes(_figure(log, fit)))}")
     say(console, f"Site: {options.out}")
     say(console, f"Use it with: {usage_of_choice('site', options.out)}")
 

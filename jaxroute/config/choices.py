@@ -11,7 +11,7 @@ from jaxroute.config.load import config_folder, load_config
 from jaxroute.config.schema import Config
 from jaxroute.config.words import command_line, paths_word
 from jaxroute.errors import UserError
-from jaxroute.files import check_new
+from jaxroute.files import check_new, write_file
 
 
 def check_choice(group: str, path: Path) -> None:
@@ -35,17 +35,11 @@ def write_choice(group: str, path: Path, text: str, check: Callable[[Config], ob
     Raises:
         UserError: it cannot be written, or cannot be loaded.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
-            checked = Path(folder) / group / path.name
-            checked.parent.mkdir()
-            checked.write_text(text)
-            config = load_config([_searchpath(Path(folder)), f"{group}={path.stem}"])
-            check(config)
-            checked.replace(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): name another file") from error
+    with tempfile.TemporaryDirectory() as folder:
+        write_file(Path(folder) / group / path.name, text)
+        config = load_config([_searchpath(Path(folder)), f"{group}={path.stem}"])
+        check(config)
+    write_file(path, text)
     return config
 
 
