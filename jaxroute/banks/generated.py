@@ -23,12 +23,19 @@ class DomainFigures:
     """
 
     name: str
+    """Name of the domain."""
     share: float
+    """Share of the prompts, relative to the other domains."""
     log_prompt_mean: float
+    """Mean of the natural logarithm of prompt tokens."""
     log_prompt_sd: float
+    """Its standard deviation."""
     difficulty_length_correlation: float
+    """Correlation of a prompt's difficulty with the length of its answers."""
     difficulty_prompt_correlation: float
+    """Correlation of a prompt's difficulty with its own length."""
     length_prompt_correlation: float
+    """Correlation of the length of a prompt's answers with its own length."""
 
     def __post_init__(self) -> None:
         if self.share <= 0 or self.log_prompt_sd <= 0:
@@ -62,11 +69,17 @@ class LLMFigures:
     """
 
     ability: list[float]
+    """Log odds of a right answer to a prompt of mean difficulty, per domain."""
     discrimination: list[float]
+    """Fall of these log odds per standard deviation of difficulty, per domain."""
     log_length_mean: list[float]
+    """Mean of the natural logarithm of output tokens, per domain."""
     log_length_slope: list[float]
+    """Rise of log length per standard deviation of the length factor that all LLMs share, per domain."""
     log_length_sd: list[float]
+    """Standard deviation of the LLM's own part of log length, per domain."""
     runaway: list[float]
+    """Share of the wrong answers that repeat themselves up to the generation limit, per domain."""
 
 
 def generate(

@@ -60,6 +60,9 @@ def page() -> str:
         "",
         "Every option of `train.py` and `eval.py`, as on the command line: `python train.py workload=gamma seed=3`.",
         "`--cfg` prints the configuration that a command line results in.",
+        "Text is taken as it stands, whatever characters it has; `~` at the start of a path is the home folder.",
+        "A list is written `a,b` or `[a,b]`, and a single value will do. With `-m` (`--multirun`), commas separate the",
+        "values of several runs, one for each combination, so that a list needs its brackets.",
         "Written by `python -m jaxroute.config.options`.",
         "",
         "| group | choices |",
@@ -86,10 +89,7 @@ def _options(schema: type, values: Any, prefix: str) -> Iterator[Option]:
         hint, value, name = hints[entry.name], getattr(values, entry.name, None), prefix + entry.name
         inner = _inner(hint)
         if inner is None:
-            option = Option(name, _type_name(hint), _shown(value), about.get(entry.name, ""))
-            # The figures of the embedded bank are explained where they are.
-            if option.default or option.meaning:
-                yield option
+            yield Option(name, _type_name(hint), _shown(value), about.get(entry.name, ""))
         elif hint is inner or hint == inner | None:
             yield from _options(inner, value, f"{name}.")
         else:
