@@ -347,10 +347,10 @@ def _check_convergence(plan: _Plan, metrics: dict[str, float], steps: int, last_
     """Raise a UserError if a metric is not finite, or a loss has exploded."""
     for name, value in metrics.items():
         if not math.isfinite(value) or (name.startswith("loss/") and abs(value) > _GREATEST_LOSS):
-            good = plan.run / STATES / str(last_saved)
+            good = command_line("train", path_word("fork", plan.run / STATES / str(last_saved)))
             raise UserError(
                 f"training diverged at step {steps:,}: {name} is {value:g}; lower ppo.learning_rate"
-                + ("" if last_saved is None else f", from the last good state: fork={good}")
+                + ("" if last_saved is None else f", from the last good state: {good}")
             )
 
 
