@@ -15,7 +15,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
@@ -29,6 +29,7 @@ _SAMPLE = 1000  # rows of JSON whose keys are the columns: a key may be absent f
 _LONGEST_CELL = 2**31 - 1  # characters; csv would refuse prompts longer than 131,072
 _HEAD = 1 << 12  # bytes that tell what a file is
 _SEPARATORS = ",;\t|"
+_WITH_COMMA = re.compile(r"[+-]?[\d.]*(,\d+)+(\.\d*)?([eE][+-]?\d+)?")
 
 _OPENERS: dict[str, tuple[bytes, Callable[[Path, str], Any]]] = {
     "gzip": (b"\x1f\x8b", gzip.open),
@@ -178,6 +179,13 @@ def open_table(path: str | Path, expected: str) -> Iterator[TableReader]:
         stream = io.TextIOWrapper(opener(path, "rb"), encoding=encoding, newline="")
     with stream:
         yield _text_table(_Text(path, encoding, stream, lambda: opener(path, "rb")), suffix, expected)
+
+
+def number_remedy(cells: Iterable[Any], otherwise: str) -> str:
+    """Say what to do about cells that are not all numbers: a spreadsheet may have written them with commas."""
+    if any(isinstance(cell, str) and _WITH_COMMA.fullmatch(cell.strip()) for cell in cells):
+        return "write numbers with a decimal point and no commas, such as 0.5"
+    return otherwise
 
 
 # --- what a file is -----------------------------------------------------------------------------------------

@@ -7,9 +7,12 @@ import pyarrow.parquet
 import pytest
 from shapes import check_reads_every_shape, check_refuses_every_broken_file, csv_text, json_lines
 
+from jaxroute.banks.evaluations import read_evaluation
 from jaxroute.errors import UserError
 from jaxroute.files import complete_folder, shown, write_file
+from jaxroute.fitting import Limits, fit_profile, read_log
 from jaxroute.tables import open_table
+from jaxroute.workloads import read_trace
 
 ROWS = [{"first_name": 1.5, "b": 10 * number, "c": number % 3} for number in range(40)]
 
@@ -23,6 +26,28 @@ def read(path):
         if not rows:
             raise UserError(f"{path} has no rows")
     return [cells for _, cells in rows]
+
+
+# The table of each reader, with a number for {}.
+READERS = {
+    "log": (read_log, "queued_ts;first_token_ts;last_token_ts;input_toks;output_toks", "{};1;2;5;7"),
+    "profile": (lambda path: fit_profile(path, Limits()), "batch;context;prompt;ms", "1;100;0;{}"),
+    "trace": (read_trace, "arrival_time;prompt_tokens;output_tokens", "{};5;7"),
+    "evaluation": (read_evaluation, "prompt;model;quality;output_tokens", "why?;a;{};7"),
+}
+
+
+@pytest.mark.parametrize("number", ["0,5", "-1.234,5", "1,234,567.8", ",5e-3"])
+@pytest.mark.parametrize("reader", READERS)
+def test_numbers_with_commas_get_advice(tmp_path, reader, number):
+    read_table, header, row = READERS[reader]
+    path = tmp_path / "t.csv"
+    path.write_text(f"{header}\n{row.format('0.5')}\n{row.format(number)}\n")
+    with pytest.raises(UserError, match=r"t\.csv:3: .*write numbers with a decimal point and no commas, such as 0\.5$"):
+        read_table(path)
+    path.write_text(f"{header}\n{row.format('0.5')}\n{row.format('a,b')}\n")
+    with pytest.raises(UserError, match=r"t\.csv:3: .*correct|number from 0 to 1"):
+        read_table(path)
 
 
 def test_every_shape(tmp_path):
@@ -139,6 +164,11 @@ def test_a_file_appears_complete_or_not_at_all(tmp_path, monkeypatch):
         write_file(path, "other")
     assert [file.name for file in path.parent.iterdir()] == ["t.txt"]
     assert path.read_bytes() == b"\x00"
+
+
+def test_a_folder_is_not_written_over(tmp_path):
+    with pytest.raises(UserError, match=r"exists already: choose another place, or remove it$"):
+        complete_folder(tmp_path).__enter__()
 
 
 def test_a_file_below_a_file(tmp_path):

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from jaxroute.banks.tables import Table
 from jaxroute.errors import UserError, did_you_mean
-from jaxroute.tables import TableReader, open_table, pandas_for
+from jaxroute.tables import TableReader, number_remedy, open_table, pandas_for
 
 CHARACTERS_PER_TOKEN = 4  # of English text, where nobody has counted
 _NEEDED = ("prompt", "model", "quality", "output_tokens")
@@ -144,7 +144,7 @@ class _Columns:
 
     def qualities(self, name: str) -> Float[np.ndarray, "row"]:
         """Return a column of grades from 0 to 1; true and false are 1 and 0, and % is a hundredth."""
-        values = self._numbers(name, _grade, ": write a number from 0 to 1, or true or false")
+        values = self._numbers(name, _grade, "write a number from 0 to 1, or true or false")
         # Holds for NaN too.
         bad = ~((values >= 0) & (values <= 1))
         self._reject_any(name, bad, "is not from 0 to 1: rescale it, or leave the row out if it is missing")
@@ -152,7 +152,7 @@ class _Columns:
 
     def lengths(self, name: str, may_miss: bool = False) -> Float[np.ndarray, "row"]:
         """Return a column of token counts above 0, NaN where one is missing."""
-        values = self._numbers(name, _number, ": correct it")
+        values = self._numbers(name, _number, "correct it")
         bad = ~((values > 0) & np.isfinite(values)) & ~(np.isnan(values) & may_miss)
         remedy = "leave the cell empty if it is missing" if may_miss else "correct it, or leave the column out"
         self._reject_any(name, bad, f"is not above 0: {remedy}")
@@ -178,7 +178,7 @@ class _Columns:
             try:
                 values[row] = convert(cell)
             except (ValueError, TypeError):
-                self._reject(name, row, f"is not a number{remedy}")
+                self._reject(name, row, f"is not a number: {number_remedy([cell], remedy)}")
             except OverflowError:
                 values[row] = math.inf
         return values

@@ -11,7 +11,7 @@ from jaxtyping import Float64, Int
 
 from jaxroute.errors import UserError
 from jaxroute.files import shown
-from jaxroute.tables import TableReader, open_table
+from jaxroute.tables import TableReader, number_remedy, open_table
 
 MIN_REQUESTS = 30
 
@@ -152,7 +152,8 @@ def _number(place: str, name: str, cell: Any) -> float:
         return float(cell)
     except (TypeError, ValueError, OverflowError):
         text = f"{name}={cell!r}" if len(repr(cell)) < 60 else f"{name}={shown(repr(cell))}"
-        raise UserError(f"{place}: {text} is not a number; correct or delete the row") from None
+        remedy = number_remedy([cell], "correct or delete the row")
+        raise UserError(f"{place}: {text} is not a number; {remedy}") from None
 
 
 def _vllm_requests(table: TableReader) -> Iterator[_Request]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxroute.errors import UserError
 from jaxroute.fitting.calibration import COEFFICIENTS, Limits
-from jaxroute.tables import open_table
+from jaxroute.tables import number_remedy, open_table
 
 
 def fit_profile(path: str | Path, limits: Limits) -> tuple[dict[str, float], dict[str, float]]:
@@ -32,7 +32,8 @@ def fit_profile(path: str | Path, limits: Limits) -> tuple[dict[str, float], dic
             try:
                 rows.append([float(cell) for cell in cells])
             except (TypeError, ValueError):
-                raise UserError(f"{table.where(place)}: not four numbers; correct or delete the row") from None
+                remedy = number_remedy(cells, "correct or delete the row")
+                raise UserError(f"{table.where(place)}: not four numbers; {remedy}") from None
             if min(rows[-1]) < 0 or not np.isfinite(rows[-1]).all() or rows[-1][3] == 0:
                 raise UserError(f"{table.where(place)}: negative, infinite, or 0 ms; correct or delete the row")
     if limits.kv_capacity is None:

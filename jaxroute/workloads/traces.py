@@ -12,7 +12,7 @@ from jaxtyping import Float64, Int64, Shaped
 
 from jaxroute.errors import UserError
 from jaxroute.files import shown
-from jaxroute.tables import Chunk, TableReader, open_table
+from jaxroute.tables import Chunk, TableReader, number_remedy, open_table
 
 # A date and a time with up to nine decimals; after them, perhaps, the offset from UTC.
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:\.\d{1,9})?)(Z|[+-]\d\d:?\d\d)?")
@@ -193,7 +193,7 @@ def _checked(
             except _CELL_ERRORS:
                 remedy = (
                     f": {', '.join(format.columns)} should be {format.time} and two whole numbers of tokens; "
-                    "correct or delete the row"
+                    + number_remedy(cells, "correct or delete the row")
                 )
                 raise row_error(row, "cannot read", remedy) from None
         raise  # unreachable: a chunk is its rows
