@@ -1,6 +1,7 @@
 """Predictors from prompt text: features, exact cross-validation, no leak, calibration, storage, the command line."""
 
 import json
+import shlex
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 from jaxroute.banks.bank import BankConfig, build_bank
 from jaxroute.banks.tables import Table, choose_llms, read_table, split_of_rows, write_table
 from jaxroute.commands import predict as command_line
+from jaxroute.config import load_config
 from jaxroute.errors import UserError
 from jaxroute.predictors import Predictor
 from jaxroute.predictors.features import BUCKETS, count, fit_features, inner_products
@@ -355,26 +357,28 @@ def write_bank(folder, bank, **columns):
 
 
 def test_from_a_bank_to_what_a_router_sees(bank, result, tmp_path, capsys):
-    folder = write_bank(tmp_path / "bank", bank)
-    code, out, _ = run(capsys, folder, "--out", tmp_path / "predictions")
+    folder, predictions = write_bank(tmp_path / "a b(1)=#ä'q", bank), tmp_path / "p [x]{2},$"
+    code, out, _ = run(capsys, folder, "--out", predictions)
     assert code == 0
-    assert f"bank=table bank.folder={folder} bank.predictions={tmp_path / 'predictions'}" in out
+    # The advice can be pasted.
+    advice = next(line for line in out.splitlines() if line.startswith("Use it with: "))
+    words = [word for word in shlex.split(advice) if word.startswith("bank")]
+    read = load_config(words).bank
+    assert (read.kind, read.folder, read.predictions) == ("table", str(folder), str(predictions))
     assert "Fitted to 200 of the 200 prompts in the train half." in out
-    written = {path.name for path in (tmp_path / "predictions").iterdir()}
+    written = {path.name for path in predictions.iterdir()}
     tables = {"predicted_quality.parquet", "predicted_output_tokens.parquet", "log_length_error.parquet"}
     assert written == {*tables, "metrics.json", "reliability.png", "predictor"}
 
-    config = BankConfig(
-        kind="table", folder=str(folder), predictions=str(tmp_path / "predictions"), num_prompts=None, split="test"
-    )
+    config = BankConfig(kind="table", folder=str(folder), predictions=str(predictions), num_prompts=None, split="test")
     seen = build_bank(config, [LLMS[2], LLMS[0]])
-    predictor = Predictor.load(tmp_path / "predictions" / "predictor")
+    predictor = Predictor.load(predictions / "predictor")
     quality, tokens = predictor([bank[0][row] for row in np.flatnonzero(TEST)])
     np.testing.assert_allclose(seen.predicted_quality, quality[:, [2, 0]], rtol=1e-4)
     np.testing.assert_allclose(seen.predicted_output_tokens, tokens[:, [2, 0]], rtol=1e-4)
     np.testing.assert_allclose(seen.log_length_error, predictor.log_length_error[[2, 0]], rtol=1e-6)
 
-    metrics = json.loads((tmp_path / "predictions" / "metrics.json").read_text())
+    metrics = json.loads((predictions / "metrics.json").read_text())
     expected = measure(bank[1].rows(TEST), result.predicted.rows(TEST))
     assert metrics["figures"]["test"] == pytest.approx(expected, rel=1e-3)
     assert metrics["figures"]["means"]["quality_auc"] < expected["quality_auc"]

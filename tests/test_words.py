@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -12,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
@@ -19,7 +22,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from jaxroute.commands import main as jaxroute_main
-from jaxroute.commands.configured import _runs
+from jaxroute.commands.configured import _config, _runs
 from jaxroute.commands.console import run_with_console
 from jaxroute.config import Config, config_folder, config_yaml, load_config, read_config
 from jaxroute.config.choices import usage_of_choice
@@ -220,6 +223,87 @@ def test_advice_for_a_choice_loads_it(tmp_path):
     (folder / "mine.yaml").write_text(text)
     words = shlex.split(usage_of_choice("site", folder / "mine.yaml"))[len(shlex.split(program("train"))) :]
     assert load_config([*words, "bank=zeroeval"]).site.name == "mine"
+
+
+JUDGED = (
+    "site=edge3", "policies=random", "workload.rate=10", "eval.loads=1", "eval.episodes=2", "eval.requests=40",
+    "eval.warmup=10",
+)  # fmt: skip
+
+
+@pytest.fixture
+def awkward_run(tmp_path, monkeypatch):
+    """A run with an awkward name in the working directory, as a training leaves it, of a network that never trained."""
+    import jax
+
+    from jaxroute.networks import build_network
+    from jaxroute.runs import save_params, write_config
+    from jaxroute.scenarios import build_env
+
+    monkeypatch.chdir(tmp_path)
+    run = Path("a b(1){x}=#ä'q")
+    run.mkdir()
+    config = load_config(["site=edge3", "network.hidden=8", f"output_dir={run}", "seed=5"])
+    env, params = build_env(config)
+    network = build_network(config.network)
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(lambda: network.init(key, network.prepare(env.reset(key, params)[0])))
+    save_params(run, 64, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
+    write_config(run, config)
+    return run
+
+
+@pytest.mark.slow
+def test_the_advice_to_judge_runs_as_it_is_printed(awkward_run, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py")])
+    printed = command_line("eval", path_word("checkpoint", awkward_run))
+    script = f"{printed} {shlex.join(JUDGED)} {path_word('output_dir', 'judged')}"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", script], env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    results = json.loads(Path("judged/results.json").read_text())
+    assert set(results["policies"]) == {"jaxroute", "random"}
+    # The command in the results can be pasted as well.
+    words = shlex.split(results["provenance"]["command"])
+    assert f"checkpoint={awkward_run}" in words
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a[1]/b"])
+def test_a_training_that_could_not_be_saved_is_refused(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert jaxroute_main(["train", "site=edge3", "train.evaluate=false", f"output_dir={name}"]) == 2
+    assert f"/{name} has [ in its name, and a training cannot be saved there" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_judging_inside_an_event_loop(awkward_run, jax_as_it_was):
+    """A Jupyter kernel runs cells in one, and Orbax has loops of its own."""
+    from jaxroute.commands.eval import main as eval_main
+
+    async def cell():
+        return eval_main([*JUDGED, f"checkpoint={awkward_run}", "output_dir=judged"])
+
+    assert asyncio.run(cell()) == 0
+    assert Path("judged/report.html").exists()
+
+
+def test_advice_to_resume_or_fork_is_read_as_it_is_printed(awkward_run):
+    checkpoint = awkward_run / "checkpoints" / "64"
+    with pytest.raises(UserError, match="is a part of a run; ") as error:
+        _config([f"resume={checkpoint}"])
+    (resume,) = shlex.split(str(error.value).partition("is a part of a run; ")[2].removesuffix(" goes on with it"))
+    resumed = _config([resume])
+    assert (resumed.resume, resumed.output_dir, resumed.seed) == (str(awkward_run), str(awkward_run), 5)
+    with pytest.raises(UserError, match="start a new run with ") as error:
+        _config([f"resume={awkward_run}", "ppo.clip=0.1"])
+    (fork,) = shlex.split(str(error.value).partition("start a new run with ")[2])
+    forked = _config([fork, "ppo.clip=0.1"])
+    assert (forked.fork, forked.output_dir, forked.seed) == (str(awkward_run), None, 5)
+    # As training prints them, when it stops and when it diverges.
+    for word, field in ((path_word("resume", awkward_run), "resume"), (path_word("fork", checkpoint), "fork")):
+        words = shlex.split(command_line("train", word))[len(shlex.split(program("train"))) :]
+        assert getattr(_config(words), field) == word.partition("=")[2]
 
 
 def test_version_and_a_misspelt_command(capsys):
