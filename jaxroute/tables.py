@@ -51,6 +51,7 @@ _REFUSED = {
     b"ARROW1": "is an Arrow or Feather file: save the table as Parquet",
     b"\x93NUMPY": "is a NumPy array: save a table with named columns as CSV or Parquet",
     b"SQLite format 3": "is an SQLite database: save the table as CSV",
+    b":::MLLOG": "is MLPerf LoadGen's log, without token counts: give a table with a row per request",
     b"version https://git-lfs": "is a Git LFS pointer, not the table: fetch it with git lfs pull",
 }  # fmt: skip
 

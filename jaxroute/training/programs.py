@@ -53,8 +53,8 @@ class Programs:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tracer.shutdown(cancel_futures=True)
-        self._compiler.shutdown(cancel_futures=True)
+        self._tracer.shutdown(wait=False, cancel_futures=True)
+        self._compiler.shutdown(wait=False, cancel_futures=True)
 
     def _show(self, name: str, number: int) -> None:
         self._progress.begin(f"compiling {name} ({number} of {self._total} programs)")
