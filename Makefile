@@ -23,8 +23,11 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 	@echo "The documentation is in site/index.html"
 
+# Runs the notebooks again and keeps what they print.
 notebooks: $(VENV)/.dev
-	$(BIN)/python -m jupyter execute --inplace docs/tutorial/*.ipynb
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/jupyter-execute --inplace --NotebookClient.coalesce_streams=True \
+	  --NotebookClient.record_timing=False docs/tutorial/*.ipynb
+	rm -rf docs/tutorial/run
 
 build: $(VENV)/.dev
 	$(BIN)/python -m build $(ARGS)
@@ -48,4 +51,4 @@ $(VENV)/.%: pyproject.toml constraints.txt
 	@touch $@ $(VENV)/.run
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache build dist site

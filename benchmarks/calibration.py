@@ -30,7 +30,7 @@ TRUE = {
 """An 8B model on an RTX 4090."""
 SPELL = 500  # requests until the rate changes
 LENGTHS = (300, 20_000, 200_000)
-RATES = (3.0, 9.0)  # requests/s: memory is never, and often full
+RATES = (2.0, 6.0)  # requests/s: an idle and a busy server
 
 
 def serving_log(num_requests: int, limits: Limits, seed: int = 0) -> ServingLog:

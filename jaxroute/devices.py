@@ -37,17 +37,21 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def unusable_platform() -> str | None:
-    """Return what is wrong with JAX_PLATFORMS, in one line, or None if JAX can use what it names."""
-    wanted = os.environ.get("JAX_PLATFORMS", "")
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError):
-        jax.config.update("jax_platforms", None)
-        with suppress(RuntimeError):
-            there = sorted({"cpu", jax.default_backend()})
-            return f"JAX_PLATFORMS={wanted} cannot be used on this machine; choose {' or '.join(there)}, or unset it"
-    return None
+def unusable_platform(error: Exception) -> str | None:
+    """Return in one line what is wrong with JAX_PLATFORMS if that is why `error` was raised, else None."""
+    wanted = os.environ.get("JAX_PLATFORMS")
+    if not wanted:
+        return None
+    if "Unable to initialize backend" not in str(error):
+        # Where a platform's plugin is missing, JAX says nothing: does it fail again?
+        try:
+            jax.devices()
+            return None
+        except (RuntimeError, AssertionError):
+            pass
+    jax.config.update("jax_platforms", None)
+    there = sorted({"cpu", jax.default_backend()})
+    return f"JAX_PLATFORMS={wanted} cannot be used on this machine; choose {' or '.join(there)}, or unset it"
 
 
 def usable_cores() -> int:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float32, Int
 from jaxroute.config import Config, config_yaml, read_config
 from jaxroute.env import EdgeRouting, EnvParams, Observation
 from jaxroute.errors import UserError, did_you_mean
-from jaxroute.files import complete_folder
+from jaxroute.files import complete_folder, write_file
 from jaxroute.networks import build_network
 from jaxroute.policies import Policy, learned_policy
 
@@ -81,7 +81,7 @@ def load_router(name_or_path: str | Path) -> TrainedPolicy:
 
 def write_config(run: Path, config: Config) -> None:
     """Write the resolved configuration into the run directory."""
-    (run / CONFIG_FILE).write_text(config_yaml(config))
+    write_file(run / CONFIG_FILE, config_yaml(config))
 
 
 def seed_runs(run: Path, config: Config) -> dict[Path, Config]:

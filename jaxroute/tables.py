@@ -51,6 +51,7 @@ _REFUSED = {
     b"ARROW1": "is an Arrow or Feather file: save the table as Parquet",
     b"\x93NUMPY": "is a NumPy array: save a table with named columns as CSV or Parquet",
     b"SQLite format 3": "is an SQLite database: save the table as CSV",
+    b":::MLLOG": "is MLPerf LoadGen's log, without token counts: give a table with a row per request",
     b"version https://git-lfs": "is a Git LFS pointer, not the table: fetch it with git lfs pull",
 }  # fmt: skip
 
@@ -350,7 +351,7 @@ def _long_cells() -> Iterator[None]:
 # --- JSON ---------------------------------------------------------------------------------------------------
 
 
-def json_object(text: str, place: str) -> dict[str, Any]:
+def _json_object(text: str, place: str) -> dict[str, Any]:
     """Read the object in a line of a JSON Lines file; `place` names the line in messages.
 
     Raises:
@@ -398,7 +399,7 @@ def _json_lines(text: _Text, first: str, skipped: int) -> Iterator[tuple[int, di
     with text.reading():
         for place, line in enumerate(itertools.chain([first], text.lines), skipped + 1):
             if not line.isspace():
-                yield place, json_object(line, f"{text.path}:{place}")
+                yield place, _json_object(line, f"{text.path}:{place}")
 
 
 def _json_values(text: _Text, first: str, skipped: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -110,7 +110,7 @@ def check_refuses_every_broken_file(folder, rows, read):
         ("blank.csv", b"\n \n\n", "is empty"),
         ("bom.csv", b"\xef\xbb\xbf", "is empty"),
         ("empty.csv.gz", gzip.compress(b""), "is empty"),
-        ("header.csv", f"{cells[0]}\n".encode(), "has no "),
+        ("header.csv", f"{cells[0]}\n".encode(), "has (no|0) "),
         ("short.csv", "\n".join([*cells[:2], cells[2].rpartition(",")[0], *cells[3:]]).encode(), r"short\.csv:3: "),
         ("long.csv", "\n".join([*cells[:2], f"{cells[2]},1", *cells[3:]]).encode(), r"long\.csv:3: "),
         ("quote.csv", "\n".join([*cells[:2], f'"{cells[2]}', *cells[3:]]).encode(), r"quote\.csv:\d+: .*quote"),

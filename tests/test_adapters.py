@@ -18,6 +18,8 @@ from jaxroute.adapters.flat import LIMIT, flat_observation
 from jaxroute.adapters.gymnax import GymnaxAdapter
 from jaxroute.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 NUM_ENVS, HORIZON = 4, 12
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from decimal import Decimal
 
 import numpy as np
@@ -116,6 +117,13 @@ def test_every_format_gives_the_same_bank(tmp_path, capsys, suffix):
     np.testing.assert_array_equal(bank.prompt_tokens[order], np.arange(ROWS) + 20)
 
 
+def test_what_it_prints_can_be_pasted_back(tmp_path, capsys):
+    folder = tmp_path / "it's (mine), [of] {2025} #1 = ü"
+    _, out, _ = run(capsys, "build", write_long(answers(rows=4), tmp_path / "mine.csv"), "--out", folder)
+    config = load_config([word for word in shlex.split(out.partition("Use it with: ")[2]) if word.startswith("bank")])
+    assert (config.bank.kind, config.bank.folder) == ("table", str(folder))
+
+
 def test_absent_rows_and_empty_lengths_are_missing_cells(tmp_path, capsys, caplog):
     long = answers()
     long = long.astype({"output_tokens": object})
@@ -190,7 +198,8 @@ def test_describe_the_published(data_dir, capsys):
     assert {"prompt", "category", "id"} <= set(read_table(data_dir / "mmlu_pro").queries.columns)
     _, out, _ = run(capsys, "describe", data_dir / "zeroeval")
     assert (
-        "Complete for these 57 LLMs: 0 of 2840 prompts; a site needs 100: fewer LLMs (--models) or more prompts." in out
+        "Complete for these 57 LLMs: 0 of 2840 prompts; a site needs 100: choose fewer LLMs (--models) or add prompts."
+        in out
     )
     assert {"prompt", "category", "id"} <= set(read_table(data_dir / "zeroeval").queries.columns)
 

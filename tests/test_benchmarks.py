@@ -15,6 +15,8 @@ from benchmarks import publish
 from benchmarks.history import draw, read_history
 from jaxroute.devices import usable_cores
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 # The one that compiles least; the others are made of the same parts.
 MAIN_FIGURES = {"network": ["dense forward, ms", "segment forward, ms"]}

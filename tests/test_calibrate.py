@@ -14,6 +14,8 @@ from jaxroute.config import load_config
 from jaxroute.errors import UserError
 from jaxroute.fitting import Limits, ServingLog, calibrate, fit_profile, read_log
 
+pytestmark = pytest.mark.slow
+
 NUM_REQUESTS = 120
 TRUE = {
     "weight_load": 0.012,

@@ -24,6 +24,8 @@ from jaxroute.networks import build_network
 from jaxroute.runs import save_params, write_config
 from jaxroute.scenarios import build_env
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 RULES = ("random", "shortest_queue")
 RATE = 10.0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -400,6 +403,43 @@ def test_single_seed_has_no_intervals(tmp_path):
     assert "too few to tell" in summary_text(single)
     for plot in (plot_policy_comparison, plot_qos_against_load):  # those that draw intervals
         plot(single).draw_without_rendering()
+
+
+@pytest.mark.parametrize("reference", [None, "random"])
+def test_one_policy_in_one_episode_is_enough(reference, tmp_path):
+    """Nobody to compare with, and no interval: every file and every sentence is there all the same."""
+    single = make_result(episodes=1, rates=(8.0,))
+    alone = {8.0: {"random": single.summaries[8.0]["random"]}}
+    result = replace(single, summaries=alone, reference=reference, upper_references=[])
+    written = write_all(result, tmp_path)
+    content = strict_json(written["results.json"])
+    assert list(content["policies"]) == ["random"]
+    assert content["paired_difference"] == {}
+    assert "1 episode of 60 requests" in written["report.html"].read_text()
+    assert "random" in summary_text(result)
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(results_table(result))
+    assert "random" in capture.get()
+
+
+def test_a_full_disk_is_reported_in_one_line(result, tmp_path, monkeypatch):
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"results\.json cannot be written \(No space left on device\)") as raised:
+        write_all(result, tmp_path / "new")
+    assert "\n" not in str(raised.value)
+
+
+def test_judging_loads_no_drawing():
+    """Matplotlib and Jinja take seconds to import, and are needed only once there is something to draw."""
+    later = ("matplotlib", "jinja2", "orbax.checkpoint", "wandb")
+    code = "import sys, jaxroute.evaluation.study.run, jaxroute.evaluation.judge\n"
+    code += f"print([name for name in {later} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_choices_are_drawn_where_there_were_enough(result):

@@ -23,6 +23,8 @@ from jaxroute.scenarios import build_env
 from jaxroute.serving import ExpertConfig, SiteConfig
 from jaxroute.training.export import export_router
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("flatbuffers")
 
 # Few seats, little memory: queues fill up, requests are turned away and preempted. Without a network delay, what the

@@ -7,12 +7,15 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxroute
 from jaxroute.evaluation import evaluate_policies, summarise
 from jaxroute.policies import RULES
 from jaxroute.policies.planning import BASE, action_values, clairvoyant, drawn_values, lookahead, redraw_unknown
 from jaxroute.serving import with_output_tokens
+
+pytestmark = pytest.mark.slow
 
 HORIZON = 6
 NUM_STEPS = 24

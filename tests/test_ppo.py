@@ -11,6 +11,8 @@ import pytest
 from jaxroute.errors import UserError
 from jaxroute.learning import PPOConfig, generalised_advantages, make_ppo
 
+pytestmark = pytest.mark.slow
+
 # ---- Advantages by hand ------------------------------------------------------------------------------------
 
 # Discount 1/2 and lambda 1/2, so that an advantage takes over a quarter of the next one. Each case has the same

@@ -399,7 +399,7 @@ def test_some_llms_without_categories(bank, tmp_path, capsys):
         ({}, ["--models", "small-3b"], "has no LLM 'small-3b' (did you mean small-2b?)"),
         ({}, ["--seed", "-1"], "--seed=-1 is negative"),
         ({"drop": "prompt"}, [], "queries.parquet has no column 'prompt', and a predictor needs the prompts' text"),
-        ({"prompt": None}, [], "queries.parquet, row 3: prompt is no text but "),
+        ({"prompt": None}, [], "queries.parquet, row 3: prompt is "),
         ({"missing": 1.0}, [], "LLM 'medium-7b' has 0 known values of quality among the 200 prompts to fit to, and at"),
         ({"missing": 0.9}, ["--models", "medium-7b,small-2b"], "leave it out with --models, or add prompts"),
         ({"rows": 60}, [], "among the 30 prompts to fit to, and at least 50 are needed"),

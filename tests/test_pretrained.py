@@ -28,6 +28,8 @@ from jaxroute.networks import build_network
 from jaxroute.runs import load_policy, load_router, read_policy, run_of, save_params, write_config, write_pretrained
 from jaxroute.scenarios import build_env
 
+pytestmark = pytest.mark.slow
+
 SIZES = ("eval.episodes=2", "eval.requests=20", "eval.warmup=5", "eval.loads=[1]")
 SMALL = ("site=edge3", "workload.rate=4", "network.hidden=8", "network.heads=2")
 

@@ -35,6 +35,8 @@ from jaxroute.training.programs import Programs
 from jaxroute.training.tracking import Tracker
 from jaxroute.training.warm_start import SeedStart
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = importlib.import_module("jaxroute.training.loop")  # the module; the package exports the function
 # Eight calls of one update; parameters are saved at every second, states at every one.

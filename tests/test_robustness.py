@@ -26,6 +26,8 @@ from jaxroute.networks.features import features_of
 from jaxroute.serving import Site, SlotStatus
 from jaxroute.workloads.arrivals import ArrivalParams, Pattern, mixed, poisson
 
+pytestmark = pytest.mark.slow
+
 NUM_PROMPTS, NUM_CLASSES = 16, 2
 # Prefill is computed chunk by chunk: this bounds the iterations that a prompt takes.
 MOST_CHUNKS = 16

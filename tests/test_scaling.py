@@ -22,6 +22,8 @@ from jaxroute.networks import build_network
 from jaxroute.runs import latest_checkpoint, load_policy
 from jaxroute.scenarios import build_env, training_env
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "site=edge3", "warm_start.num_states=0",

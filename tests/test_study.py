@@ -28,6 +28,8 @@ from jaxroute.networks import build_network
 from jaxroute.runs import save_params, write_config
 from jaxroute.scenarios import build_env
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = (
     "study=quick", "site=edge3", "eval.episodes=2", "eval.requests=20", "eval.warmup=5",
     "study.rules=[random,qos_greedy]",
@@ -205,6 +207,30 @@ def test_cells_of_older_studies_lack_one_figure(finished, options, tmp_path):
     assert verdicts(again) == verdicts(study)
     page = write_study(again, old)["study.html"].read_text()
     assert page.count("data:image/png;base64,") == 5
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"inputs": 1}'])
+def test_a_damaged_setting_is_reported_in_one_line(content, finished, options, tmp_path):
+    folder, _ = finished
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    (damaged / "settings" / "poisson.json").write_text(content)
+    with pytest.raises(UserError, match=r"poisson\.json is damaged .* delete it to run this setting again") as raised:
+        run(damaged, options)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_router_that_has_vanished_is_reported_in_one_line(finished, routers, tmp_path):
+    """Finished settings are kept; the router is what they are of."""
+    folder, _ = finished
+    gone = tmp_path / "gone"
+    shutil.copytree(routers[1], gone)
+    shutil.rmtree(gone / "checkpoints")
+    with pytest.raises(UserError, match=r"study quick: run .*gone holds no checkpoint"):
+        run(folder, [*OPTIONS, f"study.routers.mine=[{routers[0]},{gone}]"])
+    shutil.rmtree(gone)
+    with pytest.raises(UserError, match=r"study quick: checkpoint .*gone does not exist"):
+        run(folder, [*OPTIONS, f"study.routers.mine=[{routers[0]},{gone}]"])
 
 
 def test_files(finished):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxroute.commands import trace as command_line
-from jaxroute.commands.trace import fit_arrivals, gamma_dispersion, mmpp_dispersion, mmpp_variation, synthetic_times
 from jaxroute.config import load_config
+from jaxroute.fitting.arrivals import fit_arrivals, gamma_dispersion, mmpp_dispersion, mmpp_variation, synthetic_times
 from jaxroute.workloads import WorkloadConfig, build_workload, read_trace
 from jaxroute.workloads.arrivals import RequirementConfig
 from jaxroute.workloads.traces import fano_factor, gap_variation

@@ -30,6 +30,8 @@ from jaxroute.training import train
 from jaxroute.training.loop import with_default_sizes
 from jaxroute.training.tracking import Tracker
 
+pytestmark = pytest.mark.slow
+
 # The sizes of test_cli.py, so that programs that it has compiled are found in the cache.
 TINY = (
     "site=edge3", "warm_start.num_states=0",

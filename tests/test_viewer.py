@@ -27,6 +27,8 @@ from jaxroute.evaluation.viewer.record import (
 from jaxroute.networks import build_network
 from jaxroute.policies import RULES, learned_policy
 
+pytestmark = pytest.mark.slow
+
 SEED, WARMUP, REQUESTS = 5, 20, 80
 LABELS = ["a", "b </script> & <b>", "c"]
 # Busy enough that requests are late, rejected and preempted; experts fail often.

@@ -15,6 +15,8 @@ from jaxroute.networks import NetworkConfig, build_network
 from jaxroute.policies import RULES
 from jaxroute.policies.planning import BASE, drawn_values
 
+pytestmark = pytest.mark.slow
+
 NUM_ENVS = 8
 CONFIG = WarmStartConfig(horizon=4, num_epochs=60, learning_rate=3e-3)
 

@@ -1,4 +1,4 @@
-"""Predictions drawn rather than made: the true outcomes seen through noise, as good as a measured predictor's.
+"""Predictions without a predictor: the true outcomes seen through noise, as good as a measured predictor's.
 
 docs/reference/workloads.md has the formulas.
 """
@@ -21,8 +21,9 @@ from jaxroute.errors import UserError
 class NoiseConfig:
     """How good the router's predictor is, on the train prompts, pooled over the site's distinct LLMs.
 
-    A real predictor learns mostly how hard and how long a prompt is for all LLMs alike, and little of which
-    LLM does better. The two are separate figures: the second decides what routing by quality alone can gain.
+    A real predictor mostly learns how hard a prompt is and how long its answers are for all LLMs alike, and
+    little about which LLM does better. The two are separate figures: the second decides what routing by quality
+    alone can gain.
     """
 
     quality_auc: float = 0.826

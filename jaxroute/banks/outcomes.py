@@ -1,4 +1,4 @@
-"""What LLMs answer to prompts and what is predicted of it, on the host: where every kind of bank meets."""
+"""Answers of LLMs to prompts and predictions of them, on the host: the form that every kind of bank takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of measured answers: reading the published and the user's own, predictions for them, writing.
+"""Tables of measured answers: published ones and a user's own, and predictions for them.
 
 A table is a folder of Parquet files whose rows are the same prompts in the same order:
 
@@ -6,7 +6,7 @@ A table is a folder of Parquet files whose rows are the same prompts in the same
     quality.parquet         one column per LLM, from 0 to 1, NaN missing
     output_tokens.parquet   one column per LLM, above 0, NaN missing
 
-The published evaluations hold codes instead (`correct.parquet`, `out_tokens.parquet`), recoded on reading.
+The published evaluations hold codes instead (`correct.parquet`, `out_tokens.parquet`), which are recoded on reading.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Table(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What a predictor says of a table's rows, NaN where it says nothing; one column per chosen LLM."""
+    """Predictions for the rows of a table, NaN where there is none; one column per chosen LLM."""
 
     quality: Float[np.ndarray, "prompt llm"]
     output_tokens: Float[np.ndarray, "prompt llm"]
@@ -55,7 +55,11 @@ class Predictions(NamedTuple):
 
 
 def read_table(folder: Path) -> Table:
-    """Read and check a table, the user's own or a published one, and bring it into one form."""
+    """Read and check a table, a user's own or a published one.
+
+    Raises:
+        UserError: a file is missing or cannot be read, the files do not belong together, or a value is out of range.
+    """
     queries = read_parquet(folder / "queries.parquet")
     published = (folder / "correct.parquet").exists() and not (folder / "quality.parquet").exists()
     names = ("correct", "out_tokens") if published else ("quality", "output_tokens")
@@ -100,7 +104,7 @@ def _recoded(
     llms: list[str],
     folder: Path,
 ) -> Table:
-    """Turn a published table's codes into figures, and name its prompts' text and category as everywhere."""
+    """Turn a published table's codes into figures, and rename its columns to those of any table."""
     if not np.isin(code, (RIGHT, WRONG, NO_ANSWER, MISSING)).all():
         raise UserError(
             f"{folder / 'correct.parquet'} holds codes other than 0 wrong, 1 right, 2 no answer, "
@@ -118,14 +122,20 @@ def _recoded(
 
 
 def read_predictions(folder: Path, llms: Sequence[str], num_rows: int) -> Predictions:
-    """Read what a predictor has written for a table of so many rows, of these LLMs."""
+    """Read a predictor's predictions for these LLMs and a table of `num_rows` rows.
+
+    Raises:
+        UserError: a file is missing or cannot be read, lacks an LLM, or has other rows or a value out of range.
+    """
     remedy = "set bank.predictions to a folder that python -m jaxroute predict wrote, or null"
 
     def read(name: str, rows: int, what: str) -> tuple[Path, Float[np.ndarray, "row llm"]]:
         path = folder / name
         table = read_parquet(path, remedy)
         if len(table) != rows:
-            raise UserError(f"{path} has {len(table)} rows where {what} {rows}: predict the rows of this bank anew")
+            raise UserError(
+                f"{path} has {len(table)} rows where {what} {rows}: run python -m jaxroute predict on this bank again"
+            )
         return path, _floats(path, table, llms)
 
     path, quality = read("predicted_quality.parquet", num_rows, "the bank has")
@@ -140,7 +150,7 @@ def read_predictions(folder: Path, llms: Sequence[str], num_rows: int) -> Predic
 
 
 def split_of_rows(num_rows: int) -> Bool[np.ndarray, "prompt"]:
-    """Which rows of a table are in the train half; the others are the test half.
+    """Tell the rows of a table that are in the train half; the others are the test half.
 
     The halves are drawn over the rows of the file, with a constant seed, so that the same prompt stays in
     the same half for every pool of LLMs and every configured seed.
@@ -153,7 +163,11 @@ def read_parquet(
     remedy: str = "set JAXROUTE_DATA or data_dir to the folder of the published tables, or bank.folder to one that "
     "python -m jaxroute bank build wrote",
 ) -> pandas.DataFrame:
-    """Read one table; pandas is imported here because only real tables need it."""
+    """Read a whole Parquet file.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist: {remedy}")
     with reading_parquet(path):
@@ -195,7 +209,11 @@ def _check(
 
 
 def choose_llms(table: Table, llms: Sequence[str], where: Path) -> Table:
-    """Return the table with only these LLMs, in this order."""
+    """Return the table with only these LLMs, in this order.
+
+    Raises:
+        UserError: the table lacks one of them; `where` names the table in the message.
+    """
     for llm in llms:
         if llm not in table.llms:
             raise UserError(f"{where} has no LLM '{llm}'{did_you_mean(llm, table.llms)}: name some of its columns")
@@ -208,7 +226,11 @@ def choose_llms(table: Table, llms: Sequence[str], where: Path) -> Table:
 
 
 def write_table(table: Table, folder: Path) -> None:
-    """Write a table as `read_table` reads it; the folder appears complete or not at all."""
+    """Write a table as `read_table` reads it; the folder appears complete or not at all.
+
+    Raises:
+        UserError: the folder exists, or cannot be written.
+    """
     if folder.exists():
         raise UserError(f"{folder} exists already: name another folder, or remove it")
     frames = pandas_for(folder)

@@ -1,4 +1,4 @@
-"""Banks of a user's own: build one from an evaluation, describe what it holds.
+"""Build a bank from an evaluation, or describe what a bank holds.
 
 python -m jaxroute bank build INPUT --out FOLDER
 python -m jaxroute bank describe FOLDER
@@ -22,7 +22,7 @@ from jaxroute.banks.tables import Table, choose_llms, read_table, write_table
 from jaxroute.commands.arguments import parser_of, run_chosen, run_command
 from jaxroute.config.words import command_line, path_word
 
-_COLUMNS = 7  # of one printed table, so that categories with long names fit beside long names of LLMs
+_COLUMNS = 7  # per printed table: long names of categories and of LLMs fit side by side
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +84,7 @@ def _missing(table: Table) -> Bool[np.ndarray, "prompt llm"]:
 
 
 def _grids(table: Table, missing: Bool[np.ndarray, "prompt llm"]) -> Iterator[Grid]:
-    """What each LLM misses, how long and how good its answers are, overall and per category; the best LLM first."""
+    """Missing cells, mean length and mean quality of each LLM, overall and per category; the best LLM first."""
     quality = [_mean(column, 3) for column in table.quality.T]
     columns = [
         ("missing", ["", *(str(count) for count in missing.sum(axis=0))]),
@@ -110,7 +110,7 @@ def _grids(table: Table, missing: Bool[np.ndarray, "prompt llm"]) -> Iterator[Gr
 
 def _coverage(missing: Bool[np.ndarray, "prompt llm"]) -> str:
     complete = (~missing.any(axis=1)).sum()
-    few = f"; a site needs {MIN_ROWS}: fewer LLMs (--models) or more prompts" if complete < MIN_ROWS else ""
+    few = f"; a site needs {MIN_ROWS}: choose fewer LLMs (--models) or add prompts" if complete < MIN_ROWS else ""
     return (
         f"Missing: {missing.sum()} of {missing.size} cells (no quality or no output_tokens). "
         f"Complete for these {missing.shape[1]} LLMs: {complete} of {len(missing)} prompts{few}."

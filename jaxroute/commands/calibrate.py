@@ -36,13 +36,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", action="append", help=f"name by which the bank knows the LLM, {of_each}")
     parser.add_argument("--accelerator", action="append", help=f"what it runs on, {of_each}")
     parser.add_argument("--profile", action="store_true", help="the logs are tables of batch, context, prompt, ms")
-    parser.add_argument("--kv-capacity", type=int, help="tokens, as vLLM says at its start; fitted otherwise")
+    parser.add_argument("--kv-capacity", type=int, help="tokens, as vLLM prints at its start; fitted if left out")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="vLLM's option (default 256)")
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="vLLM's option (default 2048)")
-    parser.add_argument("--iteration-overhead", type=float, default=0.0, help="s, not told apart from weight_load (0)")
+    parser.add_argument(
+        "--iteration-overhead", type=float, default=0.0, help="s; a log cannot tell it from weight_load (default 0)"
+    )
     parser.add_argument("--max-waiting", type=int, default=64, help="queue of the site's expert (default 64)")
-    parser.add_argument("--network-delay", type=float, default=0.005, help="router to expert, one way, s (0.005)")
-    parser.add_argument("--share", type=float, default=1 / 3, help="part of the log to fit to (default 1/3)")
+    parser.add_argument(
+        "--network-delay", type=float, default=0.005, help="router to expert, one way, s (default 0.005)"
+    )
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=1 / 3,
+        help="share of the requests to fit to, the earliest; the others judge (default 1/3)",
+    )
     return parser
 
 
@@ -68,7 +77,10 @@ def _calibrate(options: argparse.Namespace, console: Console) -> None:
                 fit = calibrate(log, limits, options.share)
             coefficients, errors, undetermined = fit.coefficients, fit.standard_error, fit.undetermined()
             _show(console, model, coefficients, errors, undetermined)
-            notes = [f"fitted to the first {fit.num_fitted} of {len(log.ttft)} requests of {path.name}; of the others:"]
+            some = "" if fit.num_compared == fit.num_fitted else f"{fit.num_compared} of "
+            notes = [
+                f"fitted to {some}the first {fit.num_fitted} of {len(log.ttft)} requests of {path.name}; of the others:"
+            ]
             for name, (measured, simulated) in fit.means.items():
                 notes.append(f"mean {name} {measured:.4g} s measured, {simulated:.4g} s simulated")
                 console.print(f"  {notes[-1]} ({simulated / measured - 1:+.1%})", highlight=False)
@@ -145,7 +157,7 @@ def _figure(log: ServingLog, fit: Calibration) -> Figure:
     pairs = {"time to first token, s": (log.ttft, fit.ttft), "end-to-end latency, s": (log.latency, fit.latency)}
     for axes, (name, (measured, simulated)) in zip(figure.subplots(1, 2), pairs.items(), strict=True):
         for label, part, colour in (
-            ("fitted to", slice(None, fit.num_fitted), "0.6"),
+            ("earliest, to fit to", slice(None, fit.num_fitted), "0.6"),
             ("held out", slice(fit.num_fitted, None), "tab:blue"),
         ):
             axes.plot(measured[part], simulated[part], ".", color=colour, label=label, markersize=4)

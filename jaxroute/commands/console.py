@@ -37,10 +37,10 @@ def run_with_console(run: Callable[[Console], None]) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
         from jaxroute.devices import unusable_platform
 
-        if (line := unusable_platform()) is None:
+        if (line := unusable_platform(error)) is None:
             raise
         return _fail(line)
     return 0

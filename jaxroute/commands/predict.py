@@ -1,4 +1,4 @@
-"""What a router can know of an answer, from the prompt's text: `python -m jaxroute predict BANK --out FOLDER`."""
+"""Predict answers from the text of the prompts: `python -m jaxroute predict BANK --out FOLDER`."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ _FIGURES = {
     "best_single": "quality of the best single LLM",
     "oracle": "quality of each prompt's best LLM",
 }
-# Where predictions come from: the LLMs' means on the prompts fitted to, cross-validation over these, fits to the other
-# categories, the predictor. The first and the last are measured on the test half, the others on the prompts fitted to.
+# Sources of predictions. Each LLM's mean and the predictor are judged on the test half; cross-validation and fits to
+# the other categories are judged on the prompts that the predictor was fitted to.
 _WAYS = {
     "means": "LLM's mean, test half",
     "folds": f"{FOLDS}-fold, train half",
@@ -55,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of("predict", "Predict quality and length of answers from prompts' text.")
+    parser = parser_of("predict", "Fit a predictor of the answers' quality and length to the prompts' text.")
     parser.add_argument("bank", type=Path, metavar="BANK", help="folder of a bank, or of published tables")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="predictions; must not exist yet")
     parser.add_argument("--models", metavar="A,B,...", help="only these LLMs; all by default")
-    parser.add_argument("--seed", type=int, default=0, help="of folds and features (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the folds and the features (default 0)")
     return parser
 
 
@@ -99,7 +99,7 @@ def _texts(table: Table, folder: Path) -> list[str]:
     prompts = table.queries["prompt"].tolist()
     for row, prompt in enumerate(prompts, 1):
         if not isinstance(prompt, str):
-            raise UserError(f"{path}, row {row}: prompt is no text but {prompt!r}; correct the table")
+            raise UserError(f"{path}, row {row}: prompt is {prompt!r}, which is not text: correct the table")
     return prompts
 
 
@@ -138,7 +138,7 @@ def _per_llm(table: Table, truth: Answers, result: CrossValidated, in_train: np.
 def _per_category(
     category: Sequence[str] | None, truth: Answers, result: CrossValidated
 ) -> dict[str, dict[str, float]]:
-    """Within each category of the prompts fitted to, predicted by fits that hold others of it, and that hold none."""
+    """Figures within each category, predicted by fits to some of its prompts, and by fits to none of them."""
     figures: dict[str, dict[str, float]] = {}
     if category is None or np.isnan(result.apart.quality).all():
         return figures
@@ -203,7 +203,7 @@ def _notes(
     options: argparse.Namespace, result: CrossValidated, in_train: np.ndarray, folds: dict[str, float]
 ) -> Iterator[str]:
     fitted, rows = int(result.fitted.sum()), int(in_train.sum())
-    why = " (the others repeat a text" + (f", or are beyond {MAX_ROWS})" if fitted == MAX_ROWS else ")")
+    why = " (the others repeat a text" + (f", or exceed {MAX_ROWS} prompts)" if fitted == MAX_ROWS else ")")
     yield f"Fitted to {fitted} of the {rows} prompts in the train half{why if fitted < rows else ''}."
     own = not (options.bank / "correct.parquet").exists() or (options.bank / "quality.parquet").exists()
     bank = ["bank=table", path_word("bank.folder", options.bank)] if own else [f"bank={options.bank.resolve().name}"]
@@ -241,7 +241,7 @@ def _write(
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON knows no NaN."""
+    """Replace NaN, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -7,47 +7,34 @@ python -m jaxroute trace fit FILE --out configs/workload/mine.yaml [--process ga
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import matplotlib as mpl
 import numpy as np
-from jaxtyping import Array, Float, Float64, PRNGKeyArray
+from jaxtyping import Float64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Column, Table
-from scipy.optimize import least_squares
-from scipy.special import gammainc
 
 from jaxroute.commands.arguments import parser_of, run_chosen, run_command
 from jaxroute.config.choices import check_choice, usage_of_choice, write_choice
 from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
 from jaxroute.files import write_file
+from jaxroute.fitting import ArrivalFit, fit_arrivals, synthetic_times
+from jaxroute.fitting.arrivals import MIN_WINDOWS, NUM_SYNTHETIC, PROCESSES, Times, mean_rate
 from jaxroute.plotting import REFERENCE_COLOUR, STYLE, png_bytes
-from jaxroute.workloads import Trace, Workload, build_workload, read_trace
-from jaxroute.workloads.arrivals import ArrivalParams, ArrivalProcess, ArrivalState, first_arrival_state
+from jaxroute.workloads import Trace, build_workload, read_trace
 from jaxroute.workloads.traces import fano_factor, gap_variation, window_counts
 
 _WINDOWS = (1.0, 10.0, 60.0)  # s, of the Fano factors that are printed
-_MIN_WINDOWS = 20  # that a Fano factor should come from
-_FITTED_WINDOWS = 16  # from one mean gap to the longest of which the trace holds _MIN_WINDOWS
-_MIN_REQUESTS = 200  # of a fit: down to windows of ten gaps
-_MISFIT = 0.1  # what a process of so few parameters may miss
 _POOR = 0.2  # of a single figure
 _MIN_CYCLES = 10  # bursts in a trace, so that their length and share mean something
 _TIED = 0.05  # share of requests at the time of the one before, from which on the clock is said to be coarse
-_DRAWS, _MAX_DRAWN, _STEPS = 16, 100_000, 2048
-
-Times = Float64[np.ndarray, "request"]
-Dispersion = Callable[[Float64[np.ndarray, "window"]], Float64[np.ndarray, "window"]]
-"""Index of dispersion for counts, in windows of a length in mean gaps."""
-_Starts = tuple[list[tuple[float, ...]], tuple[list[float], list[float]]]
-"""Parameters to start a search from, and the lowest and highest values of each."""
+_MAX_DRAWN = 100_000  # requests of a synthetic trace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     describe.set_defaults(run=_describe)
     fit = commands.add_parser("fit", help="write a workload whose arrivals are like the trace's")
     fit.add_argument("--out", type=Path, required=True, help="the workload, such as configs/workload/mine.yaml")
-    fit.add_argument("--process", choices=tuple(_FITS), help="arrival process; by default the one that fits better")
+    fit.add_argument("--process", choices=PROCESSES, help="arrival process; by default the one that fits better")
     fit.set_defaults(run=_fit)
     for command in (describe, fit):
         command.add_argument("file", type=Path, metavar="FILE", help="a trace; docs/how-to/traces.md lists the formats")
@@ -98,7 +85,7 @@ def _figures(times: Times) -> dict[str, str]:
     return {
         "requests": f"{len(times)}",
         "duration": f"{times[-1]:.0f} s",
-        "rate": f"{_number(_rate(times))} /s",
+        "rate": f"{_number(mean_rate(times))} /s",
         "fewest and most in a minute": f"{fewest}, {minutes.max(initial=0)}" if number else "-",
         "CV of the gaps": _number(gap_variation(times)),
         **{f"Fano factor, {window:g} s": _fano_text(times, window) for window in _WINDOWS},
@@ -107,7 +94,7 @@ def _figures(times: Times) -> dict[str, str]:
 
 def _fano_text(times: Times, window: float) -> str:
     factor, number = fano_factor(times, window)
-    return _number(factor) if number >= _MIN_WINDOWS else "-"
+    return _number(factor) if number >= MIN_WINDOWS else "-"
 
 
 def _reading_notes(trace: Trace) -> list[str]:
@@ -130,10 +117,6 @@ def _read(path: Path) -> Trace:
     return trace
 
 
-def _rate(times: Times) -> float:
-    return (len(times) - 1) / float(times[-1])
-
-
 def _check_new(path: Path | None, option: str, suffix: str) -> None:
     """Refuse a file to write that exists, or of another kind."""
     if path is None:
@@ -149,245 +132,11 @@ def _say(console: Console, text: str) -> None:
 
 
 def _save(figure: Figure, path: Path, console: Console) -> None:
-    try:
-        write_file(path, png_bytes(figure))
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): name another file") from error
+    write_file(path, png_bytes(figure))
     _say(console, f"Figure: {path}")
 
 
 # --- fit ----------------------------------------------------------------------------------------------------
-
-
-def gamma_dispersion(window: Float64[np.ndarray, "window"], cv: float) -> Float64[np.ndarray, "window"]:
-    """Index of dispersion for counts of the stationary renewal process with gamma gaps of mean 1.
-
-    Var N(t) = t - t^2 + 2 integral of the expected number of renewals after an arrival over (0, t) (Cox 1962, Renewal
-    Theory, chapter 4), where the k-th renewal has passed with probability P(k shape, shape t), P the regularised
-    incomplete gamma function. Var N(t) / t goes on as cv^2 + constant / t.
-
-    Args:
-        window: lengths of windows, in mean gaps.
-        cv: coefficient of variation of the gaps.
-
-    Returns:
-        Variance / mean of the number of arrivals in each window.
-
-    """
-    shape = 1 / cv**2
-    steady = 50 * (cv**2 + 1 / cv**2) + 50
-    result = np.empty(len(window))
-    for position, t in enumerate(window):
-        within = min(t, steady)
-        k = np.arange(1, 20 + within + 12 * cv * within**0.5 + 20 * cv**2)
-        passed = within * gammainc(k * shape, shape * within) - k * gammainc(k * shape + 1, shape * within)
-        factor = 1 - within + 2 / within * passed.sum()
-        result[position] = cv**2 + (factor - cv**2) * within / t
-    return result
-
-
-def mmpp_dispersion(
-    window: Float64[np.ndarray, "window"], ratio: float, share: float, length: float
-) -> Float64[np.ndarray, "window"]:
-    """Index of dispersion for counts of the mmpp of docs/reference/workloads.md.
-
-    Args:
-        window: lengths of windows, in mean gaps.
-        ratio: rate in a burst / rate outside.
-        share: of time in bursts.
-        length: of a burst, in mean gaps.
-
-    Returns:
-        Variance / mean of the number of arrivals in each window.
-
-    """
-    quiet, burst, switching = _mmpp_rates(ratio, share, length)
-    excess = 2 * share * (1 - share) * (burst - quiet) ** 2 / switching
-    return 1 + excess * (1 + np.expm1(-switching * window) / (switching * window))
-
-
-def mmpp_variation(ratio: float, share: float, length: float) -> float:
-    """Coefficient of variation of the gaps of the mmpp, units as in `mmpp_dispersion`.
-
-    A gap's second moment is 2 pi (R - Q)^-1 1 for rates R (diagonal), switching rates Q and their stationary state pi
-    (Fischer and Meier-Hellstern 1993, The Markov-modulated Poisson process cookbook), written out for two states.
-    """
-    quiet, burst, switching = _mmpp_rates(ratio, share, length)
-    return (2 * (switching + (1 - share) * burst + share * quiet) / (switching + quiet * burst) - 1) ** 0.5
-
-
-def _mmpp_rates(ratio: float, share: float, length: float) -> tuple[float, float, float]:
-    """Rate outside and in a burst, and the sum of the two rates of switching; relative to the mean rate."""
-    quiet = 1 / (1 + share * (ratio - 1))
-    return quiet, ratio * quiet, 1 / ((1 - share) * length)
-
-
-class Fit(NamedTuple):
-    """An arrival process with parameters, and how well it meets a trace."""
-
-    process: str
-    """gamma or mmpp."""
-    options: dict[str, float]
-    """Of the workload, rate included; seconds."""
-    dispersion: Dispersion
-    variation: float
-    """Coefficient of variation of the gaps."""
-    error: float = float("nan")
-    """Typical relative error of the coefficient of variation and of the Fano factors, weighted as in the fit."""
-
-    def fano_factor(self, window: float, duration: float) -> float:
-        """Fano factor, over windows of so many s, to be expected from a trace of so many s."""
-        rate = self.options["rate"]
-        return float(_expected(self.dispersion, np.array([window]) * rate, duration * rate)[0])
-
-
-def _expected(
-    dispersion: Dispersion, window: Float64[np.ndarray, "window"], duration: float
-) -> Float64[np.ndarray, "window"]:
-    """Fano factors to be expected from a trace, times in mean gaps.
-
-    The mean of counts that are correlated errs with them: from n windows side by side, with variance V each and W
-    together, the unbiased estimate of V expects (V - W / n^2) n / (n - 1).
-    """
-    number = duration // window
-    return (dispersion(window) - dispersion(number * window) / number) * number / (number - 1)
-
-
-class _Target(NamedTuple):
-    """What a fit should meet; times in mean gaps."""
-
-    window: Float64[np.ndarray, "window"]
-    fano: Float64[np.ndarray, "window"]
-    variation: float
-    duration: float
-
-    def residuals(self, fit: Fit) -> Float64[np.ndarray, "residual"]:
-        """Logarithms of fitted / measured: all Fano factors together weigh as much as the gaps' variation.
-
-        One over n windows has the variance 2 / n by chance, and may miss by 10 % beside, as no trace is quite a gamma
-        or mmpp process: so the few longest windows do not decide.
-        """
-        weight = 1 / (_MISFIT**2 + 2 / (self.duration // self.window))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            fano = np.log(_expected(fit.dispersion, self.window, self.duration) / self.fano)
-        gaps = np.log(fit.variation / self.variation)
-        residuals = np.append((weight / weight.sum() / 2) ** 0.5 * fano, gaps / 2**0.5)
-        # A parameter at the end of its range may leave a window without any variance: far off, and finite.
-        return np.nan_to_num(residuals, nan=10.0, posinf=10.0, neginf=-10.0)
-
-
-def _gamma(parameters: Float64[np.ndarray, "parameter"], rate: float) -> Fit:
-    """From the logarithm of the gaps' coefficient of variation."""
-    cv = float(np.exp(parameters[0]))
-    return Fit("gamma", {"rate": rate, "cv": cv}, partial(gamma_dispersion, cv=cv), cv)
-
-
-def _mmpp(parameters: Float64[np.ndarray, "parameter"], rate: float) -> Fit:
-    """From the logarithms of the rates' ratio - 1, of the length of a burst and of that of the quiet between two."""
-    above, burst, quiet = map(float, np.exp(parameters))
-    ratio, share = 1 + above, min(burst / (burst + quiet), 0.9999)  # below 1, also as written
-    return Fit(
-        "mmpp",
-        {"rate": rate, "burst_ratio": ratio, "burst_share": share, "burst_seconds": burst / rate},
-        partial(mmpp_dispersion, ratio=ratio, share=share, length=burst),
-        mmpp_variation(ratio, share, burst),
-    )
-
-
-def _gamma_starts(target: _Target) -> _Starts:
-    bounds = ([np.log(0.05)], [np.log(30.0)])
-    return [(float(np.clip(np.log(target.variation), bounds[0][0] + 0.01, bounds[1][0] - 0.01)),)], bounds
-
-
-def _mmpp_starts(target: _Target) -> _Starts:
-    """Bursts and quiet of at least two gaps, as more switches per gap are not simulated, up to the whole trace."""
-    longest = np.log(target.duration)
-    bounds = ([-4.0, np.log(2.0), np.log(2.0)], [7.0, longest, longest])
-    # On 73 traces of all kinds, four starts found what 32 did.
-    lengths = (np.log(4.0), longest - 1)
-    return [(1.0, burst, quiet) for burst in lengths for quiet in lengths], bounds
-
-
-_FITS: dict[str, tuple[Callable[[Float64[np.ndarray, "parameter"], float], Fit], Callable[[_Target], _Starts]]] = {
-    "gamma": (_gamma, _gamma_starts),
-    "mmpp": (_mmpp, _mmpp_starts),
-}
-
-
-def fit_arrivals(arrival_time: Times, processes: Sequence[str] = ("gamma", "mmpp")) -> list[Fit]:
-    """Fit arrival processes to a trace, the one to take first.
-
-    Each is fitted by least squares to the logarithms of the gaps' coefficient of variation and of the Fano factors over
-    16 windows, from one mean gap to a twentieth of the trace. mmpp, with two parameters more, comes first only if
-    gamma's error is more than 10 % and more than twice its own.
-
-    Args:
-        arrival_time: s since the first request, never falling.
-        processes: which to fit: gamma, mmpp.
-
-    Raises:
-        UserError: fewer than 200 requests, or gaps that are all equal.
-
-    """
-    if len(arrival_time) < _MIN_REQUESTS:
-        raise UserError(f"the trace has {len(arrival_time)} requests; a fit needs at least {_MIN_REQUESTS}")
-    rate = _rate(arrival_time)
-    duration = float(arrival_time[-1]) * rate
-    windows = np.geomspace(1.0, duration / _MIN_WINDOWS, _FITTED_WINDOWS)
-    fano = np.array([fano_factor(arrival_time, window / rate)[0] for window in windows])
-    variation = gap_variation(arrival_time)
-    varied = fano > 0
-    if variation < 1e-6 or not varied.any():
-        raise UserError("the trace's gaps are all equal, and no arrival process here is so regular; replay the trace")
-    target = _Target(windows[varied], fano[varied], variation, duration)
-    fits = [_fitted(name, target, rate) for name in processes]
-    fits.sort(key=lambda fit: fit.error)
-    if fits[0].process == "mmpp" and len(fits) > 1 and fits[1].error <= max(2 * fits[0].error, _MISFIT):
-        fits.reverse()
-    return fits
-
-
-def _fitted(name: str, target: _Target, rate: float) -> Fit:
-    build, starts_of = _FITS[name]
-    starts, bounds = starts_of(target)
-    found = [
-        least_squares(lambda parameters: target.residuals(build(parameters, rate)), start, bounds=bounds)
-        for start in starts
-    ]
-    best = min(found, key=lambda result: result.cost)
-    return build(best.x, rate)._replace(error=float(np.expm1((2 * best.cost) ** 0.5)))
-
-
-# --- synthetic traces ---------------------------------------------------------------------------------------
-
-
-@partial(jax.jit, static_argnames="process")
-def _gaps(
-    process: ArrivalProcess, params: ArrivalParams, states: ArrivalState, keys: PRNGKeyArray
-) -> tuple[ArrivalState, Float[Array, "trace gap"]]:
-    """Go on with each trace by a fixed number of gaps, so that traces of any length need one compilation."""
-
-    def step(state: ArrivalState, key: PRNGKeyArray) -> tuple[ArrivalState, Float[Array, ""]]:
-        gap, state = process(key, state, params)
-        return state, gap
-
-    return jax.vmap(lambda state, key: jax.lax.scan(step, state, jax.random.split(key, _STEPS)))(states, keys)
-
-
-def synthetic_times(workload: Workload, num_requests: int, seed: int = 0) -> list[Times]:
-    """Arrival times, s, of 16 independent traces of a workload."""
-    key_start, key_gaps = jax.random.split(jax.random.key(seed))
-    starts = jax.random.split(key_start, _DRAWS)
-    states = jax.vmap(first_arrival_state, in_axes=(0, None))(starts, workload.params)
-    parts = []
-    for key in jax.random.split(key_gaps, -(-(num_requests - 1) // _STEPS)):
-        states, gaps = _gaps(workload.process, workload.params, states, jax.random.split(key, _DRAWS))
-        parts.append(np.asarray(gaps, np.float64))
-    gaps = np.concatenate(parts, axis=1)[:, : num_requests - 1] / workload.rate
-    return [np.concatenate([[0.0], np.cumsum(row)]) for row in gaps]
-
-
-# --- the command --------------------------------------------------------------------------------------------
 
 
 def _fit(options: argparse.Namespace, console: Console) -> None:
@@ -398,11 +147,11 @@ def _fit(options: argparse.Namespace, console: Console) -> None:
     use_compilation_cache()
     with console.status("fitting"):
         try:
-            fits = fit_arrivals(times, [options.process] if options.process else tuple(_FITS))
+            fits = fit_arrivals(times, [options.process] if options.process else PROCESSES)
         except UserError as error:
             raise UserError(f"{options.file}: {error}") from None
     fit = fits[0]
-    longest = float(times[-1]) / _MIN_WINDOWS
+    longest = float(times[-1]) / MIN_WINDOWS
     windows = [*(window for window in _WINDOWS if window < longest), longest]
     text = _workload_yaml(options.out.stem, fit, trace, windows)
 
@@ -419,10 +168,10 @@ def _fit(options: argparse.Namespace, console: Console) -> None:
 
 
 def _measured(times: Times, windows: Sequence[float]) -> list[float]:
-    return [_rate(times), gap_variation(times), *(fano_factor(times, window)[0] for window in windows)]
+    return [mean_rate(times), gap_variation(times), *(fano_factor(times, window)[0] for window in windows)]
 
 
-def _of_fit(fit: Fit, windows: Sequence[float], duration: float) -> list[float]:
+def _of_fit(fit: ArrivalFit, windows: Sequence[float], duration: float) -> list[float]:
     return [fit.options["rate"], fit.variation, *(fit.fano_factor(window, duration) for window in windows)]
 
 
@@ -434,8 +183,8 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _comparison(times: Times, fit: Fit, windows: Sequence[float], drawn: list[Times]) -> Table:
-    columns = ("trace", f"fit ({fit.process})", f"{_DRAWS} synthetic traces")
+def _comparison(times: Times, fit: ArrivalFit, windows: Sequence[float], drawn: list[Times]) -> Table:
+    columns = ("trace", f"fit ({fit.process})", f"{NUM_SYNTHETIC} synthetic traces")
     grid = Table("", *(Column(name, justify="right") for name in columns))
     synthetic = np.array([_measured(draw, windows) for draw in drawn])
     rows = (_names(windows), _measured(times, windows), _of_fit(fit, windows, float(times[-1])), synthetic.T)
@@ -446,7 +195,7 @@ def _comparison(times: Times, fit: Fit, windows: Sequence[float], drawn: list[Ti
     return grid
 
 
-def _fit_notes(times: Times, fits: list[Fit], windows: Sequence[float], longest: float) -> list[str]:
+def _fit_notes(times: Times, fits: list[ArrivalFit], windows: Sequence[float], longest: float) -> list[str]:
     """Say how good the fit is, and where it is poor."""
     fit, duration = fits[0], float(times[-1])
     errors = ", ".join(f"{other.process} {_percent(other.error)}" for other in fits)
@@ -476,7 +225,7 @@ def _percent(error: float) -> str:
     return f"{error:.1%}" if error < 1 else f"factor {1 + error:.2g}"
 
 
-def _workload_yaml(name: str, fit: Fit, trace: Trace, windows: Sequence[float]) -> str:
+def _workload_yaml(name: str, fit: ArrivalFit, trace: Trace, windows: Sequence[float]) -> str:
     times = trace.arrival_time
     lines = [
         f"# Fitted by python -m jaxroute trace to {len(times)} recorded requests in {times[-1]:.0f} s; trace, and fit:"
@@ -518,7 +267,7 @@ def _plot_trace(trace: Trace) -> Figure:
 
 
 @mpl.rc_context(STYLE)
-def _plot_fit(times: Times, fit: Fit, drawn: list[Times]) -> Figure:
+def _plot_fit(times: Times, fit: ArrivalFit, drawn: list[Times]) -> Figure:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     over_time, fano = figure.subplots(1, 2)
     _plot_rate(over_time, drawn[0], "synthetic", color=REFERENCE_COLOUR, alpha=0.7)
@@ -557,7 +306,7 @@ def _plot_gaps(axes: Axes, times: Times) -> None:
 
 
 def _plotted_windows(times: Times) -> Float64[np.ndarray, "window"]:
-    return np.geomspace(0.1 / _rate(times), times[-1] / _MIN_WINDOWS, 30)
+    return np.geomspace(0.1 / mean_rate(times), times[-1] / MIN_WINDOWS, 30)
 
 
 def _plot_fano(axes: Axes, times: Times, **look: Any) -> None:

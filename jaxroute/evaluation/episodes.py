@@ -259,9 +259,9 @@ def _measure(game: _Game, at: _Episode, action: Int[Array, ""], info: dict[str, 
     at_load = counts * _at_load(at.obs.experts)
     chosen = jnp.arange(game.env.num_experts) == action
     return at._replace(
-        busy_seconds=at.busy_seconds + counts * info["busy_seconds"],
-        kv_token_seconds=at.kv_token_seconds + counts * info["kv_token_seconds"],
-        duration=at.duration + counts * info["gap"],
+        busy_seconds=at.busy_seconds + (counts * info["busy_seconds"]).astype(jnp.float32),
+        kv_token_seconds=at.kv_token_seconds + (counts * info["kv_token_seconds"]).astype(jnp.float32),
+        duration=at.duration + (counts * info["gap"]).astype(jnp.float32),
         load_counts=at.load_counts + at_load,
         choice_counts=at.choice_counts + at_load * chosen[:, None],
     )

@@ -7,13 +7,13 @@ from importlib.metadata import version
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxroute.config import Config
 from jaxroute.evaluation.episodes import evaluate_policies
 from jaxroute.evaluation.metrics import summarise
 from jaxroute.evaluation.result import EvaluationResult
-from jaxroute.policies import LEARNED, learned_policy, rules_named
+from jaxroute.policies import LEARNED, rules_named
+from jaxroute.progress import Progress
 from jaxroute.runs import TrainedPolicy, load_policy
 from jaxroute.scenarios import build_env, on_test_prompts
 
@@ -30,7 +30,7 @@ def evaluate(config: Config, console: Console, *, command: str) -> EvaluationRes
     trained: TrainedPolicy | None = None
     if config.checkpoint is not None:
         trained = load_policy(config.checkpoint, env, params)
-    policies = ([learned_policy(trained.network, trained.params)] if trained else []) + rules
+    policies = ([trained.policy] if trained else []) + rules
     settings = config.eval
     nominal = float(params.rate[0])
     rates = sorted({nominal * load for load in [*settings.loads, 1.0]})
@@ -39,15 +39,8 @@ def evaluate(config: Config, console: Console, *, command: str) -> EvaluationRes
         f"site {config.site.name}: {settings.episodes} episodes of {settings.requests} requests "
         f"at {', '.join(f'{rate:.3g}' for rate in rates)} requests/s"
     )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, refresh_per_second=2) as progress:
-        task = progress.add_task("evaluating", total=len(policies))
+    with Progress(console) as progress:
+        progress.begin("compiling and judging", total=len(policies))
         records = evaluate_policies(
             env,
             params,
@@ -57,7 +50,7 @@ def evaluate(config: Config, console: Console, *, command: str) -> EvaluationRes
             episodes=settings.episodes,
             requests=settings.requests,
             warmup=settings.warmup,
-            on_done=lambda name: progress.update(task, advance=1, description=f"evaluated {name}"),
+            on_done=lambda name: progress.advance(note=f"last: {name}"),
         )
     return EvaluationResult(
         workload=config.workload.name,

@@ -2,7 +2,7 @@
 
 A first guess is read off the log without a replay. From there Levenberg-Marquardt searches over the logarithms of the
 coefficients. A replay is exact but has no gradient, so the Jacobian is taken by differences; all replays of a round run
-side by side in one program, compiled once a log.
+side by side in one program, compiled once per log. For a long log these are replays of some windows.
 """
 
 from __future__ import annotations

@@ -34,7 +34,6 @@ _NO_LOGS: tuple[tuple[set[str], str, str], ...] = (
     ({"input_config", "request_latency"}, "", "is AIPerf's summary; give the profile_export.jsonl next to it"),
     ({"Metric", "avg"}, "", "is AIPerf's summary; give the profile_export.jsonl next to it"),
     ({"qsl_idx", "seq_id"}, "", "is MLPerf LoadGen's list of answers, without times; give a log of the server's own"),
-    (set(), ":::MLLOG", "is MLPerf LoadGen's log, without token counts; give a log of the server's own"),
     (set(), "=====", "is a summary for people to read; give a log with a row per request"),
     ({"ContextTokens"}, "", "is a trace of arrivals, without answers; fit it with: python -m jaxroute trace fit"),
     ({"input_length", "timestamp"}, "", "is a trace of arrivals; fit it with: python -m jaxroute trace fit"),
@@ -73,7 +72,7 @@ class _Request(NamedTuple):
 def read_log(path: str | Path) -> ServingLog:
     """Read a serving log in one of the formats of docs/how-to/calibration.md.
 
-    Its content tells the format, and a name that ends in .gz, .bz2 or .xz changes nothing. Requests that failed are
+    The content, not the name, tells the format. Requests that failed are
     left out where the format marks them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Predictors: what an LLM will answer to a prompt, how good and how long, from the prompt's text alone."""
+"""Predictors of the quality and length of an LLM's answer, from the text of the prompt alone."""
 
 from jaxroute.predictors.predictor import Predictor
 

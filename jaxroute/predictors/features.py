@@ -1,9 +1,9 @@
-"""Prompts as numbers: hashed n-grams weighted by tf-idf, and waves of a few plain counts.
+"""Turn prompts into numbers: hashed n-grams weighted by tf-idf, and waves of a few plain counts.
 
 Hashing (Weinberger et al. 2009) needs no vocabulary: the hash of an n-gram names its bucket and its sign. A word is a
 run of letters and digits, or any other mark alone; its hash is zlib.crc32 of its UTF-8 bytes in lower case. N-grams
 combine hashes (words) or code points (characters) by multiplication with `_MULTIPLIER` and addition, modulo 2**32,
-and end with the finaliser of MurmurHash3. All of it is fixed: a stored predictor depends on it.
+and end with the finaliser of MurmurHash3. None of this may change: stored predictors depend on it.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ HASHING: dict[str, Any] = {
     "buckets": BUCKETS,  # for words, and as many for characters
     "waves": _WAVES,
 }
-"""What the meaning of a stored predictor's weights depends on."""
+"""Settings on which the meaning of a stored predictor's weights depends."""
 
 _SPACE = re.compile(r"\s+")
 _MULTIPLIER = np.uint32(0x9E3779B1)
 
-# Weights of the kinds of features, as shares of a prompt's squared length; words have 1, and so have the waves. On the
-# published tables characters gain .01 of R2 of log length over words and waves alone, and hardly any AUC.
+# Weights of the kinds of features, relative to words and waves, as shares of a prompt's squared length. On the
+# published tables, characters add .01 to the R2 of log length over words and waves alone, and hardly anything to the
+# AUC.
 _CHARACTER_WEIGHT = 0.5
 _STRAIGHT_WEIGHT = 0.01
 # exp(-_BANDWIDTH * squared distance per plain count): the kernel that the waves stand for.
 _BANDWIDTH = 0.3
 _OUTLIER = 4.0  # standard deviations, to which plain counts are clipped
-_FREQUENT = 1024  # buckets that are multiplied as a dense matrix
+_FREQUENT = 1024  # buckets multiplied as a dense matrix
 
 
 class Counts(NamedTuple):
-    """What is in some prompts, before anything is learned from them."""
+    """Contents of some prompts, before anything is learned from them."""
 
     grams: csr_matrix
     """1 + log of how often an n-gram occurs, with its sign; columns are the words' buckets, then the characters'."""
@@ -55,12 +56,12 @@ class Counts(NamedTuple):
     """Length, shares of digits and the like."""
 
     def rows(self, chosen: Int[np.ndarray, "chosen"]) -> Counts:
-        """Only some of the prompts."""
+        """Return some of the prompts."""
         return Counts(self.grams[chosen], self.plain[chosen])
 
 
 class Encoded(NamedTuple):
-    """Prompts as a linear model takes them."""
+    """Prompts in the form that a linear model takes."""
 
     grams: csr_matrix
     """Tf-idf of the n-grams; a prompt's words have length 1, as have its characters before their weight."""
@@ -68,26 +69,26 @@ class Encoded(NamedTuple):
     """Waves, standardised counts and a constant."""
 
     def rows(self, chosen: Int[np.ndarray, "chosen"]) -> Encoded:
-        """Only some of the prompts."""
+        """Return some of the prompts."""
         return Encoded(self.grams[chosen], self.dense[chosen])
 
 
 class Features(NamedTuple):
-    """What is learned from the texts alone, without any answer."""
+    """Figures learned from the texts alone, without any answer."""
 
     idf: Float[np.ndarray, "bucket"]
     """Weight of a bucket, log((1 + prompts) / (1 + prompts with it)) + 1; 0 if fewer than two have it."""
     centre: Float[np.ndarray, "count"]
     """Mean of the plain counts."""
     scale: Float[np.ndarray, "count"]
-    """Their standard deviation."""
+    """Standard deviation of the plain counts."""
     frequencies: Float[np.ndarray, "count wave"]
-    """Of the waves, random Fourier features (Rahimi and Recht 2007) of a Gaussian kernel."""
+    """Frequencies of the waves, random Fourier features (Rahimi and Recht 2007) of a Gaussian kernel."""
     phases: Float[np.ndarray, "wave"]
-    """Of the waves."""
+    """Phases of the waves."""
 
     def encode(self, counts: Counts) -> Encoded:
-        """Weight and normalise the n-grams, each kind for itself, and compute the waves."""
+        """Weight the n-grams, normalise words and characters separately, and compute the waves."""
         grams = counts.grams
         values = grams.data * self.idf[grams.indices]
         prompt = np.repeat(np.arange(grams.shape[0]), np.diff(grams.indptr))
@@ -105,7 +106,7 @@ class Features(NamedTuple):
 
 
 def count(prompts: Sequence[str]) -> Counts:
-    """Hash and count what is in each prompt."""
+    """Hash and count the contents of each prompt."""
     rows = [_count_one(prompt) for prompt in prompts]
     buckets, values, plain = zip(*rows, strict=True) if rows else ((), (), ())
     starts = np.concatenate([[0], np.cumsum([len(row) for row in buckets])])
@@ -126,7 +127,7 @@ def fit_features(counts: Counts, seed: int) -> Features:
     shape = (counts.plain.shape[1], _WAVES)
     frequencies = rng.standard_normal(shape) * np.sqrt(2 * _BANDWIDTH / shape[0])
     return Features(
-        # What only one prompt has says nothing of any other.
+        # An n-gram of a single prompt says nothing about other prompts.
         idf=np.where(present >= 2, idf, 0.0).astype(np.float32),
         centre=counts.plain.mean(axis=0),
         scale=np.where(scale > 1e-6, scale, 1.0).astype(np.float32),
@@ -136,10 +137,10 @@ def fit_features(counts: Counts, seed: int) -> Features:
 
 
 def inner_products(encoded: Encoded) -> Float[np.ndarray, "prompt prompt"]:
-    """Every prompt's features times every prompt's: the kernel of a linear model."""
+    """Return the inner products of the prompts' features: the kernel of a linear model."""
     grams, dense = encoded
-    # The buckets that most prompts have, multiplied as a dense matrix: a sparse product takes several times longer
-    # over them, and all the others together cost it little.
+    # The most frequent buckets are multiplied as a dense matrix: a sparse product would take several times longer over
+    # them, whereas all the others together cost it little.
     present = np.bincount(grams.indices, minlength=grams.shape[1])
     frequent = np.sort(np.argsort(present, kind="stable")[-_FREQUENT:])
     rare = np.setdiff1d(np.flatnonzero(present), frequent)
@@ -150,10 +151,10 @@ def inner_products(encoded: Encoded) -> Float[np.ndarray, "prompt prompt"]:
 
 
 def _count_one(prompt: str) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """Buckets and values of one prompt's n-grams, and its plain counts."""
+    """Return the buckets and values of one prompt's n-grams, and its plain counts."""
     text = prompt.lower()
     tokens = _TOKEN.findall(text)
-    # surrogatepass: half a character, as a broken tokenizer leaves it, is counted like any other.
+    # surrogatepass: half a character, which a broken tokenizer may leave, counts like any other.
     word = np.array([zlib.crc32(token.encode("utf-8", "surrogatepass")) for token in tokens], np.uint32)
     words = _mixed(np.concatenate([word, word[:-1] * _MULTIPLIER + word[1:]]))
     point = np.frombuffer(_SPACE.sub(" ", text).encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -170,14 +171,14 @@ def _count_one(prompt: str) -> tuple[np.ndarray, np.ndarray, list[float]]:
 
 
 def _mixed(hashes: np.ndarray) -> np.ndarray:
-    """Finaliser of MurmurHash3 (Austin Appleby, public domain): every bit of the input moves every bit."""
+    """Apply the finaliser of MurmurHash3 (Austin Appleby, public domain): each bit of the input affects every bit."""
     hashes = (hashes ^ hashes >> np.uint32(16)) * np.uint32(0x85EBCA6B)
     hashes = (hashes ^ hashes >> np.uint32(13)) * np.uint32(0xC2B2AE35)
     return hashes ^ hashes >> np.uint32(16)
 
 
 def _plain(prompt: str, tokens: list[str]) -> list[float]:
-    """Lengths, shares and counts of one prompt."""
+    """Return lengths, shares and counts of one prompt."""
     point = np.frombuffer(prompt.encode("utf-32-le", "surrogatepass"), np.uint32)
     characters = max(len(point), 1)
     kinds = np.bincount(_KIND[np.minimum(point, len(_KIND) - 1)], minlength=len(_KINDS) + 2) / characters

@@ -14,7 +14,7 @@ BINS = 10
 
 
 class Reliability(NamedTuple):
-    """Answers in bins of about equal size, by what was predicted: the means of each bin, and its share of all."""
+    """Answers in bins of about equal size, sorted by prediction: means of each bin, and its share of all answers."""
 
     predicted: Float[np.ndarray, "bin"]
     observed: Float[np.ndarray, "bin"]
@@ -22,7 +22,7 @@ class Reliability(NamedTuple):
 
 
 def measure(truth: Answers, predicted: Answers) -> dict[str, float]:
-    """Figures over the answers that are known and predicted; NaN where there is none.
+    """Measure predictions on the answers that are known and predicted; NaN where there is none.
 
     Returns:
         quality_auc: pooled over LLMs; of two answers of different quality, how often the better one has the higher
@@ -33,7 +33,7 @@ def measure(truth: Answers, predicted: Answers) -> dict[str, float]:
         calibration_error: expected calibration error (Naeini et al. 2015), over bins of equal size.
         routed: mean quality if each prompt goes to the LLM of the best predicted quality.
         best_single: mean quality of the LLM that is best for all of these prompts, known afterwards.
-        oracle: mean quality of the best LLM for each prompt.
+        oracle: mean quality of each prompt's best LLM.
 
     """
     quality, predicted_quality = _known(truth.quality, predicted.quality)
@@ -61,7 +61,7 @@ def auc(truth: np.ndarray, prediction: np.ndarray) -> float:
     truth, prediction = _known(truth, prediction)
     if len(np.unique(truth)) < 2:
         return float("nan")
-    # Among ties the order of the cells decides: both orders together count a tie half.
+    # The order of the cells decides ties: the mean over both orders counts a tie as half.
     return (measures.auc(truth, prediction) + measures.auc(truth[::-1], prediction[::-1])) / 2
 
 

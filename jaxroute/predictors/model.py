@@ -1,14 +1,14 @@
-"""Fitting a predictor: two ridge regressions on all LLMs' answers, and a small regression per LLM on top, in JAX.
+"""Fit a predictor in JAX: two ridge regressions on all LLMs' answers, and a small regression per LLM on top.
 
 Ridge regression in its dual form: with K the prompts' inner products and Y the answers, the duals are
-(K + penalty I)^-1 Y. Its inverse says at once what the regression would predict for any rows S had it not been fitted
-to them: -[inverse]_SS^-1 [inverse Y]_S, with the answers in Y at S set to zero. So one inverse per penalty serves
-cross-validation over prompts, over categories, answers that are missing, and every prompt left out by itself.
+(K + penalty I)^-1 Y. The inverse also gives what the regression would predict for any rows S had it not been fitted to
+them: -[inverse]_SS^-1 [inverse Y]_S, with the answers in Y at S set to zero. So one inverse per penalty serves
+cross-validation over prompts and over categories, missing answers, and leaving out each prompt alone.
 
-The last gives each fit its second stage, without another look at data: per LLM, a regression (logistic for quality) of
-the answers on what the ridge regressions predict for all LLMs on average and for this one beside them, where each row
-was left out. It calibrates, weighs the strong penalty against the weak one, and trusts differences between LLMs less
-than what they share. It is linear in the features, so that a fitted predictor is one matrix.
+Predictions with each prompt left out alone give each fit its second stage, without another pass over the data: per LLM,
+a regression (logistic for quality) of the answers on two parts of these predictions, the mean over LLMs and this LLM's
+deviation from it. It calibrates, weighs the strong penalty against the weak one, and trusts differences between LLMs
+less than what they share. It is linear in the features, so that a fitted predictor is one matrix.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from jaxroute.predictors.features import Encoded, count, fit_features, inner_pro
 from jaxroute.predictors.predictor import Answers, Predictor, Weights
 
 FOLDS = 5
-MAX_ROWS = 8192  # to fit to: time grows with their cube, memory with their square (2 GB here)
-MIN_ANSWERS = 50  # of an LLM, for its regression
-MIN_ERROR = 0.01  # of a log length: a bank takes no 0
+MAX_ROWS = 8192  # fitted to: time grows with their cube, memory with their square (2 GB here)
+MIN_ANSWERS = 50  # that an LLM needs for its regression
+MIN_ERROR = 0.01  # of a log length: a bank does not take 0
 
 _PENALTIES = (2.0, 12.0)
-# What a regression predicts that knows nothing.
+# What a regression predicts without any data.
 _MIDDLE_QUALITY, _MIDDLE_LOG_LENGTH = 0.5, float(np.log(256))
-# Precisions of the second stage's prior. Hardly any on the intercept, but enough where an LLM is always right. Much on
-# the own parts: which LLM does better is hardly predictable, and a few hundred prompts show mostly noise of it.
+# Precisions of the second stage's prior. The intercept needs little, just enough for an LLM that is always right. The
+# own parts need much: which LLM does better is hardly predictable, and a few hundred prompts mostly show noise.
 _INTERCEPT_PRIOR, _SHARED_PRIOR, _OWN_PRIOR = 0.01, 1.0, 50.0
 _BLOCK = 256
 
@@ -64,19 +64,19 @@ def cross_validate(
 ) -> CrossValidated:
     """Fit a predictor to the train half, and predict every row by a fit that has not seen its text.
 
-    Rows of the same text share a fold; of these the first is fitted to. A text that the test half holds as well is
-    not fitted to.
+    Rows with the same text share a fold, and only the first of them is fitted to. A text that also occurs in the test
+    half is not fitted to.
 
     Args:
         prompts: the texts.
-        answers: to them.
-        in_train: which rows may be fitted to.
+        answers: the LLMs' answers to them.
+        in_train: rows that may be fitted to.
         models: names of the LLMs.
-        category: of each prompt; without it none is left out.
-        seed: of the folds, the waves, and the rows where there are more than `MAX_ROWS`.
+        category: category of each prompt; without it, no category is left out.
+        seed: seed of the folds, the waves, and the choice of rows if there are more than `MAX_ROWS`.
 
     Raises:
-        UserError: an LLM with fewer than `MIN_ANSWERS` known qualities or lengths among the rows to fit to.
+        UserError: an LLM has fewer than `MIN_ANSWERS` known qualities or lengths among the rows to fit to.
 
     """
     rng = np.random.default_rng([seed, 0])
@@ -130,14 +130,14 @@ def cross_validate(
 
 
 class Regression:
-    """Both stages, for one set of prompts, ready to be fitted without any of its rows."""
+    """Both stages for one set of prompts, which can then be fitted with any of its rows left out."""
 
     def __init__(self, encoded: Encoded, answers: Answers) -> None:
         self._encoded, self._answers = encoded, answers
         targets = np.concatenate([answers.quality - _MIDDLE_QUALITY, answers.log_length - _MIDDLE_LOG_LENGTH], axis=1)
         # Answers that the same LLMs miss are left out together.
         self._missing, self._pattern = np.unique(np.isnan(targets), axis=1, return_inverse=True)
-        # Rows without features or answers fill up a block: nothing depends on them, and few sizes are compiled.
+        # Rows without features or answers fill up the last block, so that few sizes are compiled. They change nothing.
         self._filling = -len(targets) % _BLOCK
         self._targets = self._filled_up(np.nan_to_num(targets).astype(np.float32))
         kernel = jnp.asarray(np.pad(inner_products(encoded), (0, self._filling)))
@@ -148,7 +148,7 @@ class Regression:
         return np.pad(rows, ((0, self._filling), (0, 0)))
 
     def fit(self, left_out: Bool[np.ndarray, "row"]) -> Weights:
-        """Fit to all rows but these."""
+        """Fit to all rows except these."""
         duals = np.empty((len(_PENALTIES), *self._targets.shape), np.float32)
         unseen = np.empty_like(duals)
         parts = []
@@ -181,7 +181,7 @@ def _inverse(kernel: Float[Array, "row row"], penalty: float) -> Float[Array, "r
 
 
 def _whole_blocks(rows: Int[np.ndarray, "left"], beyond: int) -> Int[np.ndarray, "block"]:
-    """Fill a set of rows up to whole blocks with a number that is no row."""
+    """Pad a set of rows to whole blocks with a number that is not a row."""
     padded = np.full(_BLOCK * max(-(-len(rows) // _BLOCK), 1), beyond)
     padded[: len(rows)] = rows
     return padded
@@ -191,15 +191,15 @@ def _whole_blocks(rows: Int[np.ndarray, "left"], beyond: int) -> Int[np.ndarray,
 def _leave_out(
     inverse: Float[Array, "row row"], targets: Float[Array, "row column"], left_out: Int[Array, "left"]
 ) -> tuple[Float[Array, "row column"], Float[Array, "row column"]]:
-    """Duals of the fit to the other rows, and predictions for each row by a fit without it as well."""
-    # Out of range reads zero and writes nothing; a one on the diagonal keeps such a row apart.
+    """Return the duals of the fit to the other rows, and predictions for each row by a fit that also leaves it out."""
+    # An index out of range reads zero and writes nothing; a one on the diagonal keeps such a row apart.
     across = inverse.at[left_out].get(mode="fill", fill_value=0)
     filling = jnp.diag((left_out == len(targets)).astype(inverse.dtype))
     among = across.at[:, left_out].get(mode="fill", fill_value=0) + filling
     known = targets.at[left_out].set(0, mode="drop")
-    # LU where Cholesky would do: OpenBLAS' threads spin in the latter, on a busy machine for ten times as long.
+    # LU although Cholesky would do: OpenBLAS' threads spin in Cholesky, which makes a busy machine ten times slower.
     solved, predicted = jnp.split(jnp.linalg.solve(among, jnp.hstack([across, -across @ known])), [len(inverse)], 1)
-    # With what is predicted for them in the place of their answers, left-out rows have no pull.
+    # With their predictions in place of their answers, left-out rows have no influence.
     settled = known.at[left_out].set(predicted, mode="drop")
     duals = (inverse @ settled).at[left_out].set(0, mode="drop")
     # The diagonal of the smaller regression's inverse, by the Schur complement.

@@ -1,4 +1,4 @@
-"""A fitted predictor: it predicts in plain numpy, and is stored without pickle."""
+"""A fitted predictor, which predicts in plain NumPy and is stored without pickle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SETTINGS, _ARRAYS = "predictor.json", "predictor.npz"
 
 
 class Answers(NamedTuple):
-    """What LLMs answer to prompts, or what is predicted of it."""
+    """Qualities and lengths of LLMs' answers to prompts, true or predicted."""
 
     quality: Float[np.ndarray, "prompt llm"]
     """From 0 to 1, NaN where missing."""
@@ -28,7 +28,7 @@ class Answers(NamedTuple):
     """Log of the output tokens, NaN where missing."""
 
     def rows(self, chosen: np.ndarray) -> Answers:
-        """Only some of the prompts, by number or mask."""
+        """Return some of the prompts, by number or mask."""
         return Answers(self.quality[chosen], self.log_length[chosen])
 
 
@@ -57,7 +57,7 @@ class Predictor:
     features: Features
     """How a prompt becomes numbers."""
     weights: Weights
-    """Of the linear model."""
+    """Weights of the linear model."""
 
     def __call__(
         self, prompts: Sequence[str]
@@ -77,7 +77,7 @@ class Predictor:
         return quality, np.exp(log_length)
 
     def save(self, folder: Path | str) -> None:
-        """Store it; the folder appears complete or not at all.
+        """Store the predictor; the folder appears complete or not at all.
 
         Raises:
             UserError: the folder exists, or cannot be written.
@@ -101,7 +101,7 @@ class Predictor:
         """Load what `save` stored; it predicts exactly the same.
 
         Raises:
-            UserError: there is no predictor, it is damaged, or of a version with other features.
+            UserError: there is no predictor, it is damaged, or it is from a version with other features.
 
         """
         folder = Path(folder)

@@ -4,8 +4,7 @@ The engine (`jaxroute.serving.engine`) skips events and runs in float32 on a dev
 float64 and absolute times, it is meant to be believed by reading, and it shares no code with the engine. Tests hold the
 engine to it.
 
-Read it in this order; docs/reference/semantics.md has the same text, and "step n" in the comments is step n of an
-iteration there.
+Read it in this order; docs/reference/semantics.md says the same in words, and "step n" in the comments is its step n.
 
 1. `Request`: what an expert remembers of a request. `need` and `decoding` are what every later step turns on.
 2. `Expert.schedule`: steps 1 to 4, who takes part in the next iteration and how long it takes. It calls `share_tokens`

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from jaxtyping import PRNGKeyArray
 from rich.console import Console
 
 from jaxroute.config import Config
+from jaxroute.config.words import command_line, path_word
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.errors import UserError
 from jaxroute.learning import Learner, PPOState, Regression, make_ppo, make_warm_start
@@ -117,7 +117,7 @@ def train(config: Config, run: Path, console: Console, judge: Callable[[], dict[
                     state = _run_updates(plan, host, state, update, saved)
             except Interrupted as where:
                 assert interrupts.received is not None
-                go_on = f"python train.py resume={shlex.quote(str(run))}"
+                go_on = command_line("train", path_word("resume", run))
                 console.print(f"{interrupts.received.name} {where}; go on with: {go_on}", markup=False, soft_wrap=True)
                 raise SystemExit(128 + interrupts.received) from None
             if tracker and judge is not None:

@@ -1,4 +1,4 @@
-"""Recorded request traces: reading the published formats and a user's own, and what their arrivals are like."""
+"""Recorded request traces: a reader of published formats and of a user's own, and statistics of their arrivals."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _milliseconds(cells: Sequence[Any]) -> Float64[np.ndarray, "row"]:
 
 def _nanoseconds(cells: Sequence[Any]) -> Int64[np.ndarray, "row"]:
     """Dates and times in UTC, as nanoseconds; Python's datetime would cut the last of Azure's seven decimals."""
-    matches = [_STAMP.fullmatch(str(cell).strip()) for cell in cells]  # numpy alone would read "12345" as a year
+    matches = [_STAMP.fullmatch(str(cell).strip()) for cell in cells]  # NumPy alone would read "12345" as a year
     if None in matches:
         raise ValueError("not dates and times")
     found = [(match[1], match[2]) for match in matches if match]
@@ -210,14 +210,14 @@ def _checked(
 
 
 def window_counts(arrival_time: Float64[np.ndarray, "request"], window: float) -> tuple[Int64[np.ndarray, "full"], int]:
-    """Count the requests in windows side by side that lie wholly within the trace.
+    """Count the requests in consecutive windows that lie wholly within the trace.
 
     Args:
         arrival_time: s since the first request, never falling.
         window: their length, s.
 
     Returns:
-        The counts of the windows with any request, in order, and how many windows there are.
+        The counts of the windows that have a request, in order, and the number of all windows.
 
     """
     number = int(arrival_time[-1] // window)

@@ -12,16 +12,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from jaxroute.evaluation.metrics import LOADS, METRICS
-from jaxroute.evaluation.report.figures import PLOTS
 from jaxroute.evaluation.report.tables import COLUMNS, DETAIL_COLUMNS, summary_text, table_rows
 from jaxroute.evaluation.result import EvaluationResult, means
 from jaxroute.evaluation.statistics import Interval
 from jaxroute.files import write_file
-from jaxroute.plotting import png_bytes
 
 # --- JSON and CSV --------------------------------------------------------------------------------------
 
@@ -156,6 +153,8 @@ def _definitions() -> list[dict[str, str]]:
 
 def fill_template(template: str, **content: Any) -> str:
     """Fill in a template, named by its path below jaxroute/evaluation."""
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(
             lambda name: resources.files("jaxroute.evaluation").joinpath(name).read_text("utf-8")
@@ -190,14 +189,23 @@ def _html(result: EvaluationResult, pngs: Mapping[str, bytes]) -> str:
 
 
 def write_html_report(result: EvaluationResult, path: str | Path) -> Path:
-    """Write one self-contained page: summary, plots, a table per load, definitions and settings."""
-    return write_file(path, _html(result, {name: png_bytes(plot(result)) for name, plot in PLOTS.items()}))
+    """Write one self-contained page: summary, plots, a table per load, definitions and provenance."""
+    return write_file(path, _html(result, _plots(result)))
+
+
+def _plots(result: EvaluationResult) -> dict[str, bytes]:
+    """Draw every figure; returns its name and its PNG."""
+    # Imported here: matplotlib takes long to load, and judging comes first.
+    from jaxroute.evaluation.report.figures import PLOTS
+    from jaxroute.plotting import png_bytes
+
+    return {name: png_bytes(plot(result)) for name, plot in PLOTS.items()}
 
 
 def write_all(result: EvaluationResult, directory: str | Path) -> dict[str, Path]:
     """Write results.json, results.csv, five plots and report.html; return file name to path."""
     directory = Path(directory)
-    pngs = {name: png_bytes(plot(result)) for name, plot in PLOTS.items()}
+    pngs = _plots(result)
     paths = [
         write_results_json(result, directory / "results.json"),
         write_results_csv(result, directory / "results.csv"),

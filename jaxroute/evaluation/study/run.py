@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxroute.config import Config, load_config
 from jaxroute.config.schema import StudyConfig, StudySetting
@@ -27,7 +26,8 @@ from jaxroute.evaluation.result import EvaluationResult, Summary
 from jaxroute.evaluation.study.planners import CLAIRVOYANT, PLANNERS, planners_named
 from jaxroute.evaluation.study.result import SettingResult, StudyResult, training_seed_name
 from jaxroute.files import write_file
-from jaxroute.policies import RULES, Policy, learned_policy, rules_named
+from jaxroute.policies import RULES, Policy, rules_named
+from jaxroute.progress import Progress
 from jaxroute.runs import check_fits, read_policy
 from jaxroute.scenarios import build_env, on_test_prompts
 
@@ -63,13 +63,11 @@ def run_study(config: Config, overrides: Sequence[str], run: Path, console: Cons
             summaries[part.name] = done
     missing = [part for part in parts if part.name not in summaries]
     if summaries:
-        console.print(f"{len(summaries)} of {len(parts)} runs were done before")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, refresh_per_second=2) as progress:
-        runs = progress.add_task("runs", total=len(parts), completed=len(summaries))
-        policies = progress.add_task("policies", total=None, visible=bool(missing))
+        console.print(f"{len(summaries)} of {len(parts)} were done before")
+    with Progress(console) as progress:
         for part in missing:
-            progress.reset(policies, total=len(part.policies), description=part.name)
+            name = f"{part.name} ({len(summaries) + 1} of {len(parts)})"
+            progress.begin(f"compiling and judging {name}", total=len(part.policies))
             records = evaluate_policies(
                 part.env,
                 part.params,
@@ -79,7 +77,7 @@ def run_study(config: Config, overrides: Sequence[str], run: Path, console: Cons
                 episodes=part.episodes,
                 requests=part.requests,
                 warmup=part.warmup,
-                on_done=lambda name: progress.advance(policies),
+                on_done=lambda name: progress.advance(note=f"last: {name}"),
             )
             found: list[dict[str, Summary]] = [
                 {name: summarise(episodes, part.warmup) for name, episodes in records[rate].items()}
@@ -87,7 +85,6 @@ def run_study(config: Config, overrides: Sequence[str], run: Path, console: Cons
             ]
             summaries[part.name] = found
             _save(run, part, found)
-            progress.advance(runs)
     by_name = {part.name: part for part in parts}
     return StudyResult(
         name=study.name,
@@ -175,7 +172,7 @@ def _parts(study: StudyConfig, overrides: Sequence[str]) -> list[_Part]:
         }
     except UserError as error:
         raise UserError(f"study {study.name}: {error}") from None
-    routers = [learned_policy(found.network, found.params)._replace(name=name) for name, found in trained.items()]
+    routers = [found.policy._replace(name=name) for name, found in trained.items()]
     parts = []
     rules = rules_named(study.rules)
     for setting in study.settings:

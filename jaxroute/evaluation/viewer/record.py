@@ -24,7 +24,7 @@ from jaxroute.evaluation.episodes import episode_keys, keys_of_episode, keys_of_
 from jaxroute.evaluation.judge import versions
 from jaxroute.evaluation.report.write import fill_template, jsonable
 from jaxroute.files import write_file
-from jaxroute.policies import LEARNED, RULES, Policy, learned_policy
+from jaxroute.policies import LEARNED, RULES, Policy
 from jaxroute.runs import load_policy
 from jaxroute.scenarios import build_env, on_test_prompts
 from jaxroute.serving import Site, running_and_waiting
@@ -72,7 +72,7 @@ def view_episode(config: Config, console: Console, run: Path, *, command: str) -
     checkpoint = "none"
     if name == LEARNED:
         trained = load_policy(str(config.checkpoint), env, params)
-        policy, network = learned_policy(trained.network, trained.params), trained.network
+        policy, network = trained.policy, trained.network
         checkpoint = str(trained.source)
     else:
         policy = RULES[str(name)]
