@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -71,8 +72,10 @@ def build_env(
     """Build the environment of a configuration; arguments as for `make`, `random_sites` by default as configured.
 
     Raises:
-        UserError: data that is missing or malformed, a bank that does not fit the site.
+        UserError: data that is missing or malformed, a bank that does not fit the site, or JAX computes in 64 bits.
     """
+    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise UserError("jax_enable_x64 is on, but the environment is written for 32 bits; unset JAX_ENABLE_X64")
     workload = build_workload(config.workload, config.data_path)
     if rate is None:
         rate = workload.rate

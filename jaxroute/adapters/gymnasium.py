@@ -92,7 +92,7 @@ class GymnasiumEnv(Env):
     """One site. At the horizon it waits for `reset`.
 
     For many, `GymnasiumVectorEnv` is much faster than Gymnasium's vector environments, which call this one by one.
-    `AsyncVectorEnv` needs context="spawn", as JAX does not survive a fork.
+    Give `AsyncVectorEnv` context="spawn": JAX warns that a process which forks after it has started may hang.
     """
 
     def __init__(self, env: EdgeRouting, params: EnvParams) -> None:

@@ -24,10 +24,13 @@ from jax.experimental import multihost_utils
 from jax.stages import Compiled
 from jaxtyping import PRNGKeyArray
 
+from jaxroute.config import Config
 from jaxroute.errors import UserError
 from jaxroute.files import write_file
 from jaxroute.learning import Labelled, Regression
 from jaxroute.progress import Progress
+from jaxroute.training.interrupts import Interrupted, Interrupts
+from jaxroute.training.programs import Program, Programs
 from jaxroute.training.states import Leaves, by_name, from_names, placed
 
 WARM_START = "warm_start"
