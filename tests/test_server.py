@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import jaxroute
-from jaxroute.fitting import Limits, ServingLog
+from jaxroute.fitting import Limits, ServingLog, calibrate
 from jaxroute.fitting.calibration import _most_held, _Replay
 from jaxroute.fitting.server import serve
 from jaxroute.fitting.windows import choose_windows, most_decoding
@@ -54,14 +56,14 @@ def test_few_slots_serve_any_queue(rate):
 
 @pytest.fixture(scope="module")
 def long_log():
-    """3,000 requests, of which most wait for a long time."""
-    arrival, prompt, output = drawn(3000, 4.0)
+    """3,000 requests, quiet and overloaded by turns."""
+    arrival, prompt, output = drawn(3000, np.where(np.arange(3000) // 200 % 2, 4.0, 1.0))
     ttft, latency, _ = served(arrival, prompt, output, num_slots=32)
     return ServingLog(arrival, arrival + ttft, arrival + latency, prompt, output)
 
 
 def test_a_long_log_has_bounded_windows_and_slots(long_log):
-    assert np.quantile(long_log.ttft, 0.9) > 60
+    assert np.quantile(long_log.ttft, 0.9) > 10
     windows = choose_windows(long_log, 3000 * 9 // 10)
     assert len(windows) == 2
     replay = _Replay(long_log, LIMITS, ["weight_load"])
@@ -82,15 +84,37 @@ def test_a_window_goes_on_as_the_log_did(long_log):
     """From the state that the log shows, the true server serves the window's requests as it did, nearly."""
     prompt, output = long_log.prompt_tokens, long_log.output_tokens
     window = choose_windows(long_log, 2700)[1]
-    gaps = window.gaps(long_log)
-    assert gaps[0] < -60  # it has been waiting
+    assert np.quantile(long_log.ttft[window.requests], 0.9) > 10  # a queue comes and goes in it
     state = window.server(long_log, 1, 64, LIMITS.max_num_seqs)
     columns = (column[window.requests].astype(np.int32) for column in (prompt, output))
-    outcomes = serve(server(3000), state, gaps, *columns)
+    outcomes = serve(server(3000), state, window.gaps(long_log), *columns)
     compared = window.compared
     for simulated, measured in ((outcomes.ttft, long_log.ttft), (outcomes.latency, long_log.latency)):
         measured = measured[window.requests][compared]
         np.testing.assert_allclose(np.asarray(simulated)[compared, 0], measured, rtol=0.03)
+
+
+@pytest.mark.parametrize("rate", [4.0, 1e9])
+def test_a_window_never_begins_in_a_queue(rate):
+    """The log does not tell who was preempted there: of an overloaded log the beginning is replayed."""
+    arrival, prompt, output = drawn(3000, rate)
+    ttft, latency, _ = served(arrival, prompt, output, num_slots=32)
+    log = ServingLog(arrival, arrival + ttft, arrival + latency, prompt, output)
+    (window,) = choose_windows(log, 2700)
+    assert len(window.running) == 0
+    np.testing.assert_array_equal(window.requests, np.arange(1024))
+
+
+@pytest.mark.slow
+def test_a_long_log_determines_the_coefficients(long_log):
+    fit = calibrate(long_log, dataclasses.replace(LIMITS, iteration_overhead=0.001), share=0.7)
+    assert 1024 < fit.num_compared < fit.num_fitted
+    true = server(1)
+    for name in ("weight_load", "compute_per_token", "decode_per_seq", "attention_per_token"):
+        assert fit.coefficients[name] == pytest.approx(float(getattr(true, name)[0]), rel=0.03), name
+    assert fit.undetermined() == {}
+    for name, (measured, simulated) in fit.means.items():
+        assert simulated == pytest.approx(measured, rel=0.05), name
 
 
 def test_memory_that_was_held_is_added_up_piece_by_piece(monkeypatch):

@@ -8,7 +8,7 @@ side by side in one program, compiled once per log. For a long log these are rep
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from scipy.optimize import least_squares
 from jaxroute.errors import UserError
 from jaxroute.fitting.logs import MIN_REQUESTS, ServingLog
 from jaxroute.fitting.server import serve
-from jaxroute.fitting.windows import Window, choose_windows, most_decoding, progress, whole
+from jaxroute.fitting.windows import Window, choose_windows, met_no_queue, most_decoding, progress, whole
 from jaxroute.serving.site import Site
 
 COEFFICIENTS = ("weight_load", "compute_per_token", "decode_per_seq", "attention_per_token", "kv_capacity")
@@ -41,6 +41,8 @@ _TOGETHER = 1e-4
 # A coefficient is said to be undetermined from this relative standard error on.
 _UNCERTAIN = 0.25
 _FEWEST_SLOTS = 32
+# The search begins with the compared requests of a long log that met no queue, if there are at least so many.
+_ENOUGH = 100
 _TIMES_AT_ONCE = 1024
 _MOST = 2**24
 
@@ -114,9 +116,24 @@ def calibrate(log: ServingLog, limits: Limits = Limits(), share: float = 1 / 3) 
         simulated = np.concatenate(parts, axis=2)
         return ((simulated - measured) / scale).reshape(len(candidates), -1)
 
-    guess = _first_guess(log, limits, names, windows)
     memory = np.array(names) == "kv_capacity"
-    best, jacobian, error = _search(residuals, guess, memory)
+    calm = met_no_queue(log)[chosen]
+    if len(windows[0].requests) == len(log.ttft) or calm.sum() < _ENOUGH:
+        guess = _first_guess(log, limits, names, windows, np.ones_like(calm))
+        best = _search(residuals, guess, memory)
+    else:
+        # Without a queue nobody is preempted: how long answers took is smooth there, and memory does not matter.
+        guess = _first_guess(log, limits, names, windows, calm)
+
+        def of_calm(times: Float[np.ndarray, "candidate coefficient"]) -> Float[np.ndarray, "candidate residual"]:
+            candidates = np.tile(guess, (len(times), 1))
+            candidates[:, ~memory] = times
+            return residuals(candidates)[:, np.concatenate([np.zeros_like(calm), calm])]
+
+        guess[~memory] = _search(of_calm, guess[~memory], memory[~memory], rounds=_ROUNDS // 2)
+        guess = _scan_memory(lambda at: np.square(residuals(at)).sum(1), guess, memory, _MEMORY)
+        best = _search(residuals, guess, memory, scans=_MEMORY[-1:])
+    error, jacobian = _linearised(residuals, best)
     standard_error = dict.fromkeys(COEFFICIENTS, math.nan)
     standard_error |= dict(zip(names, _standard_errors(jacobian, error), strict=True))
     found = np.exp(best)
@@ -246,9 +263,9 @@ def _circumstances(log: ServingLog, window: Window) -> _Circumstances:
 
 
 def _first_guess(
-    log: ServingLog, limits: Limits, names: list[str], windows: list[Window]
+    log: ServingLog, limits: Limits, names: list[str], windows: list[Window], trusted: Bool[np.ndarray, "request"]
 ) -> Float[np.ndarray, "coefficient"]:
-    """Return log coefficients that explain how long answers took, given what the log says went on meanwhile.
+    """Return log coefficients that explain how long trusted answers took, given what the log says went on meanwhile.
 
     This needs no replay, in which one late request would delay all that follow: how many requests decoded together with
     an answer, on how many tokens of context, and which prompts were prefilled meanwhile, is taken from the measured
@@ -261,7 +278,7 @@ def _first_guess(
 
     prompt, tokens, ttft, duration = (joined(name) for name in ("prompt", "tokens", "ttft", "duration"))
     mean_batch, mean_context, alone = (joined(name) for name in ("mean_batch", "mean_context", "alone"))
-    answered = tokens > 1
+    answered = (tokens > 1) & trusted
 
     def prefill(prompt: np.ndarray, compute: float, weights: float) -> tuple[np.ndarray, np.ndarray]:
         """Iterations, and seconds by which computing makes them longer than loading the weights."""
@@ -318,8 +335,10 @@ def _search(
     residuals: Callable[[np.ndarray], np.ndarray],
     guess: Float[np.ndarray, "coefficient"],
     memory: Bool[np.ndarray, "coefficient"],
-) -> tuple[Float[np.ndarray, "coefficient"], Float[np.ndarray, "residual coefficient"], Float[np.ndarray, "residual"]]:
-    """Minimise the sum of squares from the guess, and return where, with the Jacobian and the residuals there.
+    scans: Sequence[tuple[float, float]] = _MEMORY,
+    rounds: int = _ROUNDS,
+) -> Float[np.ndarray, "coefficient"]:
+    """Minimise the sum of squares from the guess, in rounds after each scan of memory, and return where.
 
     Levenberg-Marquardt, with draws from around each step, as the loss is smooth only from afar: who is admitted or
     preempted when changes at once. A weak pull to the guess keeps coefficients on which the residuals hardly depend
@@ -328,36 +347,52 @@ def _search(
     rng = np.random.default_rng(0)
     size = len(guess)
     best, damping = guess, 1.0
-    neighbours = np.concatenate([np.zeros((1, size)), _STEP * np.eye(size)])
 
-    def tried(at: Float[np.ndarray, "candidate coefficient"]) -> tuple[np.ndarray, np.ndarray]:
-        error = residuals(at)
-        return error, np.square(error).sum(1) + _PULL * np.square(at - guess).sum(1)
+    def loss(at: Float[np.ndarray, "candidate coefficient"]) -> Float[np.ndarray, "candidate"]:
+        return np.square(residuals(at)).sum(1) + _PULL * np.square(at - guess).sum(1)
 
-    for least, most in _MEMORY if memory.any() else _MEMORY[:1]:
-        if memory.any():
-            at = best + np.log(np.geomspace(least, most, _TRIED))[:, None] * memory
-            at[0] = best
-            best = at[tried(at)[1].argmin()]
-        for _ in range(_ROUNDS):
-            error, losses = tried(best + neighbours)
-            jacobian = (error[1:] - error[0]).T / _STEP
+    for scan in scans if memory.any() else scans[:1]:
+        best = _scan_memory(loss, best, memory, [scan])
+        for _ in range(rounds):
+            error, jacobian = _linearised(residuals, best)
+            least = np.square(error).sum() + _PULL * np.square(best - guess).sum()
             square = jacobian.T @ jacobian + _PULL * np.eye(size)
-            downhill = -jacobian.T @ error[0] - _PULL * (best - guess)
+            downhill = -jacobian.T @ error - _PULL * (best - guess)
             dampings = damping * np.logspace(-2, 2, _SHORTER)
             steps = [np.linalg.solve(square + d * np.diag(np.diag(square)), downhill) for d in dampings]
             # As uncertain as the linear model says that the minimum is, and up to a tenth of that.
-            spread = np.linalg.cholesky(np.linalg.inv(square) * losses[0] / max(error.shape[1] - size, 1))
+            spread = np.linalg.cholesky(np.linalg.inv(square) * least / max(len(error) - size, 1))
             drawn = rng.standard_normal((_DRAWN, size)) @ spread.T * np.geomspace(1, 0.1, _DRAWN)[:, None]
             drawn[::2] += steps[0]
             at = best + np.clip(np.concatenate([steps, drawn]), -1.5, 1.5)
-            after = tried(at)[1]
+            after = loss(at)
             chosen = int(after.argmin())
             damping = float(np.clip(damping * (0.3 if chosen < _SHORTER // 2 else 2.0), 1e-4, 1e2))
-            if after[chosen] < losses[0]:
+            if after[chosen] < least:
                 best = at[chosen]
-    error = residuals(best + neighbours)
-    return best, (error[1:] - error[0]).T / _STEP, error[0]
+    return best
+
+
+def _scan_memory(
+    loss: Callable[[np.ndarray], np.ndarray],
+    best: Float[np.ndarray, "coefficient"],
+    memory: Bool[np.ndarray, "coefficient"],
+    scans: Sequence[tuple[float, float]],
+) -> Float[np.ndarray, "coefficient"]:
+    """Return the best with the memory of least loss; unchanged if memory is not fitted."""
+    for least, most in scans if memory.any() else ():
+        at = best + np.log(np.geomspace(least, most, _TRIED))[:, None] * memory
+        at[0] = best
+        best = at[loss(at).argmin()]
+    return best
+
+
+def _linearised(
+    residuals: Callable[[np.ndarray], np.ndarray], at: Float[np.ndarray, "coefficient"]
+) -> tuple[Float[np.ndarray, "residual"], Float[np.ndarray, "residual coefficient"]]:
+    """Return the residuals and their Jacobian."""
+    error = residuals(at + np.concatenate([np.zeros((1, len(at))), _STEP * np.eye(len(at))]))
+    return error[0], (error[1:] - error[0]).T / _STEP
 
 
 def _standard_errors(

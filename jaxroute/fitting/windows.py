@@ -14,7 +14,7 @@ from jaxroute.serving.engine import SiteState, SlotStatus, idle_site
 # Requests of a window, at the least and in multiples of the most that decode at once: a window may end in the middle of
 # so many answers, which tell nothing. Together, windows have at most so many requests.
 _WINDOW, _PER_DECODING = 1024, 4
-_TOGETHER = 4096
+_TOGETHER = 2048
 
 
 class Window(NamedTuple):
@@ -85,25 +85,52 @@ def whole(log: ServingLog, num_fitted: int) -> Window:
 
 
 def choose_windows(log: ServingLog, num_fitted: int) -> list[Window]:
-    """Choose windows of one length among the first `num_fitted` requests: all of a short log, parts of a long one."""
+    """Choose windows of one length among the first `num_fitted` requests: all of a short log, parts of a long one.
+
+    The first window begins with an idle server, and its replay is exact. Each other one begins at the calmest moment of
+    its stretch of the log, and only requests are compared that arrive after those running at that moment have ended. A
+    stretch that always has more prompt tokens waiting than the longest prompt has no window: a log does not tell which
+    of its requests were preempted.
+    """
     length = max(_WINDOW, 1 << (_PER_DECODING * most_decoding(log) - 1).bit_length())
     if len(log.arrival_time) <= length:
         return [whole(log, num_fitted)]
     first, last = log.first_token_time, log.last_token_time
+    # At a first token an iteration has just ended.
+    moments = np.sort(first[:num_fitted])
+    in_flight = np.searchsorted(log.arrival_time, moments, side="right") - np.searchsorted(np.sort(last), moments)
     number = max(1, min(_TOGETHER, num_fitted) // length)
-    windows = []
-    for start in np.linspace(0, max(num_fitted - length, 0), number).astype(int):
-        # At a first token an iteration has just ended; the first window begins with an idle server.
-        begin = float(np.sort(first[:num_fitted])[start]) if start else float(log.arrival_time[0])
-        requests = np.flatnonzero(first > begin if start else first >= begin)[:length]
-        running = np.flatnonzero((first <= begin) & (begin < last)) if start else np.zeros(0, int)
-        running = running[np.argsort(first[running], kind="stable")]
-        # What comes after the window would slow down whoever answers longer.
-        compared = (requests < num_fitted) & (last[requests] <= first[requests[-1]])
-        windows.append(Window(begin, running, requests, compared))
+    windows = [_window(log, float(log.arrival_time[0]), length, num_fitted)]
+    for stretch in np.array_split(np.arange(max(num_fitted - length, 1)), number)[1:]:
+        begin = float(moments[stretch[in_flight[stretch].argmin()]])
+        waits = (log.arrival_time <= begin) & (first > begin)
+        if log.prompt_tokens[waits].sum() <= log.prompt_tokens.max():
+            windows.append(_window(log, begin, length, num_fitted))
     # Of one length, so that they share a program.
     length = min(len(window.requests) for window in windows)
     return [window._replace(requests=window.requests[:length], compared=window.compared[:length]) for window in windows]
+
+
+def _window(log: ServingLog, begin: float, length: int, num_fitted: int) -> Window:
+    first, last = log.first_token_time, log.last_token_time
+    requests = np.flatnonzero(first > begin)[:length]
+    running = np.flatnonzero((first <= begin) & (begin < last))
+    running = running[np.argsort(first[running], kind="stable")]
+    settled = last[running].max(initial=begin)
+    # What comes after the window would slow down whoever answers longer.
+    compared = (requests < num_fitted) & (last[requests] <= first[requests[-1]])
+    return Window(begin, running, requests, compared & (log.arrival_time[requests] >= settled))
+
+
+def met_no_queue(log: ServingLog) -> Bool[np.ndarray, "request"]:
+    """Tell who was served while never more prompt tokens waited than the longest prompt has."""
+    times = np.concatenate([log.arrival_time, log.first_token_time])
+    order = np.argsort(times, kind="stable")
+    waiting = np.cumsum(np.concatenate([log.prompt_tokens, -log.prompt_tokens])[order])
+    queued = np.concatenate([[0], np.cumsum(waiting > log.prompt_tokens.max())])
+    begin = np.searchsorted(times[order], log.arrival_time)
+    end = np.searchsorted(times[order], log.last_token_time, side="right")
+    return queued[begin] == queued[end]
 
 
 def most_decoding(log: ServingLog) -> int:
