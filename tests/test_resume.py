@@ -71,14 +71,15 @@ def saved_in(run):
 
 
 class Once:
-    """Builds a learner the first time, and returns the same one after that."""
+    """Builds a learner of each length the first time, and returns the same one after that."""
 
     def __init__(self, make):
         self.make, self.made = make, {}
 
-    def __call__(self, *args, many_seeds, **kwargs):
-        self.made[many_seeds] = self.made.get(many_seeds) or self.make(*args, many_seeds=many_seeds, **kwargs)
-        return self.made[many_seeds]
+    def __call__(self, config, *args, many_seeds, **kwargs):
+        key = config.total_steps, many_seeds
+        self.made[key] = self.made.get(key) or self.make(config, *args, many_seeds=many_seeds, **kwargs)
+        return self.made[key]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -215,9 +216,7 @@ def one_program_each():
 @pytest.fixture(scope="module")
 def whole_warm(one_program_each, one_learner, tmp_path_factory):
     run = tmp_path_factory.mktemp("warm") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TRAIN, "make_ppo", Once(make_ppo))
-        yield go(load_config(WARM), run)[0], run
+    return go(load_config(WARM), run)[0], run
 
 
 @pytest.fixture
