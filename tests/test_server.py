@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 import jaxroute
-from jaxroute.fitting import Limits, ServingLog, calibrate
+from jaxroute.fitting import Limits, ServingLog
 from jaxroute.fitting.calibration import _most_held, _Replay
 from jaxroute.fitting.server import serve
 from jaxroute.fitting.windows import choose_windows, most_decoding
@@ -103,18 +101,6 @@ def test_a_window_never_begins_in_a_queue(rate):
     (window,) = choose_windows(log, 2700)
     assert len(window.running) == 0
     np.testing.assert_array_equal(window.requests, np.arange(1024))
-
-
-@pytest.mark.slow
-def test_a_long_log_determines_the_coefficients(long_log):
-    fit = calibrate(long_log, dataclasses.replace(LIMITS, iteration_overhead=0.001), share=0.7)
-    assert 1024 < fit.num_compared < fit.num_fitted
-    true = server(1)
-    for name in ("weight_load", "compute_per_token", "decode_per_seq", "attention_per_token"):
-        assert fit.coefficients[name] == pytest.approx(float(getattr(true, name)[0]), rel=0.03), name
-    assert fit.undetermined() == {}
-    for name, (measured, simulated) in fit.means.items():
-        assert simulated == pytest.approx(measured, rel=0.05), name
 
 
 def test_memory_that_was_held_is_added_up_piece_by_piece(monkeypatch):
