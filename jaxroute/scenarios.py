@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -72,10 +71,8 @@ def build_env(
     """Build the environment of a configuration; arguments as for `make`, `random_sites` by default as configured.
 
     Raises:
-        UserError: data that is missing or malformed, a bank that does not fit the site, or JAX computes in 64 bits.
+        UserError: data that is missing or malformed, a bank that does not fit the site.
     """
-    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-        raise UserError("jax_enable_x64 is on, but the environment is written for 32 bits; unset JAX_ENABLE_X64")
     workload = build_workload(config.workload, config.data_path)
     if rate is None:
         rate = workload.rate
