@@ -238,12 +238,6 @@ def test_metrics_of_a_diverged_run_are_still_json(watch, tmp_path):
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_64_bits_are_refused(tmp_path):
-    with jax.enable_x64(True), pytest.raises(UserError, match=r"^jax_enable_x64 is on, .* unset JAX_ENABLE_X64$"):
-        train(load_config([*TINY, "train.horizon=7"]), tmp_path / "run", quiet())
-    assert not (tmp_path / "run").exists()
-
-
 def test_default_sizes_suit_the_minibatches():
     filled = with_default_sizes(load_config(["site=edge3", "ppo.num_minibatches=3", "bank=zeroeval"])).ppo
     assert filled.num_envs > 0
