@@ -183,7 +183,7 @@ def test_many_seeds_are_resumed_as_one(stopped, tmp_path):
 )
 def test_what_is_refused(arguments, message, whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jaxroute.commands.train.join_processes", lambda: None)
+    monkeypatch.setattr("jaxroute.training.join_processes", lambda: None)
     assert train_main([argument.format(run=whole[1]) for argument in arguments]) == 2
     said = capsys.readouterr().err
     assert re.match(rf"error: .*{message}", said)
