@@ -456,7 +456,7 @@ def test_signals_end_a_process_with_a_line_that_says_how_to_go_on(tmp_path):
         process.send_signal(number)
         output, errors = process.communicate(timeout=600)
         assert process.returncode == 128 + number, errors
-        said = re.fullmatch(r"(SIG\w+) at step ([\d,]+); go on with: python (.*)", output.splitlines()[-1])
+        said = re.fullmatch(r"(SIG\w+) at step ([\d,]+); go on with: (?:\S*/)?python\S* (.*)", output.splitlines()[-1])
         assert said.group(1) == number.name
         lines, steps = metrics_of(tmp_path / "a run"), int(said.group(2).replace(",", ""))
         assert [line["steps"] for line in lines] == list(range(64, steps + 1, 64))
