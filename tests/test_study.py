@@ -305,7 +305,7 @@ def test_no_study_is_chosen(capsys, monkeypatch):
     assert eval_main(["study.rules=[random]"]) == 2
     assert "no study is chosen; add, for instance, study=main" in capsys.readouterr().err
     assert train_main(["study=quick"]) == 2
-    assert "study=quick is for eval.py" in capsys.readouterr().err
+    assert "study=quick is for eval;" in capsys.readouterr().err
 
 
 def test_cells_without_their_data_are_named(monkeypatch, tmp_path):
