@@ -46,7 +46,7 @@ def workplace(tmp_path_factory):
 
 def test_every_step_leaves_what_the_next_one_needs(workplace):
     fleet, said = workplace
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
     site = (fleet / "site" / "mine.yaml").read_text()
     assert re.findall(r"model: '?([\w.-]+)", site) == ["small-2b", "medium-8b", "large-27b"]
     assert re.findall(r"max_num_seqs: (\d+)", site) == ["12"] * 3
