@@ -53,7 +53,7 @@ def start_training(tree: Path, options: Sequence[str], cache: Path) -> dict[str,
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import jaxroute.commands.train"], cwd=tree, env=env, check=True)
+    subprocess.run([sys.executable, "-c", "import train"], cwd=tree, env=env, check=True)
     seconds = {"imports": time.perf_counter() - started}
     imported = resource.getrusage(resource.RUSAGE_CHILDREN)
 
