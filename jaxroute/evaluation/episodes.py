@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.env.types import Experts
+from jaxroute.errors import UserError
 from jaxroute.evaluation.metrics import LOADS, EpisodeRecords, Outcome
 from jaxroute.policies import Policy
 from jaxroute.policies.planning import Situation
@@ -42,7 +43,11 @@ def evaluate_policies(
     Returns:
         For each rate, each policy's records. Accelerator and wall time, loads and choices count from the arrival of
         request `warmup`.
+
+    Raises:
+        UserError: a policy sends requests away, and the environment has no such action.
     """
+    check_may_decline(env, policies)
     # The same keys at every rate: the same prompts come, only faster.
     keys = jnp.tile(episode_keys(seed, episodes), len(rates))
     low_high = jnp.repeat(jnp.asarray(rates, jnp.float32), episodes)
@@ -83,6 +88,19 @@ def evaluate_policies(
     }
 
 
+def check_may_decline(env: EdgeRouting, policies: Sequence[Policy]) -> None:
+    """Check that no policy sends requests away where that cannot be done.
+
+    Raises:
+        UserError: one does.
+    """
+    for policy in policies:
+        if policy.declines and not env.away:
+            raise UserError(
+                f"policy {policy.name} sends requests away, and env.away=false rules that out; set it to true"
+            )
+
+
 def episode_keys(seed: int, episodes: int) -> PRNGKeyArray:
     """Return the key of each episode; the first ones are the same however many there are."""
     return jax.random.split(jax.random.key(seed), episodes)
@@ -121,6 +139,7 @@ class _Row(NamedTuple):
     quality: Any
     output_tokens: Any
     latency_requirement: Any
+    spent: Any
 
 
 class _Episode(NamedTuple):
@@ -207,7 +226,7 @@ def _begin(game: _Game, key: PRNGKeyArray, rate: Float[Array, "2"]) -> tuple[PRN
 def _decide(
     game: _Game, which: Int[Array, ""], at: _Episode, keys: PRNGKeyArray, key: PRNGKeyArray
 ) -> tuple[Int[Array, ""], tuple[Any, ...]]:
-    """Let the policy number `which` choose; returns the expert, and the memories of all policies."""
+    """Let the policy number `which` choose; returns the action, and the memories of all policies."""
 
     def of(number: int) -> Callable:
         policy = game.policies[number]
@@ -230,16 +249,30 @@ def _decide(
 def _note(game: _Game, at: _Episode, action: Int[Array, ""], info: dict[str, Array]) -> Float[Array, "row column"]:
     """Return the table with the request that was routed, and with those that have ended since."""
     request, going_on, spare = at.state.request, at.state.step < game.num_steps, game.num_requests
+    away = action == game.env.num_experts
+    status = jnp.where(info["rejected"], Outcome.REJECTED, Outcome.IN_FLIGHT)
     routed = _Row(
-        status=jnp.where(info["rejected"], Outcome.REJECTED, Outcome.IN_FLIGHT),
+        status=jnp.where(info["declined"], Outcome.DECLINED, status),
         ttft=jnp.nan,
         latency=jnp.nan,
         preemptions=0,
         expert=action,
-        quality=request.quality[action],
-        output_tokens=request.output_tokens[action],
+        quality=jnp.where(away, 0.0, request.quality[action]),
+        output_tokens=jnp.where(away, 0, request.output_tokens[action]),
         latency_requirement=request.latency_requirement,
+        spent=0.0,
     )
+    if "cloud" in info:
+        answer: Any = info["cloud"]
+        by_cloud = routed._replace(
+            status=Outcome.COMPLETED,
+            ttft=answer.ttft,
+            latency=answer.latency,
+            quality=answer.quality,
+            output_tokens=answer.output_tokens,
+            spent=answer.spent,
+        )
+        routed = jax.tree.map(lambda new, old: jnp.where(answer.sent, new, old), by_cloud, routed)
     row = jnp.where(going_on, jnp.minimum(request.number, spare), spare)
     table = at.table.at[row].set(jnp.stack([jnp.float32(value) for value in routed]))
     ended, lost = info["ended"], info["lost"]

@@ -9,10 +9,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxroute.errors import UserError, did_you_mean
+from jaxroute.policies.away import FORMS, with_form
 from jaxroute.policies.protocol import Memory, Params, Policy, best_available
 from jaxroute.policies.rules import RULES
 
-__all__ = ["LEARNED", "RULES", "Policy", "best_available", "learned_policy", "rules_named"]
+__all__ = ["FORMS", "LEARNED", "RULES", "Policy", "best_available", "learned_policy", "rules_named", "with_form"]
 
 LEARNED = "jaxroute"
 """Name of the learned router in tables and figures."""
@@ -35,7 +36,7 @@ def _greedy(network: nn.Module) -> Callable:
 
 
 def rules_named(names: Sequence[str] | None) -> list[Policy]:
-    """Return the rules of these names, or all.
+    """Return the rules of these names, or all; `RULE+FORM` is a rule that may send requests away (`FORMS`).
 
     Raises:
         UserError: a name is unknown, or there twice.
@@ -45,9 +46,13 @@ def rules_named(names: Sequence[str] | None) -> list[Policy]:
     if not names:
         raise UserError(f"policies is empty; leave it out for all rules, or name some: {', '.join(RULES)}")
     for name in names:
-        if name not in RULES:
-            hint = did_you_mean(name, RULES)
-            raise UserError(f"policies: {name} is unknown{hint}; choose from {', '.join(RULES)}")
+        rule, plus, form = name.partition("+")
+        if rule not in RULES:
+            hint = did_you_mean(rule, RULES)
+            raise UserError(f"policies: {name} is unknown{hint}; choose from {', '.join(RULES)}, or add a form to one")
+        if plus and form not in FORMS:
+            hint = did_you_mean(form, FORMS)
+            raise UserError(f"policies: {name}: the form {form} is unknown{hint}; choose from {', '.join(FORMS)}")
         if names.count(name) > 1:
             raise UserError(f"policies: {name} is there {names.count(name)} times; name each once")
-    return [RULES[name] for name in names]
+    return [with_form(*name.split("+", 1)) if "+" in name else RULES[name] for name in names]
