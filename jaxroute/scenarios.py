@@ -142,7 +142,7 @@ def _build(
         bank=bank,
         arrivals=workload.params,
         rate=jnp.asarray([low, high], jnp.float32),
-        requirement=workload.requirement,
+        limits=workload.limits,
         share=workload.share,
         reward=RewardParams(
             accelerator_price=jnp.asarray(prices.accelerator, jnp.float32),

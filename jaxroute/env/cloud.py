@@ -15,6 +15,7 @@ from jax.scipy.special import ndtr
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.env.types import Away, CloudParams, Described, Prices, Request
+from jaxroute.workloads.limits import Limits, latencies
 
 
 class CloudAnswer(NamedTuple):
@@ -43,7 +44,7 @@ def describe_away(
     cloud: CloudParams | None, places: Float[Array, "place"] | None, request: Request, prices: Prices
 ) -> Away:
     """Return what away means for this request, as far as a router can know it."""
-    nothing = jnp.zeros_like(request.latency_requirement)
+    nothing = jnp.zeros_like(request.age)
     if cloud is None or places is None:
         return Away(nothing > 0, *[nothing] * (len(Away._fields) - 1))
     return expect(
@@ -66,22 +67,31 @@ def expect(
 ) -> Away:
     """Predict the cloud's answer, of predicted `quality` and median length `tokens`.
 
-    The latency per token, (ttft + tpot (n - 1)) / n, is taken as log-normal, with a spread to first order in those of
-    ttft, tpot and n, once for fast answers and once for slow ones.
+    Each latency is taken as log-normal, with a spread to first order in those of ttft, tpot and n, once for fast
+    answers and once for slow ones; the least of their probabilities counts.
     """
     mean_tokens = jnp.maximum(tokens * jnp.exp(cloud.log_length_error**2 / 2), 1.0)
     decode = cloud.tpot * (mean_tokens - 1)
-    latency = cloud.ttft + decode
-    first = cloud.ttft / latency
-    spread = jnp.sqrt(
-        (first * cloud.ttft_spread) ** 2
-        + ((1 - first) * cloud.tpot_spread) ** 2
-        + (first * cloud.log_length_error) ** 2
-        + 0.02**2
+    first = cloud.ttft / (cloud.ttft + decode)
+    by_times = jnp.sqrt((first * cloud.ttft_spread) ** 2 + ((1 - first) * cloud.tpot_spread) ** 2)
+    spreads = Limits(
+        ttft=cloud.ttft_spread,
+        tpot=cloud.tpot_spread,
+        e2e=jnp.sqrt(by_times**2 + ((1 - first) * cloud.log_length_error) ** 2),
+        normalised=jnp.sqrt(by_times**2 + (first * cloud.log_length_error) ** 2),
     )
-    allowed = jnp.maximum(request.latency_requirement * mean_tokens - request.age, 1e-6)
-    fast, slow = (ndtr(jnp.log(allowed / (latency * factor)) / spread) for factor in (1.0, cloud.slow_factor))
-    in_time = (1 - cloud.slow_share) * fast + cloud.slow_share * slow
+
+    def in_time_if(factor: Float[Array, ""] | float) -> Float[Array, ""]:
+        ttft = request.age + factor * cloud.ttft
+        expected = latencies(ttft, ttft + factor * decode, mean_tokens)
+        of_each = [
+            ndtr(jnp.log(limit / jnp.maximum(value, 1e-6)) / jnp.sqrt(spread**2 + 0.02**2))
+            for limit, value, spread in zip(request.limits, expected, spreads, strict=True)
+            if limit is not None
+        ]
+        return jnp.stack(of_each).min(0)
+
+    in_time = (1 - cloud.slow_share) * in_time_if(1.0) + cloud.slow_share * in_time_if(cloud.slow_factor)
     away = Away(
         to_cloud=to_cloud,
         predicted_quality=quality,
@@ -108,7 +118,7 @@ def ask(
     tokens = cloud.output_tokens[request.row]
     ttft = factor * cloud.ttft * jnp.exp(cloud.ttft_spread * for_ttft)
     latency = ttft + factor * cloud.tpot * jnp.exp(cloud.tpot_spread * for_tpot) * (tokens - 1)
-    in_time = (latency + request.age) / jnp.maximum(tokens, 1) <= request.latency_requirement
+    in_time = request.limits.met(latencies(ttft + request.age, latency + request.age, tokens))
     answer = CloudAnswer(
         sent=sent_away & _may_go(places, request),
         quality=cloud.quality[request.row],

@@ -51,6 +51,7 @@ from jaxroute.serving import (
 )
 from jaxroute.serving.checks import whole
 from jaxroute.workloads.arrivals import ArrivalProcess, first_arrival_state
+from jaxroute.workloads.limits import Limits, latencies
 
 # The recent arrival rates are exponential means over this many gaps; the recent latency, over this time in s.
 ARRIVAL_WINDOW, SLOW_ARRIVAL_WINDOW = 32.0, 512.0
@@ -107,7 +108,10 @@ class EdgeRouting:
             retries = Retries(marked=nothing > 0, number=nothing, row=nothing, age=nothing.astype(jnp.float32))
         state = EnvState(
             site=idle_site(self.num_experts, self.num_slots),
-            table=SlotTable(*(jnp.zeros(state_shape, jnp.float32) for _ in SlotTable._fields)),
+            table=SlotTable(
+                *[jnp.zeros(state_shape, jnp.float32)] * 3,
+                jax.tree.map(lambda _: jnp.zeros(state_shape, jnp.float32), params.limits),
+            ),
             up=jnp.ones(self.num_experts, bool) if fleet is None else fleet.present,
             request=_draw_request(key_request, jnp.int32(0), params, fleet),
             recent=Recent(1 / rate, 1 / rate, *(jnp.float32(0.0) for _ in range(3))),
@@ -138,11 +142,11 @@ class EdgeRouting:
         Returns:
             Observation and state at the next arrival, the reward, terminated (False), truncated, and `info`:
             per slot (slot, expert) what ended in this step (`ended`, `request`, `qos`, `quality`, `in_time`, `ttft`,
-            `latency`, `output_tokens`, `latency_requirement`, `preemptions`; times as the router sees them) and what
-            was `lost`, whether this step's request was `rejected` or `declined`, per expert `busy_seconds` and
-            `kv_token_seconds`, the `gap` in s, and the totals `qos_sum`, `num_completed`, `num_late`, `num_lost`. With
-            a cloud, `cloud` is its answer (`CloudAnswer`), which counts in the totals of the step that asks for it.
-            With a horizon, `final_observation` is the observation before the automatic reset.
+            `latency`, `output_tokens`, `limits`, `preemptions`; times as the router sees them) and what was `lost`,
+            whether this step's request was `rejected` or `declined`, per expert `busy_seconds` and `kv_token_seconds`,
+            the `gap` in s, and the totals `qos_sum`, `num_completed`, `num_late`, `num_lost`. With a cloud, `cloud` is
+            its answer (`CloudAnswer`), which counts in the totals of the step that asks for it. With a horizon,
+            `final_observation` is the observation before the automatic reset.
 
         Raises:
             UserError: `action` is not one whole number or, outside of `jit`, names no expert and is not away. In
@@ -291,7 +295,7 @@ class _Served(NamedTuple):
     num_ended: Int[Array, "expert"]
     expected_qos: Float[Array, ""]
     """QoS of the requests that ended, with predicted quality."""
-    info: dict[str, Array]
+    info: dict[str, Any]
 
 
 @lanes_last
@@ -307,7 +311,7 @@ def _serve(
         quality=placement.put(table.quality, request.quality),
         predicted_quality=placement.put(table.predicted_quality, request.predicted_quality),
         predicted_output_tokens=placement.put(table.predicted_output_tokens, request.predicted_output_tokens),
-        latency_requirement=placement.put(table.latency_requirement, request.latency_requirement),
+        limits=jax.tree.map(placement.put, table.limits, request.limits),
     )
     age_before: Array | float = 0.0
     if retries is not None:
@@ -327,8 +331,9 @@ def _serve(
         retries = retries._replace(marked=retries.marked | lost, age=jnp.where(lost, age, retries.age))
         lost = jnp.zeros_like(lost)
     latency = slots.latency + site.network_delay + age_before
-    normalised = latency / jnp.maximum(slots.output_tokens, 1)
-    in_time = ended & (normalised <= table.latency_requirement)
+    ttft = slots.ttft + site.network_delay + age_before
+    measured = latencies(ttft, latency, slots.output_tokens)
+    in_time = ended & table.limits.met(measured)
     qos = jnp.where(in_time, table.quality, 0.0)
     info = {
         "ended": ended,
@@ -336,10 +341,10 @@ def _serve(
         "qos": qos,
         "quality": table.quality,
         "in_time": in_time,
-        "ttft": slots.ttft + site.network_delay + age_before,
+        "ttft": ttft,
         "latency": latency,
         "output_tokens": slots.output_tokens,
-        "latency_requirement": table.latency_requirement,
+        "limits": table.limits,
         "preemptions": slots.preemptions,
         "lost": lost,
         "rejected": ~accepted.any(0),
@@ -354,7 +359,7 @@ def _serve(
         site=clear(experts, failed),
         table=table,
         retries=retries,
-        latency_sum=fold(jnp.add, jnp.where(ended, normalised, 0.0)),
+        latency_sum=fold(jnp.add, jnp.where(ended, measured.normalised, 0.0)),
         num_ended=fold(jnp.add, ended.astype(jnp.int32)),
         expected_qos=_total(jnp.where(in_time, table.predicted_quality, 0.0)),
         info=info,
@@ -457,23 +462,24 @@ def _draw_request(key: PRNGKeyArray, number: Int[Array, ""], params: EnvParams, 
     for_row, for_class = jax.random.bits(key, (2,), jnp.uint32)
     row = (for_row % params.bank.prompt_tokens.shape[0]).astype(jnp.int32)
     level = (for_class * jnp.float32(2**-32) >= jnp.cumsum(params.share)[:-1]).sum()
-    return _request(number, row, params.requirement[level], jnp.float32(0.0), params, fleet)
+    limits = jax.tree.map(lambda of_class: of_class[level], params.limits)
+    return _request(number, row, limits, jnp.float32(0.0), params, fleet)
 
 
 def _take_first(retries: Retries, table: SlotTable, params: EnvParams, fleet: Fleet | None) -> tuple[Retries, Request]:
     """Take the first marked request, by expert and then by slot; if none is marked, any."""
     expert, slot = jnp.divmod(jnp.argmax(retries.marked.T), retries.marked.shape[0])
-    number, row, age, requirement = (
-        column[slot, expert] for column in (retries.number, retries.row, retries.age, table.latency_requirement)
+    number, row, age, limits = jax.tree.map(
+        lambda column: column[slot, expert], (retries.number, retries.row, retries.age, table.limits)
     )
     marked = retries.marked.at[slot, expert].set(False)
-    return retries._replace(marked=marked), _request(number, row, requirement, age, params, fleet)
+    return retries._replace(marked=marked), _request(number, row, limits, age, params, fleet)
 
 
 def _request(
     number: Int[Array, ""],
     row: Int[Array, ""],
-    latency_requirement: Float[Array, ""],
+    limits: Limits,
     age: Float[Array, ""],
     params: EnvParams,
     fleet: Fleet | None,
@@ -488,7 +494,7 @@ def _request(
         quality=by_expert(_row(bank.quality, row), fleet),
         predicted_quality=by_expert(_row(bank.predicted_quality, row), fleet),
         predicted_output_tokens=by_expert(_row(bank.predicted_output_tokens, row), fleet),
-        latency_requirement=latency_requirement,
+        limits=limits,
         local_only=jnp.bool_(False) if params.cloud is None else params.cloud.local_only[row],
     )
 
@@ -551,9 +557,7 @@ def observe(
         return jnp.swapaxes(jnp.where(active, value, 0.0), 0, 1)
 
     return Observation(
-        arrival=Arrival(
-            request.prompt_tokens, request.latency_requirement, 1 / recent.gap, request.age, recent, prices
-        ),
+        arrival=Arrival(request.prompt_tokens, request.limits, 1 / recent.gap, request.age, recent, prices),
         experts=experts,
         candidates=Candidates(request.predicted_quality, request.predicted_output_tokens, impact),
         in_flight=InFlight(
@@ -562,7 +566,7 @@ def observe(
             generated=per_expert(batch.generated),
             predicted_quality=per_expert(batch.predicted_quality),
             predicted_output_tokens=per_expert(batch.predicted_output_tokens),
-            latency_requirement=per_expert(batch.latency_requirement),
+            limits=jax.tree.map(per_expert, batch.limits),
             age=per_expert(batch.age),
             remaining_tokens=per_expert(outlook.remaining_tokens),
             in_time=per_expert(outlook.in_time),
@@ -585,14 +589,18 @@ def _see(
     slots, table, seen = state.site.slots, state.table, state.seen
     running, waiting = running_and_waiting(state.site)
     age = site.network_delay - slots.ready
+    first_token = slots.ttft + site.network_delay
+    if state.retries is not None:
+        age, first_token = age + state.retries.age, first_token + state.retries.age
     batch = Batch(
         running=running,
         waiting=waiting,
         prompt_tokens=slots.prompt_tokens.astype(jnp.float32),
         computed=slots.computed.astype(jnp.float32),
         generated=slots.generated.astype(jnp.float32),
-        age=age if state.retries is None else age + state.retries.age,
-        latency_requirement=table.latency_requirement,
+        age=age,
+        first_token=None if table.limits.ttft is None and table.limits.tpot is None else first_token,
+        limits=table.limits,
         predicted_quality=table.predicted_quality,
         predicted_output_tokens=table.predicted_output_tokens,
     )

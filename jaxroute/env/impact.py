@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr
 from jaxtyping import Array, Float
 
 from jaxroute.env.types import Batch, Described, Impact
 from jaxroute.serving import Site, fold, running_sums
+from jaxroute.workloads.limits import Limits
 
 # Relative error (standard deviation) of the frozen batch's iteration time over the life of a request.
 RATE_ERROR = 0.25
+# Relative error of a predicted TTFT without a queue: where in an iteration a request comes, and what else is prefilled.
+TTFT_ERROR = 0.2
 
 
 class Outlook(NamedTuple):
@@ -47,6 +51,8 @@ class Load(NamedTuple):
     """Requests that could still join the batch, given its limit and the free KV memory."""
     departure_time: Float[Array, "expert"]
     """Mean time between two departures from the batch, s."""
+    wait: Float[Array, "slot expert"]
+    """Time that each request still has to wait for a seat, s."""
     elapsed: Float[Array, "slot expert"]
     """Time that each request will have spent on anything but its own decode iterations, s."""
 
@@ -68,21 +74,53 @@ def _expected_remaining(predicted: Array, generated: Array, log_error: Array) ->
     return jnp.maximum(mean - generated, 1.0)
 
 
-def _probability_in_time(
-    elapsed: Array, generated: Array, remaining: Array, per_token: Array, requirement: Array, log_error: Array
-) -> tuple[Array, Array]:
-    """Predicted normalised latency, and the probability that it stays within `requirement`.
+class _Course(NamedTuple):
+    """How a request is predicted to go on."""
+
+    elapsed: Array
+    """Time from its arrival that it will have spent on anything but its decode iterations to come, s."""
+    first_token: Array
+    """TTFT, s."""
+    uncertain: Array
+    """Relative error of TTFT (standard deviation); 0 if there was a first token."""
+    generated: Array
+    remaining: Array
+    """Tokens to come."""
+    per_token: Array
+    """Time of each of them, s."""
+
+
+def _probability_in_time(course: _Course, limits: Limits, log_error: Array) -> tuple[Limits, Limits, Array]:
+    """Predicted latencies, the probability that each stays within its limit, and that all do.
 
     The latency per token x = (elapsed + m t) / (g + m), with m tokens to come at t seconds each, is taken as
-    log-normal. Its spread follows from those of log n and log t to first order.
+    log-normal, and so are E2E, TPOT and TTFT. Their spread follows from those of log n and log t to first order. As
+    length and speed decide on all but TTFT together, the least of these probabilities counts, times that of TTFT.
     """
-    decode = remaining * per_token
-    total = elapsed + decode
-    latency = total / (generated + remaining)
-    by_length = log_error * (per_token * generated - elapsed) / total
+    tokens = course.generated + course.remaining
+    decode = course.remaining * course.per_token
+    total = course.elapsed + decode
+    after_first = jnp.maximum(total - course.first_token, 1e-6)
+    predicted = Limits(course.first_token, after_first / jnp.maximum(tokens - 1, 1.0), total, total / tokens)
     by_rate = RATE_ERROR * decode / total
-    spread = jnp.sqrt(by_length**2 + by_rate**2 + 0.02**2)
-    return latency, ndtr(jnp.log(requirement / latency) / spread)
+    by_length = log_error * (course.per_token * course.generated - course.elapsed) / total
+    spread = Limits(
+        ttft=course.uncertain,
+        tpot=RATE_ERROR * jnp.minimum(decode / after_first, 1.0),
+        e2e=jnp.sqrt((log_error * course.per_token * tokens / total) ** 2 + by_rate**2),
+        normalised=jnp.sqrt(by_length**2 + by_rate**2),
+    )
+    each = Limits(
+        *(
+            None if limit is None else ndtr(jnp.log(limit / latency) / jnp.sqrt(of_latency**2 + 0.02**2))
+            for limit, latency, of_latency in zip(limits, predicted, spread, strict=True)
+        )
+    )
+    together = [probability for probability in each[1:] if probability is not None]
+    in_time = together[0] if together else jnp.ones_like(total)
+    for probability in together[1:]:
+        in_time = jnp.minimum(in_time, probability)
+    return predicted, each, in_time if each.ttft is None else in_time * each.ttft
 
 
 def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple[Outlook, Load]:
@@ -116,7 +154,8 @@ def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple
     (position,) = running_sums(batch.waiting)
     wait = jnp.where(batch.waiting, jnp.maximum(position - seats, 0.0) * departure_time, 0.0)
     elapsed = batch.age + site.network_delay + wait + _prefill_stall(site, prefill, num_seqs)
-    _, in_time = _probability_in_time(elapsed, batch.generated, remaining, time, _requirement(batch, active), log_error)
+    course = _course_in_flight(batch, elapsed, remaining, time, wait)
+    _, _, in_time = _probability_in_time(course, _limits(batch, active), log_error)
     outlook = Outlook(
         iteration_time=time,
         pending_prefill=prefill,
@@ -126,7 +165,7 @@ def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple
         remaining_tokens=remaining * active,
         in_time=in_time * active,
     )
-    load = Load(active, num_active, context, num_waiting, seats, departure_time, elapsed)
+    load = Load(active, num_active, context, num_waiting, seats, departure_time, wait, elapsed)
     return outlook, load
 
 
@@ -156,28 +195,32 @@ def estimate_impact(
     residual = jnp.where(load.num_active > 0, outlook.iteration_time / 2, 0.0)
     ttft = request.age + site.network_delay + residual + wait + after + slower
     fixed = ttft + site.network_delay - slower
-    normalised_latency, in_time = _probability_in_time(
-        fixed, jnp.zeros_like(fixed), mean_length, slower, request.latency_requirement, log_error
+    first_token = ttft + site.network_delay
+    course = _Course(
+        fixed, first_token, RATE_ERROR * wait / first_token + TTFT_ERROR, jnp.zeros_like(fixed), mean_length, slower
     )
+    predicted, each, in_time = _probability_in_time(course, request.limits, log_error)
 
     shared = jnp.minimum(outlook.remaining_tokens, mean_length)
     delayed = load.elapsed + (after - before) + shared * (slower - outlook.iteration_time)
-    _, still_in_time = _probability_in_time(
-        delayed,
-        batch.generated,
-        jnp.maximum(outlook.remaining_tokens, 1.0),
-        outlook.iteration_time,
-        _requirement(batch, load.active),
+    _, _, still_in_time = _probability_in_time(
+        _course_in_flight(
+            batch, delayed, jnp.maximum(outlook.remaining_tokens, 1.0), outlook.iteration_time, load.wait
+        ),
+        _limits(batch, load.active),
         log_error,
     )
     lost = jnp.maximum(outlook.in_time - still_in_time, 0.0) * load.active
     holds = mean_length * slower
-    spare = jnp.maximum(request.latency_requirement * mean_length - (fixed - wait) - holds, 0.0)
+    allowed = jnp.minimum(request.limits.per_token(mean_length), 1e3) * mean_length
+    spare = jnp.maximum(allowed - (fixed - wait) - holds, 0.0)
     return Impact(
         ttft=ttft,
         tpot=slower,
-        normalised_latency=normalised_latency,
+        normalised_latency=predicted.normalised,
+        relative_latency=request.limits.relative(predicted),
         in_time=in_time,
+        in_time_each=each,
         qos=request.predicted_quality * in_time,
         qos_loss=fold(jnp.add, batch.predicted_quality * lost),
         added_violations=fold(jnp.add, lost),
@@ -187,6 +230,16 @@ def estimate_impact(
     )
 
 
-def _requirement(batch: Batch, active: Array) -> Array:
-    """Latency requirement of each slot; any positive number where there is no request."""
-    return jnp.where(active > 0, batch.latency_requirement, 1.0)
+def _course_in_flight(batch: Batch, elapsed: Array, remaining: Array, per_token: Array, wait: Array) -> _Course:
+    first_token = uncertain = elapsed
+    if batch.first_token is not None:
+        # Until there is a first token, it is predicted.
+        there = batch.generated > 0
+        first_token = jnp.where(there, batch.first_token, elapsed + per_token)
+        uncertain = jnp.where(there, 0.0, RATE_ERROR * wait / first_token + TTFT_ERROR)
+    return _Course(elapsed, first_token, uncertain, batch.generated, remaining, per_token)
+
+
+def _limits(batch: Batch, active: Array) -> Limits:
+    """Limits of each slot; any positive number where there is no request."""
+    return jax.tree.map(lambda limit: jnp.where(active > 0, limit, 1.0), batch.limits)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxroute.banks.bank import RequestBank
 from jaxroute.serving import Site, SiteState
 from jaxroute.workloads.arrivals import ArrivalParams, ArrivalState
+from jaxroute.workloads.limits import Limits
 
 
 class Recent(NamedTuple):
@@ -40,8 +41,7 @@ class Arrival(NamedTuple):
     """The arriving request, as the router sees it."""
 
     prompt_tokens: Float[Array, ""]
-    latency_requirement: Float[Array, ""]
-    """s per output token."""
+    limits: Limits
     arrival_rate: Float[Array, ""]
     """Recent request rate, 1/s: an exponential window of 32 arrivals."""
     age: Float[Array, ""]
@@ -94,8 +94,12 @@ class Impact(NamedTuple):
     """Its predicted time per further token, s."""
     normalised_latency: Float[Array, "expert"]
     """Its predicted E2E latency per output token, s."""
+    relative_latency: Float[Array, "expert"]
+    """Greatest ratio of a predicted latency to its limit; up to 1, it is predicted to be in time."""
     in_time: Float[Array, "expert"]
-    """Probability that it meets its requirement."""
+    """Probability that it keeps all its limits."""
+    in_time_each: Limits
+    """Probability that it keeps each of them, `(expert,)`."""
     qos: Float[Array, "expert"]
     """Its expected QoS: predicted quality times that probability."""
     qos_loss: Float[Array, "expert"]
@@ -107,7 +111,7 @@ class Impact(NamedTuple):
     kv_seconds: Float[Array, "expert"]
     """Time for which it will hold KV memory, as a share of all memory there, s."""
     free_seats: Float[Array, "expert"]
-    """Seats that will be free for it within the time that its requirement leaves for waiting."""
+    """Seats that will be free for it within the time that its limits leave for waiting."""
 
     @property
     def net(self) -> Float[Array, "expert"]:
@@ -131,7 +135,7 @@ class Away(NamedTuple):
     predicted_quality: Float[Array, ""]
     """Of the cloud's answer; 0 if declined, as all below."""
     in_time: Float[Array, ""]
-    """Probability that the cloud meets its requirement."""
+    """Probability that the cloud keeps its limits."""
     qos: Float[Array, ""]
     """Its expected QoS there: predicted quality times that probability."""
     cost: Float[Array, ""]
@@ -146,14 +150,14 @@ class InFlight(NamedTuple):
     generated: Float[Array, "expert slot"]
     predicted_quality: Float[Array, "expert slot"]
     predicted_output_tokens: Float[Array, "expert slot"]
-    latency_requirement: Float[Array, "expert slot"]
-    """s per output token."""
+    limits: Limits
+    """`(expert, slot)`."""
     age: Float[Array, "expert slot"]
     """Time since arrival at the router, s."""
     remaining_tokens: Float[Array, "expert slot"]
     """Expected output tokens still to come, given those generated."""
     in_time: Float[Array, "expert slot"]
-    """Probability that it meets its requirement."""
+    """Probability that it keeps its limits."""
 
 
 class Batch(NamedTuple):
@@ -165,7 +169,10 @@ class Batch(NamedTuple):
     computed: Float[Array, "slot expert"]
     generated: Float[Array, "slot expert"]
     age: Float[Array, "slot expert"]
-    latency_requirement: Float[Array, "slot expert"]
+    first_token: Float[Array, "slot expert"] | None
+    """Time from arrival to first token, s; any number where there was none yet. None if nothing limits TTFT or TPOT."""
+    limits: Limits
+    """`(slot, expert)`."""
     predicted_quality: Float[Array, "slot expert"]
     predicted_output_tokens: Float[Array, "slot expert"]
 
@@ -174,8 +181,7 @@ class Described(NamedTuple):
     """The arriving request as it is described to a router."""
 
     prompt_tokens: Float[Array, ""]
-    latency_requirement: Float[Array, ""]
-    """s per output token."""
+    limits: Limits
     age: Float[Array, ""]
     """Time since its first arrival, s: 0, unless an expert that failed has given it back."""
     predicted_quality: Float[Array, "expert"]
@@ -269,7 +275,8 @@ class EnvParams(NamedTuple):
     arrivals: ArrivalParams
     rate: Float[Array, "2"]
     """Least and greatest request rate, 1/s; each environment draws its own in between."""
-    requirement: Float[Array, "class"]
+    limits: Limits
+    """Of each class of service, `(class,)`."""
     share: Float[Array, "class"]
     reward: RewardParams
     outages: OutageParams
@@ -303,7 +310,7 @@ class Request(NamedTuple):
     quality: Float[Array, "expert"]
     predicted_quality: Float[Array, "expert"]
     predicted_output_tokens: Float[Array, "expert"]
-    latency_requirement: Float[Array, ""]
+    limits: Limits
     local_only: Bool[Array, ""]
     """Whether it must not leave the site."""
 
@@ -311,7 +318,7 @@ class Request(NamedTuple):
         """Return the request as a router sees it."""
         return Described(
             prompt_tokens=self.prompt_tokens.astype(jnp.float32),
-            latency_requirement=self.latency_requirement,
+            limits=self.limits,
             age=self.age,
             predicted_quality=self.predicted_quality,
             predicted_output_tokens=self.predicted_output_tokens,
@@ -324,7 +331,8 @@ class SlotTable(NamedTuple):
     quality: Float[Array, "slot expert"]
     predicted_quality: Float[Array, "slot expert"]
     predicted_output_tokens: Float[Array, "slot expert"]
-    latency_requirement: Float[Array, "slot expert"]
+    limits: Limits
+    """`(slot, expert)`."""
 
 
 class Retries(NamedTuple):

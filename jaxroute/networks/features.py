@@ -60,7 +60,9 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
         raise UserError(f"obs is a {type(obs).__name__}; give the Observation that reset and step return")
     arrival, experts, requests = obs.arrival, obs.experts, obs.in_flight
     impact = obs.candidates.impact
-    requirement = arrival.latency_requirement
+    tokens = jnp.maximum(obs.candidates.predicted_output_tokens, 1.0)
+    # Of the shortest predicted answer: one number for all experts, and the normalised limit where there is no other.
+    requirement = arrival.limits.per_token(tokens.min(-1))
     shown = 1.0 if use_impact else 0.0
     arrival_features = jnp.stack(
         [
@@ -104,7 +106,7 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
         edges += [
             _log_ratio(impact.ttft, 0.3),
             _log_ratio(impact.tpot, _TYPICAL_TIME_PER_TOKEN),
-            _log_ratio(impact.normalised_latency, requirement),
+            _log_ratio(impact.relative_latency, 1.0),
             impact.in_time,
             impact.qos,
             jnp.minimum(impact.qos_loss, 4.0),
@@ -116,8 +118,9 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
             jnp.minimum(10 * arrival.prices.accelerator * own_time, 4.0),
         ]
     # By far the most numbers are here, so they are scaled without logarithms.
-    limit = jnp.where(requests.latency_requirement > 0, requests.latency_requirement, 1.0)
     total = jnp.maximum(requests.generated + requests.remaining_tokens, 1.0)
+    limit = requests.limits.per_token(total)
+    limit = jnp.where((limit > 0) & jnp.isfinite(limit), limit, 1.0)
     request_features = jnp.stack(
         [
             _saturating(requests.prompt_tokens),

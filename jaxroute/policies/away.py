@@ -80,7 +80,7 @@ def predicted_latency(
     `params` is the number of others that may be expected to become late.
     """
     impact = obs.candidates.impact
-    misses = impact.normalised_latency[choice] > obs.arrival.latency_requirement
+    misses = impact.relative_latency[choice] > 1
     return misses | (impact.added_violations[choice] > params), memory
 
 
@@ -91,8 +91,8 @@ def early_rejection(
 
     The load is the least predicted latency over L among the available experts; `params` is its limit, 1 in the source.
     """
-    relative = obs.candidates.impact.normalised_latency / obs.arrival.latency_requirement
-    return jnp.where(obs.experts.eligible, relative, jnp.inf).min() > params, memory
+    relative = jnp.where(obs.experts.eligible, obs.candidates.impact.relative_latency, jnp.inf)
+    return relative.min() > params, memory
 
 
 def token_bucket(

@@ -1,8 +1,8 @@
 """Routing rules in production use and from the literature, each on the one protocol.
 
 W waiting, R running requests; K fraction of KV memory in use; q predicted quality; n predicted output tokens; L the
-latency requirement. Predictions of latency come from the action impact estimator (`jaxroute.env.impact`), the same for
-every rule.
+limits on its latencies. Predictions of latency come from the action impact estimator (`jaxroute.env.impact`), the same
+for every rule.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def _num_in_flight(obs: Observation) -> Float[Array, "expert"]:
 
 
 def _relative_latency(obs: Observation) -> Float[Array, "expert"]:
-    """Predicted normalised latency / L; up to 1, the request is predicted to meet L."""
-    return obs.candidates.impact.normalised_latency / obs.arrival.latency_requirement
+    """Greatest ratio of a predicted latency to its limit; up to 1, the request is predicted to meet L."""
+    return obs.candidates.impact.relative_latency
 
 
 def _best_among(obs: Observation, preferred: Bool[Array, "expert"], score: Float[Array, "expert"]) -> Int[Array, ""]:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.errors import UserError
+from jaxroute.workloads.limits import Limits, RequirementConfig, check_requirements, limits_of
 from jaxroute.workloads.traces import read_trace
 
 # Bursts that begin or end within one gap, at most. More take gaps as long as bursts: at the defaults, not one in 10^7.
@@ -244,18 +245,6 @@ def _through_swing(
 
 
 @dataclass
-class RequirementConfig:
-    """One class of service: what per-token latency its requests demand, and how common they are."""
-
-    name: str
-    """Name of the class."""
-    latency: float
-    """Maximum normalised latency, s per output token."""
-    share: float
-    """Share of the requests, relative to the other classes."""
-
-
-@dataclass
 class WorkloadConfig:
     """A workload as written in configs/workload: when requests come and how soon they must be served."""
 
@@ -304,16 +293,7 @@ class WorkloadConfig:
             raise UserError(f"{where}: local_only={self.local_only} is a share; it must lie between 0 and 1")
         if self.arrivals == "trace" and not self.trace:
             raise UserError(f"{where}: trace is missing; name a file in one of the formats of docs/how-to/traces.md")
-        if not self.requirements:
-            raise UserError(f"{where}: requirements is empty; give at least one class of service")
-        for requirement in self.requirements:
-            if not 0 < requirement.latency < float("inf") or not 0 <= requirement.share < float("inf"):
-                raise UserError(
-                    f"{where}: requirement {requirement.name} needs latency > 0 and share >= 0, "
-                    f"not {requirement.latency} and {requirement.share}"
-                )
-        if sum(requirement.share for requirement in self.requirements) <= 0:
-            raise UserError(f"{where}: the shares of all requirements are 0")
+        check_requirements(self.requirements, where)
 
 
 class Workload(NamedTuple):
@@ -323,8 +303,8 @@ class Workload(NamedTuple):
     params: ArrivalParams
     rate: float
     """Nominal requests per second."""
-    requirement: Float[Array, "class"]
-    """Latency requirement of each class of service, s per output token."""
+    limits: Limits
+    """Limits of each class of service, `(class,)`."""
     share: Float[Array, "class"]
     """Probability of each class."""
 
@@ -363,7 +343,7 @@ def build_workload(config: WorkloadConfig, data_dir: Path | None) -> Workload:
             pattern=_pattern_ranges(config, rate),
         ),
         rate=rate,
-        requirement=jnp.asarray([requirement.latency for requirement in config.requirements], jnp.float32),
+        limits=limits_of(config.requirements),
         share=jnp.asarray(shares / shares.sum(), jnp.float32),
     )
 
