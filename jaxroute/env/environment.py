@@ -97,20 +97,22 @@ class EdgeRouting:
     def reset(self, key: PRNGKeyArray, params: EnvParams) -> tuple[Observation, EnvState]:
         """Start with an idle site and its first request."""
         key_rate, key_start, key_request = jax.random.split(key, 3)
-        state_shape = (self.num_slots, self.num_experts)
+        nothing = jnp.zeros((self.num_slots, self.num_experts), jnp.float32)
         # `split` uses the numbers below 3.
         fleet = _draw_fleet(jax.random.fold_in(key, 3), params, self.random_sites) if self.random_sites else None
         rate = _draw_rate(key_rate, params, fleet)
         zeros = jnp.zeros(self.num_experts, jnp.float32)
         retries = None
         if self.outages == "retried":
-            nothing = jnp.zeros(state_shape, jnp.int32)
-            retries = Retries(marked=nothing > 0, number=nothing, row=nothing, age=nothing.astype(jnp.float32))
+            none = nothing.astype(jnp.int32)
+            retries = Retries(marked=none > 0, number=none, row=none, age=nothing)
         state = EnvState(
             site=idle_site(self.num_experts, self.num_slots),
             table=SlotTable(
-                *[jnp.zeros(state_shape, jnp.float32)] * 3,
-                jax.tree.map(lambda _: jnp.zeros(state_shape, jnp.float32), params.limits),
+                quality=nothing,
+                predicted_quality=nothing,
+                predicted_output_tokens=nothing,
+                limits=jax.tree.map(lambda _: nothing, params.limits),
             ),
             up=jnp.ones(self.num_experts, bool) if fleet is None else fleet.present,
             request=_draw_request(key_request, jnp.int32(0), params, fleet),
