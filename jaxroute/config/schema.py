@@ -83,9 +83,10 @@ class DynamicsConfig:
 class TrainConfig:
     """How to train."""
 
-    loads: list[float] = field(default_factory=lambda: [0.25, 1.75])
+    loads: list[float] = field(default_factory=lambda: [0.25, 5.4])
     """Least and greatest load, as multiples of the workload's rate; one number stands for both. Each environment draws
-    its own in between, so that one router learns what to do when the site is quiet and when it is overloaded."""
+    its own in between, so that one router learns what to do when the site is quiet and when it is overloaded: at 5.4
+    times its rate, edge6 gets three times what it can serve."""
     accelerator_prices: list[float] | None = None
     """Least and greatest reward.accelerator_price; each environment draws its own in between, and the router sees it,
     so that it can be used at any of them. null: reward.accelerator_price alone."""

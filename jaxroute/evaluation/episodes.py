@@ -58,19 +58,25 @@ def evaluate_policies(
     by_policy: dict[str, EpisodeRecords] = {}
     for group in groups:
         size = len(group)
+        # Rules that differ only in their numbers are one program with several parameters.
+        by_act: dict[Callable, list[Policy]] = {}
+        for policy in group:
+            by_act.setdefault(policy.act, []).append(policy)
+        acts = list(by_act)
+        which = [(acts.index(policy.act), by_act[policy.act].index(policy)) for policy in group]
         records = jax.device_get(
             _episodes(
                 env,
-                tuple(policy.act for policy in group),
-                tuple(policy.plans for policy in group),
+                tuple(acts),
+                tuple(alike[0].plans for alike in by_act.values()),
                 warmup + requests,
                 warmup,
                 params,
                 jnp.tile(low_high, (size, 1)),
                 jnp.tile(keys, size),
-                jnp.repeat(jnp.arange(size), len(rates) * episodes),
-                tuple(policy.params for policy in group),
-                tuple(policy.memory for policy in group),
+                jnp.repeat(jnp.asarray(which), len(rates) * episodes, axis=0),
+                tuple(_stacked([policy.params for policy in alike]) for alike in by_act.values()),
+                tuple(alike[0].memory for alike in by_act.values()),
             )
         )
         for position, policy in enumerate(group):
@@ -86,6 +92,10 @@ def evaluate_policies(
         }
         for position, rate in enumerate(rates)
     }
+
+
+def _stacked(params: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *params)
 
 
 def check_may_decline(env: EdgeRouting, policies: Sequence[Policy]) -> None:
@@ -183,16 +193,19 @@ def _episodes(
     params: EnvParams,
     low_high: Float[Array, "episode 2"],
     keys: PRNGKeyArray,
-    which: Int[Array, "episode"],
+    which: Int[Array, "episode 2"],
     policy_params: tuple[Any, ...],
     memories: tuple[Any, ...],
 ) -> EpisodeRecords:
-    """Run every episode to its end; `which` says which policy plays it, `low_high` the rates between which it is."""
+    """Run every episode to its end; `low_high` are the rates between which it is.
+
+    `which` says which policy plays it: the number of its `act`, and which of the parameters, which have a leading axis.
+    """
     names = ("",) * len(acts)
     policies = tuple(map(Policy, names, acts, policy_params, memories, plans))
     game = _Game(env, params, policies, num_requests, warmup)
 
-    def step(keys: PRNGKeyArray, rate: Float[Array, "2"], which: Int[Array, ""], at: _Episode) -> _Episode:
+    def step(keys: PRNGKeyArray, rate: Float[Array, "2"], which: Int[Array, "2"], at: _Episode) -> _Episode:
         of_rate = game._replace(params=params._replace(rate=rate))
         key_action, key_env = keys_of_step(env, keys, at.state)
         action, memories = _decide(of_rate, which, at, keys, key_action)
@@ -224,9 +237,10 @@ def _begin(game: _Game, key: PRNGKeyArray, rate: Float[Array, "2"]) -> tuple[PRN
 
 
 def _decide(
-    game: _Game, which: Int[Array, ""], at: _Episode, keys: PRNGKeyArray, key: PRNGKeyArray
+    game: _Game, which: Int[Array, "2"], at: _Episode, keys: PRNGKeyArray, key: PRNGKeyArray
 ) -> tuple[Int[Array, ""], tuple[Any, ...]]:
-    """Let the policy number `which` choose; returns the action, and the memories of all policies."""
+    """Let the policy `which` choose; returns the action, and the memories of all policies."""
+    number_of_act, member = which
 
     def of(number: int) -> Callable:
         policy = game.policies[number]
@@ -237,13 +251,15 @@ def _decide(
                 ahead = jnp.minimum(at.state.step + jnp.arange(policy.plans), game.num_steps - 1)
                 upcoming = jax.vmap(lambda key: jax.random.split(key)[1])(keys[ahead])
                 seen = Situation(at.obs, at.state, game.params, upcoming)
-            action, memory = policy.act(policy.params, seen, key, memories[number])
+            # One of several is looked up; a network has none beside it, and is not copied for each episode.
+            params = jax.tree.map(lambda leaf: leaf[0 if len(leaf) == 1 else member], policy.params)
+            action, memory = policy.act(params, seen, key, memories[number])
             memory = jax.tree.map(lambda new, old: new.astype(jnp.result_type(old)), memory, memories[number])
             return action.astype(jnp.int32), (*memories[:number], memory, *memories[number + 1 :])
 
         return act
 
-    return jax.lax.switch(which, [of(number) for number in range(len(game.policies))], at.memories)
+    return jax.lax.switch(number_of_act, [of(number) for number in range(len(game.policies))], at.memories)
 
 
 def _note(game: _Game, at: _Episode, action: Int[Array, ""], info: dict[str, Array]) -> Float[Array, "row column"]:

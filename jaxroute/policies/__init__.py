@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -38,6 +39,8 @@ def _greedy(network: nn.Module) -> Callable:
 def rules_named(names: Sequence[str] | None) -> list[Policy]:
     """Return the rules of these names, or all; `RULE+FORM` is a rule that may send requests away (`FORMS`).
 
+    `RULE+FORM=VALUE` gives the form another parameter than the tuned one.
+
     Raises:
         UserError: a name is unknown, or there twice.
     """
@@ -46,7 +49,7 @@ def rules_named(names: Sequence[str] | None) -> list[Policy]:
     if not names:
         raise UserError(f"policies is empty; leave it out for all rules, or name some: {', '.join(RULES)}")
     for name in names:
-        rule, plus, form = name.partition("+")
+        rule, plus, form, _ = _parts(name)
         if rule not in RULES:
             hint = did_you_mean(rule, RULES)
             raise UserError(f"policies: {name} is unknown{hint}; choose from {', '.join(RULES)}, or add a form to one")
@@ -55,4 +58,27 @@ def rules_named(names: Sequence[str] | None) -> list[Policy]:
             raise UserError(f"policies: {name}: the form {form} is unknown{hint}; choose from {', '.join(FORMS)}")
         if names.count(name) > 1:
             raise UserError(f"policies: {name} is there {names.count(name)} times; name each once")
-    return [with_form(*name.split("+", 1)) if "+" in name else RULES[name] for name in names]
+    return [_named(name) for name in names]
+
+
+def _parts(name: str) -> tuple[str, str, str, str]:
+    """Return rule, plus, form and value of `RULE+FORM=VALUE`."""
+    rule, plus, rest = name.partition("+")
+    form, _, value = rest.partition("=")
+    return rule, plus, form, value
+
+
+def _named(name: str) -> Policy:
+    rule, plus, form, value = _parts(name)
+    if not plus:
+        return RULES[rule]
+    policy = with_form(rule, form)
+    if not value:
+        return policy
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"policies: {name}: {value} is no number; write for instance {rule}+{form}=0.3")
+    return policy._replace(name=name, params=(policy.params[0], number))

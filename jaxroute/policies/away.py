@@ -130,13 +130,13 @@ def _capacity(obs: Observation) -> Float[Array, "expert"]:
 
 # Tuned on the training workload by `python -m benchmarks.tune_rules`; see docs/reference/policies.md.
 FORMS: dict[str, Form] = {
-    "decline": Form(decline, params=0.15),
-    "price": Form(price, params=0.2),
-    "rate_price": Form(rate_price, params=0.2),
+    "decline": Form(decline, params=0.3),
+    "price": Form(price, params=0.8),
+    "rate_price": Form(rate_price, params=2.0),
     "saturation": Form(saturation, params=1.0),
     "predicted_latency": Form(predicted_latency, params=0.5),
     "early_rejection": Form(early_rejection, params=1.0),
-    "token_bucket": Form(token_bucket, params=1.0, memory=np.float32(1.0)),
+    "token_bucket": Form(token_bucket, params=0.5, memory=np.float32(1.0)),
 }
 
 
