@@ -47,7 +47,8 @@ def main() -> None:
     env, params = jaxroute.make("edge3-poisson" if options.quick else "edge-poisson")
     key = jax.random.key(0)
     obs, state = jax.tree.map(lambda leaf: leaf[0], busy_sites(env, params, 1))
-    network = build_network(load_config().network)
+    config = load_config()
+    network = build_network(config.network, config.env.away)
     learned = learned_policy(network, network.init(key, network.prepare(obs)))
     on_host = jax.device_get(obs)
 

@@ -85,7 +85,7 @@ def _set_up(overrides: Sequence[str]) -> _Setting:
     config = load_config([*overrides, _ENDLESS])
     split_cpu(config)  # as train.py does
     env, params = training_env(config)
-    network = build_network(config.network)
+    network = build_network(config.network, config.env.away)
     return _Setting(config, env, params, network, make_ppo(config.ppo, env, params, network))
 
 

@@ -320,7 +320,7 @@ def test_checkpoint_of_another_network(capsys):
     """The flat network is for one number of experts; parameters that were never trained show it as well."""
     config = load_config(["site=edge3", "network=mlp"])
     env, params = build_env(config)
-    network = build_network(config.network)
+    network = build_network(config.network, config.env.away)
 
     def fresh(key):
         return network.init(key, network.prepare(env.reset(key, params)[0]))

@@ -38,7 +38,8 @@ NAN = math.nan
 
 
 def hand_made_records() -> EpisodeRecords:
-    """Six requests: three in time (one exactly), one late, one rejected, one in flight; then six rejected."""
+    """Seven requests: three in time (one exactly), one late, one rejected, one in flight, one declined; then seven
+    rejected."""
     status = [
         Outcome.COMPLETED,
         Outcome.COMPLETED,
@@ -46,17 +47,19 @@ def hand_made_records() -> EpisodeRecords:
         Outcome.REJECTED,
         Outcome.IN_FLIGHT,
         Outcome.COMPLETED,
+        Outcome.DECLINED,
     ]
-    nothing = [NAN] * 6
+    nothing = [NAN] * 7
     return EpisodeRecords(
-        status=np.array([status, [Outcome.REJECTED] * 6], np.int8),
-        expert=np.array([[0, 0, 1, 1, 1, 1]] * 2),
-        quality=np.array([[0.5, 0.8, 1.0, 0.9, 0.7, 0.4]] * 2),
-        latency_requirement=np.array([[1.0, 0.2, 0.1, 1.0, 1.0, 3.0]] * 2),
-        output_tokens=np.array([[10, 10, 5, 0, 7, 1]] * 2),
-        ttft=np.array([[1.0, 0.5, 0.5, NAN, NAN, 2.0], nothing]),
-        latency=np.array([[5.0, 2.0, 2.5, NAN, NAN, 2.0], nothing]),  # per token: .5, .2, .5, -, -, 2
-        preemptions=np.array([[0, 0, 2, 0, 9, 0], [0] * 6]),
+        status=np.array([status, [Outcome.REJECTED] * 7], np.int8),
+        expert=np.array([[0, 0, 1, 1, 1, 1, 2]] * 2),
+        quality=np.array([[0.5, 0.8, 1.0, 0.9, 0.7, 0.4, 0.0]] * 2),
+        latency_requirement=np.array([[1.0, 0.2, 0.1, 1.0, 1.0, 3.0, 1.0]] * 2),
+        output_tokens=np.array([[10, 10, 5, 0, 7, 1, 0]] * 2),
+        ttft=np.array([[1.0, 0.5, 0.5, NAN, NAN, 2.0, NAN], nothing]),
+        latency=np.array([[5.0, 2.0, 2.5, NAN, NAN, 2.0, NAN], nothing]),  # per token: .5, .2, .5, -, -, 2, -
+        preemptions=np.array([[0, 0, 2, 0, 9, 0, 0], [0] * 7]),
+        spent=np.zeros((2, 7)),
         busy_seconds=np.array([[3.0, 5.0], [0.0, 0.0]]),
         kv_token_seconds=np.array([[1.5e6, 0.5e6], [0.0, 0.0]]),
         duration=np.array([10.0, 10.0]),
@@ -68,10 +71,15 @@ def hand_made_records() -> EpisodeRecords:
 @pytest.mark.parametrize(
     ("metric", "expected"),
     [
-        ("avg_qos", (0.5 + 0.8 + 0.4) / 5),
-        ("in_time_rate", 3 / 5),
-        ("violation_rate", 1 / 5),
-        ("rejection_rate", 1 / 5),
+        ("avg_qos", (0.5 + 0.8 + 0.4) / 6),
+        ("qos_per_second", 0.17),
+        ("spent_per_request", 0),
+        ("in_time_rate", 3 / 6),
+        ("violation_rate", 1 / 6),
+        ("rejection_rate", 1 / 6),
+        ("declined_rate", 1 / 6),
+        ("cloud_rate", 0),
+        ("lost_rate", 0),
         ("mean_quality", (0.5 + 0.8 + 1.0 + 0.4) / 4),
         ("qos_per_busy_second", 1.7 / 8),
         ("qos_per_million_kv_token_seconds", 1.7 / 2),
@@ -87,11 +95,11 @@ def hand_made_records() -> EpisodeRecords:
         ("e2e_p50", 2.25),
         ("goodput", 0.3),
         ("tokens_per_second", 2.6),
-        ("preemptions_per_request", 2 / 5),
-        ("expert_share", [2 / 5, 3 / 5]),
+        ("preemptions_per_request", 2 / 6),
+        ("expert_share", [2 / 6, 3 / 6]),
         ("expert_utilisation", [0.3, 0.5]),
-        ("expert_load", [[1 / 6, 0, 2 / 6, 0, 3 / 6], [1, 0, 0, 0, 0]]),
-        ("expert_choice", [[1 / 6, 0, 1 / 6, 0, 0], [4 / 6, 0, 0, 0, 0]]),
+        ("expert_load", [[1 / 7, 0, 2 / 7, 0, 3 / 7], [6 / 7, 0, 0, 0, 0]]),
+        ("expert_choice", [[1 / 7, 0, 1 / 7, 0, 0], [4 / 7, 0, 0, 0, 0]]),
     ],
 )
 def test_metrics_by_hand(metric, expected):
@@ -100,12 +108,26 @@ def test_metrics_by_hand(metric, expected):
 
 def test_warmup_is_not_counted():
     summary = summarise(hand_made_records(), warmup=1)
-    np.testing.assert_allclose(summary["avg_qos"][0], 1.2 / 4)
-    np.testing.assert_allclose(summary["expert_share"][0], [0.25, 0.75])
+    np.testing.assert_allclose(summary["avg_qos"][0], 1.2 / 5)
+    np.testing.assert_allclose(summary["expert_share"][0], [0.2, 0.6])
     np.testing.assert_allclose(summary["goodput"][0], 0.2)
-    for warmup in (-1, 6):
+    for warmup in (-1, 7):
         with pytest.raises(UserError, match="warmup"):
             summarise(hand_made_records(), warmup=warmup)
+
+
+def test_what_the_cloud_answers_counts_and_is_paid_for():
+    """The request that was declined has gone to the cloud instead, at a price."""
+    records = hand_made_records()
+    of_cloud = {"status": Outcome.COMPLETED, "quality": 0.6, "output_tokens": 10, "ttft": 0.5, "latency": 5.0}
+    for name, value in (of_cloud | {"spent": 0.3}).items():
+        getattr(records, name)[0, 6] = value
+    summary = {name: values[0] for name, values in summarise(records).items()}
+    expected = {"avg_qos": 2.3 / 6, "in_time_rate": 4 / 6, "declined_rate": 0, "cloud_rate": 1 / 6}
+    expected |= {"spent_per_request": 0.3 / 6, "mean_quality": 3.3 / 5, "tokens_per_second": 3.6}
+    for name, value in expected.items():
+        assert summary[name] == pytest.approx(value), name
+    np.testing.assert_allclose(summary["expert_share"], [2 / 6, 3 / 6])
 
 
 def test_nothing_completed():
@@ -136,9 +158,10 @@ def test_every_metric_is_defined_and_has_its_shape():
 
 def test_rates_add_up_on_random_records():
     summary = summarise(random_records(np.random.default_rng(0), quality=0.6))
-    total = summary["in_time_rate"] + summary["violation_rate"] + summary["rejection_rate"]
-    np.testing.assert_allclose(total, 1)
-    np.testing.assert_allclose(summary["expert_share"].sum(axis=1), 1)
+    names = ("in_time_rate", "violation_rate", "rejection_rate", "declined_rate", "lost_rate")
+    np.testing.assert_allclose(sum(summary[name] for name in names), 1)
+    assert (summary["declined_rate"] > 0).all()
+    np.testing.assert_allclose(summary["expert_share"].sum(axis=1), 1 - summary["declined_rate"])
     assert (summary["avg_qos"] <= summary["in_time_rate"]).all()
 
 
@@ -234,19 +257,21 @@ def test_paired_difference_cancels_common_noise():
 
 def random_records(rng: np.random.Generator, quality: float, episodes: int = 4) -> EpisodeRecords:
     shape, experts = (episodes, 60), (episodes, 3)
-    rejected = rng.random(shape) < 0.1
+    fate = rng.random(shape)
+    rejected, declined = fate < 0.1, (fate >= 0.1) & (fate < 0.2)
     tokens = rng.integers(1, 50, shape)
-    latency = np.where(rejected, NAN, tokens * rng.lognormal(-3.0, 0.5, shape))
+    latency = np.where(rejected | declined, NAN, tokens * rng.lognormal(-3.0, 0.5, shape))
     load_counts = rng.multinomial(shape[1], np.full(len(LOADS), 1 / len(LOADS)), experts)
     return EpisodeRecords(
-        status=np.where(rejected, Outcome.REJECTED, Outcome.COMPLETED).astype(np.int8),
-        expert=rng.integers(0, 3, shape),
+        status=np.select([rejected, declined], [Outcome.REJECTED, Outcome.DECLINED], Outcome.COMPLETED).astype(np.int8),
+        expert=np.where(declined, 3, rng.integers(0, 3, shape)),
         quality=np.clip(quality + rng.normal(0, 0.05, shape), 0, 1).astype(np.float32),
         latency_requirement=np.full(shape, 0.07, np.float32),
         output_tokens=tokens,
         ttft=latency * 0.1,
         latency=latency,
         preemptions=rng.integers(0, 2, shape),
+        spent=np.zeros(shape),
         busy_seconds=rng.uniform(1, 5, experts).astype(np.float32),
         kv_token_seconds=rng.uniform(1e4, 5e4, experts).astype(np.float32),
         duration=np.full(episodes, 6.0, np.float32),

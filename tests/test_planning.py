@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,14 @@ import pytest
 import jaxroute
 from jaxroute.evaluation import evaluate_policies, summarise
 from jaxroute.policies import RULES
-from jaxroute.policies.planning import BASE, action_values, clairvoyant, drawn_values, lookahead, redraw_unknown
+from jaxroute.policies.planning import (
+    action_values,
+    base_policy,
+    clairvoyant,
+    drawn_values,
+    lookahead,
+    redraw_unknown,
+)
 from jaxroute.serving import with_output_tokens
 
 pytestmark = pytest.mark.slow
@@ -26,14 +33,19 @@ def scenario():
     return jaxroute.make("edge3-poisson", rate=6.0, overrides=("bank.num_prompts=200", "reward.expected_quality=false"))
 
 
+def base():
+    """The rule that planners follow after their first decision."""
+    return base_policy(scenario()[0])
+
+
 @jax.jit
 def _played(key):
     """A busy state: the base rule has routed a while."""
-    env, params = scenario()
+    (env, params), rule = scenario(), base()
 
     def step(carry, key):
         obs, state = carry
-        action, _ = BASE.act(BASE.params, obs, key, ())
+        action, _ = rule.act(rule.params, obs, key, rule.memory)
         obs, state, *_ = env.step(key, state, action, params)
         return (obs, state), None
 
@@ -49,7 +61,7 @@ def busy_states():
 @jax.jit
 def _drawn(state, key):
     env, params = scenario()
-    return drawn_values(env, params, state, BASE, key, HORIZON)
+    return drawn_values(env, params, state, base(), key, HORIZON)
 
 
 def test_the_same_lengths_change_nothing():
@@ -106,30 +118,34 @@ def test_lookahead_can_not_see_the_truth():
 
 
 def test_a_clairvoyant_value_is_what_happens_less_the_price_of_accelerator_time():
+    """For each expert, and for away, which leaves more to the others."""
     env, params = scenario()
+    rule = base()
     _, states = busy_states()
     keys = jax.random.split(jax.random.key(4), (8, HORIZON))
-    value = jax.jit(
-        jax.vmap(
-            lambda state, keys, price: action_values(env, params, state, BASE, keys, jax.random.key(0), price),
-            (0, 0, None),
-        )
-    )
+
+    @jax.jit
+    @partial(jax.vmap, in_axes=(0, 0, None))
+    def value(state, keys, price):
+        state = state._replace(prices=state.prices._replace(accelerator=price))
+        return action_values(env, params, state, rule, keys, jax.random.key(0))
+
     values, priced = value(states, keys, 0.0), value(states, keys, 0.5)
+    assert values.shape == (8, 4)
     step = jax.jit(jax.vmap(env.step, (0, 0, 0, None)))
-    for expert in range(3):
-        state, action, earned, busy = states, jnp.full(8, expert), 0.0, 0.0
+    for first in range(4):
+        state, action, earned, busy = states, jnp.full(8, first), 0.0, 0.0
         for t in range(HORIZON):
             seen, state, _, _, _, info = step(keys[:, t], state, action, params)
             earned = earned + info["qos_sum"]
             busy = busy + info["busy_seconds"].sum(-1)
-            action = jax.vmap(lambda obs: BASE.act(BASE.params, obs, jax.random.key(0), ())[0])(seen)
-        np.testing.assert_allclose(values[:, expert], earned + state.potential, rtol=1e-4)
+            action = jax.vmap(lambda obs: rule.act(rule.params, obs, jax.random.key(0), rule.memory)[0])(seen)
+        np.testing.assert_allclose(values[:, first], earned + state.potential, rtol=1e-4)
         # What is in flight takes as long as the longest answer, or as all of them through the seats.
         there, left = jax.tree.map(np.asarray, seen.experts), np.asarray(seen.in_flight.remaining_tokens)
         seated = np.clip(there.num_running + there.num_waiting, 1, there.max_num_seqs)
         busy = busy + (np.maximum(left.max(-1), left.sum(-1) / seated) * there.iteration_time).sum(-1)
-        np.testing.assert_allclose(values[:, expert] - priced[:, expert], 0.5 * busy, rtol=1e-3)
+        np.testing.assert_allclose(values[:, first] - priced[:, first], 0.5 * busy, rtol=1e-3)
 
 
 def test_planners_route_in_an_evaluation():

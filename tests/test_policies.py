@@ -5,65 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from episodes import NUM_ENVS, ROUTERS, changed, edge6, play
+from observations import NUM_EXPERTS, observation
 
-from jaxroute.env.types import Arrival, Candidates, Experts, Impact, InFlight, Observation
 from jaxroute.errors import UserError
 from jaxroute.policies import LEARNED, RULES, learned_policy, rules_named
 from jaxroute.policies.rules import EXPLORATION, LEAST, MOST
 
-NUM_EXPERTS, NUM_SLOTS = 3, 4
 DRAWS = {"random", "weighted_random", "power_of_two", "lowest_latency"}
 """Rules that decide with their key."""
-
-# Three experts that are alike in everything, and idle.
-ALIKE = {
-    "prompt_tokens": 100.0,
-    "latency_requirement": 0.04,
-    "arrival_rate": 8.0,
-    "max_num_seqs": 8.0,
-    "max_waiting": 4.0,
-    "kv_capacity": 10_000.0,
-    "iteration_time": 0.02,
-    "weight_load": 0.02,
-    "compute_per_token": 1e-4,
-    "predicted_quality": 0.5,
-    "predicted_output_tokens": 100.0,
-    "ttft": 0.1,
-    "tpot": 0.02,
-    "normalised_latency": 0.021,
-    "in_time": 0.9,
-    "qos": 0.45,
-    "up": True,
-    "available": True,
-}
-
-
-def observation(**changes):
-    """What a router sees; values are per expert, or one for all."""
-    assert set(changes) <= {*ALIKE, *Experts._fields, *Impact._fields}, "a field that does not exist"
-    values = ALIKE | changes
-
-    def fill(part, **others):
-        shape = () if part is Arrival else (NUM_EXPERTS,)
-        columns = {
-            name: jnp.broadcast_to(
-                jnp.asarray(values.get(name, 0.0), bool if name in {"up", "available"} else jnp.float32), shape
-            )
-            for name in part._fields
-            if name not in others
-        }
-        return part(**columns, **others)
-
-    slots = jnp.zeros((NUM_EXPERTS, NUM_SLOTS))
-    return Observation(
-        arrival=fill(Arrival),
-        experts=fill(Experts),
-        candidates=fill(Candidates, impact=fill(Impact)),
-        in_flight=InFlight(*[slots] * len(InFlight._fields)),
-        running=slots > 0,
-        waiting=slots > 0,
-    )
-
 
 # Not those tuned on some workload, which may change.
 PARAMS = {"slo_headroom": LEAST, "quality_threshold": 0.1, "win_rate": 0.4, "weighted_sum": 0.2}

@@ -39,7 +39,7 @@ def run(tmp_path_factory):
     """An untrained network saved as a run."""
     config = load_config([*SMALL, "data_dir=/somewhere", "output_dir=/elsewhere"])
     env, params = build_env(config)
-    network = build_network(config.network)
+    network = build_network(config.network, config.env.away)
     folder = tmp_path_factory.mktemp("trained") / "run"
     folder.mkdir()
     save_params(folder, 64, network.init(jax.random.key(0), network.prepare(env.reset(jax.random.key(0), params)[0])))
@@ -212,7 +212,7 @@ def test_a_finished_router_cannot_be_resumed(named, capsys):
 def test_a_network_for_one_number_of_experts_is_refused_elsewhere(tmp_path, monkeypatch):
     config = load_config(["site=edge3", "network=mlp", "network.hidden=8"])
     env, params = build_env(config)
-    network = build_network(config.network)
+    network = build_network(config.network, config.env.away)
     weights = network.init(jax.random.key(0), network.prepare(env.reset(jax.random.key(0), params)[0]))
     policy = runs.TrainedPolicy(network, jax.device_get(weights), tmp_path)
     write_pretrained(tmp_path / "flat", policy, config, "{}")

@@ -22,6 +22,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxroute.banks import RequestBank
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, OutageParams, RewardParams
+from jaxroute.env.environment import best_net
 from jaxroute.networks.features import features_of
 from jaxroute.serving import Site, SlotStatus
 from jaxroute.workloads.arrivals import ArrivalParams, Pattern, mixed, poisson
@@ -44,7 +45,9 @@ class Shape:
 
 SHAPES = {
     "one expert": Shape(
-        EdgeRouting(1, 16, poisson, expected_quality=False, outages="lost", stale=True), num_envs=32, num_steps=1000
+        EdgeRouting(1, 16, poisson, expected_quality=False, outages="lost", stale=True, away=True),
+        num_envs=32,
+        num_steps=1000,
     ),
     "many experts": Shape(
         EdgeRouting(64, 4, mixed, redraw_every=50, expected_quality=False, outages="retried", random_sites=0.5),
@@ -134,11 +137,12 @@ def draw_params(key: jax.Array, env: EdgeRouting, rates: jax.Array, most_tokens:
             mean_uptime=draws.between(0.1, 1e3) / rates[0], mean_downtime=draws.between(0.1, 1e2) / rates[0]
         ),
         refresh_interval=draws.or_zero(1e-6, 1e3, ()),
+        cloud=None,
     )
 
 
 def draw_action(draws: Draws, style: jax.Array, obs: Any, env: EdgeRouting) -> jax.Array:
-    """Mostly in one style: one expert only, any, those open, those closed, none that exists."""
+    """Mostly in one style: one expert only, any, those open, those closed, none that exists, or away if there is."""
     noise = draws.uniform((env.num_experts,))
     beyond = jnp.array([-1, env.num_experts, jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max])
     choices = jnp.stack(
@@ -174,11 +178,17 @@ def wrong(
     normalised = latency / jnp.maximum(info["output_tokens"], 1)
     impact = obs.candidates.impact
     chances, _ = ravel_pytree((impact.in_time, impact.qos, obs.candidates.predicted_quality, obs.in_flight.in_time))
-    seen, _ = ravel_pytree((obs.arrival, obs.experts, obs.candidates, obs.in_flight))
+    # A net value may be below 0: others lose more than the request gains.
+    recent = obs.arrival.recent
+    nets, _ = ravel_pytree((recent.net, best_net(obs)))
+    arrival = obs.arrival._replace(recent=recent._replace(net=recent.net_square))
+    seen, _ = ravel_pytree((arrival, obs.experts, obs.candidates, obs.in_flight))
     features, _ = ravel_pytree(features_of(obs))
     return {
-        "an action that does not exist is carried out": ((action < 0) | (action >= env.num_experts))
+        "an action that does not exist is carried out": ((action < 0) | (action >= env.num_actions))
         & ~info["rejected"],
+        "what is sent away is not declined": info["declined"] != (env.away & (action == env.num_experts)),
+        "rejected and declined": info["rejected"] & info["declined"],
         "a gap is negative or not finite": ~(gap >= 0) | ~jnp.isfinite(gap),
         "a clock goes back": state.clock + gap < before.site.clock - rounding,
         "an iteration is overdue": working & (state.clock + state.duration < -rounding),
@@ -201,6 +211,7 @@ def wrong(
         "number of late": info["num_late"] != (ended & ~info["in_time"]).sum(),
         "number of lost": info["num_lost"] != info["lost"].sum(),
         "observation: not finite or negative": ~jnp.isfinite(seen) | (seen < 0),
+        "observation: a net value is not finite, or above 1": ~jnp.isfinite(nets) | (nets > 1 + 1e-6),
         "observation: a chance above 1": chances > 1 + 1e-6,
         "observation: a request runs and waits": obs.running & obs.waiting,
         "observation: more run than there are seats": obs.experts.num_running > obs.experts.max_num_seqs,
@@ -216,6 +227,7 @@ def count(sums: dict[str, jax.Array], before: EnvState, after: EnvState, info: d
     step = {
         "completed": info["num_completed"],
         "rejected": info["rejected"],
+        "declined": info["declined"],
         "lost": info["num_lost"],
         "given back": given_back,
         "preempted": preempted.sum(),
@@ -240,7 +252,7 @@ def wrong_sums(
     scale = 1 + after.potential + before.potential + info["num_late"]
     return {
         "requests are not conserved": after.step + given_back
-        != sums["completed"] + sums["rejected"] + sums["lost"] + in_flight + pending,
+        != sums["completed"] + sums["rejected"] + sums["declined"] + sums["lost"] + in_flight + pending,
         "the reward is not the QoS": ~(jnp.abs(qos - info["qos_sum"]) <= 1e-5 * (scale + accelerator_time)),
         "shaping does not telescope": ~(jnp.abs(sums["shaping"] - after.potential) <= 1e-4 * scale),
         "more work than time since the beginning": sums["busy"] > sums["seconds"] * (1 + 1e-4) + 1e-3,
@@ -278,7 +290,7 @@ def survey(shape: Shape, seed: jax.Array, rates: jax.Array, most_tokens: jax.Arr
 
         # What a router sees first, nobody looks at: half as much to compile. Nothing is expected of an idle site.
         state = env.reset(key_reset, params)[1]._replace(potential=jnp.float32(0.0))
-        numbers = ("completed", "rejected", "lost", "given back", "preempted")
+        numbers = ("completed", "rejected", "declined", "lost", "given back", "preempted")
         sums = dict.fromkeys(numbers, jnp.int32(0)) | dict.fromkeys(("shaping", "seconds"), jnp.float32(0.0))
         sums["busy"] = jnp.zeros(env.num_experts)
         begin = (state, jnp.int32(0), sums)
@@ -322,7 +334,7 @@ def test_no_rule_is_ever_broken(name, seed, rates, most_tokens):
 
 
 @pytest.mark.parametrize(
-    ("name", "happens"), [("one expert", ("lost",)), ("many experts", ("given back",))], ids=list(SHAPES)
+    ("name", "happens"), [("one expert", ("lost", "declined")), ("many experts", ("given back",))], ids=list(SHAPES)
 )
 def test_everything_happens(name, happens):
     """Or that no rule is broken would say little."""

@@ -146,7 +146,7 @@ def test_many_seeds_are_as_many_trainings(alone, folder):
 def test_many_seeds_are_traced_once():
     config = load_config(TINY)
     env, params = training_env(config)
-    learner = make_ppo(config.ppo, env, params, build_network(config.network), many_seeds=True)
+    learner = make_ppo(config.ppo, env, params, build_network(config.network, config.env.away), many_seeds=True)
     state = learner.init(jnp.stack([jax.random.key(seed) for seed in range(3)]))
     for _ in range(2):
         state, metrics = learner.update(state)

@@ -51,7 +51,7 @@ def routers(tmp_path_factory):
     """Two untrained networks, saved as the runs of two training seeds."""
     config = load_config(["site=edge3", *NETWORK])
     env, params = build_env(config)
-    network = build_network(config.network)
+    network = build_network(config.network, config.env.away)
     runs = []
     for seed in range(2):
         folder = tmp_path_factory.mktemp("routers") / f"seed{seed}"

@@ -113,6 +113,7 @@ class Counting:
         self.metrics = {
             "num_completed": 3.0,
             "rejected": 1.0,
+            "declined": 1.0,
             "qos_sum": 2.0,
             "num_late": 1.0,
             "num_lost": 0.0,
@@ -149,8 +150,10 @@ def test_what_the_host_looks_at(watch, tmp_path):
     assert [line["steps"] for line in lines] == list(range(128, 1025, 128))
     kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == [256, 512, 768, 1024]  # four times, and at the end
-    assert lines[0]["train/avg_qos"] == 2 / 4
-    assert lines[0]["train/violation_rate"] == lines[0]["train/rejection_rate"] == 1 / 4
+    assert lines[0]["train/avg_qos"] == 2 / 5
+    assert [lines[0][f"train/{name}_rate"] for name in ("violation", "rejection", "declined", "lost")] == [
+        1 / 5
+    ] * 3 + [0]
 
 
 def test_a_run_shorter_than_the_interval(watch):
@@ -167,9 +170,10 @@ def test_updates_that_do_not_fill_a_call(watch):
 
 
 def test_no_rates_where_no_request_has_ended(watch):
-    lines, _ = watch(num_completed=0.0, rejected=0.0, qos_sum=0.0, num_late=0.0)
+    lines, _ = watch(num_completed=0.0, rejected=0.0, declined=0.0, qos_sum=0.0, num_late=0.0)
     assert [line["steps"] for line in lines] == [64, 128]
-    assert not {"train/avg_qos", "train/violation_rate", "train/rejection_rate", "train/lost_rate"} & set(lines[0])
+    rates = {f"train/{name}_rate" for name in ("violation", "rejection", "declined", "lost")}
+    assert not {"train/avg_qos", *rates} & set(lines[0])
 
 
 def test_a_folder_that_holds_a_training_is_left_alone(watch, tmp_path):

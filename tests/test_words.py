@@ -245,7 +245,7 @@ def awkward_run(tmp_path, monkeypatch):
     run.mkdir()
     config = load_config(["site=edge3", "network.hidden=8", f"output_dir={run}", "seed=5"])
     env, params = build_env(config)
-    network = build_network(config.network)
+    network = build_network(config.network, config.env.away)
     key = jax.random.key(0)
     shapes = jax.eval_shape(lambda: network.init(key, network.prepare(env.reset(key, params)[0])))
     save_params(run, 64, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))

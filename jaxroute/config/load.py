@@ -34,6 +34,9 @@ def register_schema() -> None:
 # The open dictionaries, to which an override may add: stand-ins for a bank's models, and the routers of a study.
 _OPEN = ("bank.models.", "bank.models=", "study.routers.", "study.routers=")
 
+# Null unless the site's file says otherwise. Hydra's overrides fail there, and OmegaConf's merge does not.
+_LATE = ("site.cloud.", "site.cloud=")
+
 
 def load_config(words: Sequence[str] = (), base: Config | None = None) -> Config:
     """Compose and check the configuration of a command line, `option=value` each; what it leaves open is as in `base`.
@@ -45,7 +48,10 @@ def load_config(words: Sequence[str] = (), base: Config | None = None) -> Config
     try:
         overrides = [_override(word, words) for word in words]
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
-            composed = compose("config", overrides=overrides)
+            composed = compose("config", overrides=[word for word in overrides if not word.startswith(_LATE)])
+        for word in overrides:
+            if word.startswith(_LATE):
+                composed = OmegaConf.merge(composed, _nested(word))
         return typed(composed) if base is None else _changed(base, composed, overrides)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(_explain(error)) from None
@@ -72,6 +78,15 @@ def _override(word: str, words: Sequence[str]) -> str:
     return override
 
 
+def _nested(override: str) -> dict[str, Any]:
+    """Return what an override says as a nested dictionary."""
+    understood = parsed(override)
+    value: Any = understood.value()
+    for name in reversed(understood.key_or_group.split(".")):
+        value = {name: value}
+    return value
+
+
 def _changed(base: Config, composed: Any, overrides: Sequence[str]) -> Config:
     """Return `base` with what the overrides name as it is in `composed`."""
     changed, given = asdict(base), OmegaConf.to_container(composed, resolve=True)
@@ -80,6 +95,9 @@ def _changed(base: Config, composed: Any, overrides: Sequence[str]) -> Config:
         place: Any = changed
         value: Any = given
         for name in names:
+            if place[name] is None:
+                last = name  # all of what the base has nothing of
+                break
             place, value = place[name], value[name]
         place[last] = value[last]
     return typed(OmegaConf.merge(OmegaConf.structured(Config), escaped(changed)))
@@ -128,6 +146,8 @@ def _explain(error: Exception) -> str:
             return f"{where}unknown option {key}{_suggestion(key)}"
         if re.search(r"\.\d+$", key) and re.search(r"dict is not a subclass|index out of range", message):
             return f"{where}{key} does not exist: the list is shorter, and counted from 0"
+        if "missing mandatory value" in message:
+            return f"{where}{key} is missing; give it a value"
         return f"{where}{key}: {message}"
     if options := re.search(r"Could not find '(\S+)/(\S+)'", str(cause)):
         available = sorted(path.stem for path in (config_folder() / options.group(1)).glob("[!_]*.yaml"))
