@@ -17,6 +17,7 @@ from jaxroute.errors import UserError
 from jaxroute.evaluation.metrics import LOADS, EpisodeRecords, Outcome
 from jaxroute.policies import Policy
 from jaxroute.policies.planning import Situation
+from jaxroute.workloads.limits import Limits
 
 
 def evaluate_policies(
@@ -81,12 +82,12 @@ def evaluate_policies(
         )
         for position, policy in enumerate(group):
             mine = slice(position * len(rates) * episodes, (position + 1) * len(rates) * episodes)
-            by_policy[policy.name] = EpisodeRecords(*(np.asarray(column[mine]) for column in records))
+            by_policy[policy.name] = jax.tree.map(lambda column, mine=mine: np.asarray(column[mine]), records)
             on_done(policy.name)
     return {
         rate: {
-            policy.name: EpisodeRecords(
-                *(column[position * episodes : (position + 1) * episodes] for column in by_policy[policy.name])
+            policy.name: jax.tree.map(
+                lambda column, first=position * episodes: column[first : first + episodes], by_policy[policy.name]
             )
             for policy in policies
         }
@@ -148,8 +149,11 @@ class _Row(NamedTuple):
     expert: Any
     quality: Any
     output_tokens: Any
-    latency_requirement: Any
     spent: Any
+    ttft_limit: Any
+    tpot_limit: Any
+    e2e_limit: Any
+    normalised_limit: Any
 
 
 class _Episode(NamedTuple):
@@ -219,7 +223,8 @@ def _episodes(
         lambda episodes: jax.vmap(step)(step_keys, low_high, which, episodes),
         episodes,
     )
-    return _records(episodes, num_requests)
+    limited = [name for name, limit in params.limits._asdict().items() if limit is not None]
+    return _records(episodes, num_requests, limited)
 
 
 def _begin(game: _Game, key: PRNGKeyArray, rate: Float[Array, "2"]) -> tuple[PRNGKeyArray, _Episode]:
@@ -275,8 +280,8 @@ def _note(game: _Game, at: _Episode, action: Int[Array, ""], info: dict[str, Arr
         expert=action,
         quality=jnp.where(away, 0.0, request.quality[action]),
         output_tokens=jnp.where(away, 0, request.output_tokens[action]),
-        latency_requirement=request.latency_requirement,
         spent=0.0,
+        **{f"{name}_limit": jnp.inf if limit is None else limit for name, limit in request.limits._asdict().items()},
     )
     if "cloud" in info:
         answer: Any = info["cloud"]
@@ -316,10 +321,13 @@ def _measure(game: _Game, at: _Episode, action: Int[Array, ""], info: dict[str, 
     )
 
 
-def _records(episodes: _Episode, num_requests: int) -> EpisodeRecords:
-    """Return what happened in finished episodes, whose leading axis is episode."""
+def _records(episodes: _Episode, num_requests: int, limited: Sequence[str]) -> EpisodeRecords:
+    """Return what happened in finished episodes, whose leading axis is episode; `limited` is what requests limit."""
     rows = _Row(*jnp.moveaxis(episodes.table[:, :num_requests], -1, 0))
-    records: dict[str, Any] = rows._asdict() | {
+    columns = rows._asdict()
+    limits = {name: columns.pop(f"{name}_limit") for name in Limits._fields}
+    records: dict[str, Any] = columns | {
+        "limits": Limits(**{name: limits[name] for name in limited}),
         "status": rows.status.astype(jnp.int8),
         "expert": rows.expert.astype(jnp.int32),
         "output_tokens": rows.output_tokens.astype(jnp.int32),

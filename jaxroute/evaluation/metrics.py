@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int8
 
 from jaxroute.errors import UserError
+from jaxroute.workloads.limits import Limits, latencies
 
 
 class Outcome(IntEnum):
@@ -52,8 +53,8 @@ class EpisodeRecords(NamedTuple):
     """The expert that it was routed to, the last time; one more than the last expert if it was sent away."""
     quality: Float[np.ndarray, "episode request"]
     """Of the answer there, in [0, 1]."""
-    latency_requirement: Float[np.ndarray, "episode request"]
-    """s per output token."""
+    limits: Limits
+    """Each `(episode, request)`, or None where no request has it; inf where this one has none."""
     output_tokens: Int[np.ndarray, "episode request"]
     """Length of the answer there; 0 if it was declined."""
     ttft: Float[np.ndarray, "episode request"]
@@ -108,13 +109,21 @@ METRICS: dict[str, Metric] = {
     "in_time_rate": Metric(
         "In time",
         "share of ended",
-        "Completed requests whose normalised latency is within their latency requirement / ended requests.",
+        "Completed requests that keep all their limits / ended requests.",
     ),
     "violation_rate": Metric(
         "Late (violation rate)",
         "share of ended",
-        "Completed requests whose normalised latency exceeds their latency requirement / ended requests.",
+        "Completed requests that exceed one of their limits / ended requests.",
     ),
+    **{
+        f"{name}_violation_rate": Metric(
+            f"Late by {label}",
+            "share of ended",
+            f"Completed requests that exceed their limit on {label} / ended requests.",
+        )
+        for name, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "E2E"), ("normalised", "normalised latency"))
+    },
     "rejection_rate": Metric(
         "Rejected (rejection rate)",
         "share of ended",
@@ -158,7 +167,7 @@ METRICS: dict[str, Metric] = {
         "normalised_latency",
         "Normalised latency",
         "s per token",
-        "E2E latency / output tokens; completed requests. This is what the latency requirement limits.",
+        "E2E latency / output tokens; completed requests. The classes of service of the package limit it.",
     ),
     **_latency_metrics(
         "e2e",
@@ -166,9 +175,7 @@ METRICS: dict[str, Metric] = {
         "s",
         "From the arrival at the router to the last output token back there, network both ways; completed requests.",
     ),
-    "goodput": Metric(
-        "Goodput", "requests/s", "Requests completed within their latency requirement per simulated second."
-    ),
+    "goodput": Metric("Goodput", "requests/s", "Requests completed within all their limits per simulated second."),
     "tokens_per_second": Metric("Throughput", "tokens/s", "Output tokens of completed requests per simulated second."),
     "preemptions_per_request": Metric(
         "Preemptions", "per request", "Evictions from the KV cache, to be recomputed later / ended requests."
@@ -230,15 +237,15 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
 
     status = records.status[:, warmup:]
     quality = records.quality[:, warmup:].astype(np.float64)
-    requirement = records.latency_requirement[:, warmup:].astype(np.float64)
     tokens = records.output_tokens[:, warmup:].astype(np.float64)
     ttft = records.ttft[:, warmup:].astype(np.float64)
     latency = records.latency[:, warmup:].astype(np.float64)
 
     completed = status == Outcome.COMPLETED
     ended = status != Outcome.IN_FLIGHT
-    normalised_latency = latency / np.maximum(tokens, 1)  # only completed ones count, and they have a token
-    in_time = completed & (normalised_latency <= requirement)
+    measured = latencies(ttft, latency, tokens)  # only completed ones count, and they have a token
+    limits = Limits(*(limit if limit is None else limit[:, warmup:].astype(np.float64) for limit in records.limits))
+    in_time = completed & limits.met(measured)
     number_ended = ended.sum(axis=1)
     num_experts = records.busy_seconds.shape[1]
 
@@ -254,6 +261,11 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
         "spent_per_request": per_ended(np.where(ended, records.spent[:, warmup:].astype(np.float64), 0.0)),
         "in_time_rate": per_ended(in_time),
         "violation_rate": per_ended(completed & ~in_time),
+        **{
+            f"{name}_violation_rate": per_ended(completed & ~(value <= limit))
+            for name, value, limit in zip(Limits._fields, measured, limits, strict=True)
+            if limit is not None
+        },
         "rejection_rate": per_ended(status == Outcome.REJECTED),
         "declined_rate": per_ended(status == Outcome.DECLINED),
         "cloud_rate": per_ended(completed & (records.expert[:, warmup:] == num_experts)),
@@ -263,11 +275,10 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
         "qos_per_million_kv_token_seconds": _divide(sum_of_qos, million_kv_token_seconds),
     }
 
-    tpot = (latency - ttft) / np.maximum(tokens - 1, 1)
     for key, values, counted in (
         ("ttft", ttft, completed),
-        ("tpot", tpot, completed & (tokens > 1)),
-        ("normalised_latency", normalised_latency, completed),
+        ("tpot", measured.tpot, completed & (tokens > 1)),
+        ("normalised_latency", measured.normalised, completed),
         ("e2e", latency, completed),
     ):
         summary |= {f"{key}_{name}": value for name, value in _distribution(values, counted).items()}
