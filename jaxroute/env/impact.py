@@ -1,15 +1,17 @@
 """The action impact estimator: what an action would do to the arriving request and to those in flight.
 
-One *frozen-batch* model serves three purposes: edge features of the graph, the `impact_greedy` policy, and the
-potential of the reward. It assumes that an expert's batch stays as it is (at a steady load, requests leave as
-others come), that lengths are log-normal around their predictions, and that iteration times are known to within
-`RATE_ERROR`. Formulas and their derivation: docs/explanation/learning.md.
+One model serves three purposes: edge features of the graph, the `impact_greedy` policy, and the potential of the
+reward. It assumes that an expert's batch stays as it is (at a steady load, requests leave as others come, and the
+prefill of those that come costs a batch that streams its weights next to nothing), that lengths are log-normal around
+their predictions, and that memory may run out as requests grow. Formulas and their derivation:
+docs/explanation/learning.md. `python -m benchmarks.reliability` compares what it says with what happens.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtr
 from jaxtyping import Array, Float
@@ -17,12 +19,18 @@ from jaxtyping import Array, Float
 from jaxroute.env.types import Batch, Described, Impact
 from jaxroute.serving import Site, fold, running_sums
 
-# Relative error (standard deviation) of the frozen batch's iteration time over the life of a request.
-RATE_ERROR = 0.25
+# The three constants are fitted by maximum likelihood to training prompts and the training mix of arrivals on edge6,
+# and rounded (docs/explanation/learning.md).
+# Relative error (standard deviation) of a predicted latency per token whose length and wait are known.
+RATE_ERROR = 0.02
+# Scale of the logistic distribution of the memory that a request and those before it come to need, per KV capacity.
+MEMORY_ERROR = 0.04
+# Mean time that a request loses when memory runs out, per mean time that the requests there still take.
+MEMORY_DELAY = 2.0
 
 
 class Outlook(NamedTuple):
-    """What the frozen-batch model predicts for each expert as it stands."""
+    """What the model predicts for each expert as it stands."""
 
     iteration_time: Float[Array, "expert"]
     """s, with every request there that fits into the batch."""
@@ -36,19 +44,31 @@ class Outlook(NamedTuple):
     in_time: Float[Array, "slot expert"]
 
 
+class Delays(NamedTuple):
+    """What may hold requests up, apart from their own iterations."""
+
+    elapsed: Float[Array, "*request expert"]
+    """Time spent so far, and that to come which is expected for certain, s."""
+    wait_variance: Float[Array, "*request expert"]
+    """Of the wait for a seat, s^2."""
+    out_of_memory: Float[Array, "*request expert"]
+    """Probability that memory runs out before the request ends."""
+
+
 class Load(NamedTuple):
-    """Sums over an expert's batch that every prediction needs."""
+    """What `estimate_impact` needs to know of an expert's batch besides its outlook."""
 
     active: Float[Array, "slot expert"]
     num_active: Float[Array, "expert"]
+    footprint: Float[Array, "expert"]
+    """Tokens of all requests there, prompts and what has been generated."""
     context: Float[Array, "expert"]
     num_waiting: Float[Array, "expert"]
-    seats: Float[Array, "expert"]
-    """Requests that could still join the batch, given its limit and the free KV memory."""
     departure_time: Float[Array, "expert"]
     """Mean time between two departures from the batch, s."""
-    elapsed: Float[Array, "slot expert"]
-    """Time that each request will have spent on anything but its own decode iterations, s."""
+    time_left: Float[Array, "expert"]
+    """Mean time that a request there still takes, s."""
+    delays: Delays
 
 
 def _prefill_stall(site: Site, tokens: Array, num_seqs: Array) -> Array:
@@ -68,21 +88,35 @@ def _expected_remaining(predicted: Array, generated: Array, log_error: Array) ->
     return jnp.maximum(mean - generated, 1.0)
 
 
+def _out_of_memory(site: Site, tokens: Array, num_before: Array) -> Array:
+    """Probability that a request runs out of memory if it and the `num_before` ones before it need `tokens`."""
+    # A request that is alone has all the memory.
+    return jax.nn.sigmoid((tokens / site.kv_capacity - 1) / MEMORY_ERROR) * (num_before > 0)
+
+
 def _probability_in_time(
-    elapsed: Array, generated: Array, remaining: Array, per_token: Array, requirement: Array, log_error: Array
+    delays: Delays,
+    generated: Array,
+    remaining: Array,
+    per_token: Array,
+    time_left: Array,
+    requirement: Array,
+    log_error: Array,
 ) -> tuple[Array, Array]:
-    """Predicted normalised latency, and the probability that it stays within `requirement`.
+    """Predicted normalised latency while memory lasts, and the probability that it stays within `requirement`.
 
     The latency per token x = (elapsed + m t) / (g + m), with m tokens to come at t seconds each, is taken as
-    log-normal. Its spread follows from those of log n and log t to first order.
+    log-normal. Its spread follows from those of log n and of the wait to first order. If memory runs out, an
+    exponential delay comes on top.
     """
-    decode = remaining * per_token
-    total = elapsed + decode
-    latency = total / (generated + remaining)
-    by_length = log_error * (per_token * generated - elapsed) / total
-    by_rate = RATE_ERROR * decode / total
-    spread = jnp.sqrt(by_length**2 + by_rate**2 + 0.02**2)
-    return latency, ndtr(jnp.log(requirement / latency) / spread)
+    total = delays.elapsed + remaining * per_token
+    tokens = generated + remaining
+    by_length = log_error * (per_token * generated - delays.elapsed) / total
+    spread = jnp.sqrt(by_length**2 + delays.wait_variance / total**2 + RATE_ERROR**2)
+    latency = total / tokens
+    slack = jnp.maximum(requirement * tokens - total, 0.0)
+    late = delays.out_of_memory * jnp.exp(-slack / (MEMORY_DELAY * time_left))
+    return latency, ndtr(jnp.log(requirement / latency) / spread) * (1 - late)
 
 
 def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple[Outlook, Load]:
@@ -92,31 +126,34 @@ def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple
     """
     active = (batch.running | batch.waiting).astype(jnp.float32)
     remaining = _expected_remaining(jnp.maximum(batch.predicted_output_tokens, 1.0), batch.generated, log_error)
-    footprint = active * (batch.prompt_tokens + batch.generated)
+    size = active * (batch.prompt_tokens + batch.generated)
     num_active = active.sum(0)
-    num_running = batch.running.sum(0).astype(jnp.float32)
-    num_waiting = num_active - num_running
+    num_waiting = num_active - batch.running.sum(0).astype(jnp.float32)
     per_request = jnp.maximum(num_active, 1.0)
-    total_footprint = footprint.sum(0)
+    footprint = size.sum(0)
     num_seqs = jnp.minimum(num_active, site.max_num_seqs)
-    context = total_footprint * num_seqs / per_request
+    context = footprint * num_seqs / per_request
     time = site.iteration_time(num_seqs, num_seqs, context)
     need = jnp.where(active > 0, batch.prompt_tokens + batch.generated - batch.computed, 0.0)
     # A decoding request needs one token, which belongs to the decode iteration.
     prefill = jnp.where(need > 1, need, 0.0).sum(0)
     kv_used = (active * batch.computed).sum(0)
 
-    free_kv = site.kv_capacity - jnp.where(batch.running, footprint, 0.0).sum(0)
-    seats = jnp.clip(
-        jnp.minimum(site.max_num_seqs - num_running, free_kv / (jnp.maximum(total_footprint, 1.0) / per_request)), 0.0
-    )
     pending_output = (active * remaining).sum(0)
-    departure_time = time * pending_output / per_request / jnp.maximum(num_seqs, 1.0)
-    # Queue position, first in line = 1; running requests have been served already.
-    (position,) = running_sums(batch.waiting)
-    wait = jnp.where(batch.waiting, jnp.maximum(position - seats, 0.0) * departure_time, 0.0)
-    elapsed = batch.age + site.network_delay + wait + _prefill_stall(site, prefill, num_seqs)
-    _, in_time = _probability_in_time(elapsed, batch.generated, remaining, time, _requirement(batch, active), log_error)
+    time_left = time * jnp.maximum(pending_output, 1.0) / per_request
+    departure_time = time_left / jnp.maximum(num_seqs, 1.0)
+    # The slots are in the order in which requests are admitted and keep their memory. First in line = 1.
+    rank, size_so_far = running_sums(active, size)
+    # So many must leave before it has a seat; the times between their departures are taken as exponential.
+    behind = jnp.maximum(rank - site.max_num_seqs, 0.0)
+    delays = Delays(
+        elapsed=batch.age + site.network_delay + behind * departure_time + _prefill_stall(site, prefill, num_seqs),
+        wait_variance=behind * departure_time**2,
+        out_of_memory=_out_of_memory(site, size_so_far + remaining, rank - 1),
+    )
+    _, in_time = _probability_in_time(
+        delays, batch.generated, remaining, time, time_left, _requirement(batch, active), log_error
+    )
     outlook = Outlook(
         iteration_time=time,
         pending_prefill=prefill,
@@ -126,7 +163,7 @@ def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple
         remaining_tokens=remaining * active,
         in_time=in_time * active,
     )
-    load = Load(active, num_active, context, num_waiting, seats, departure_time, elapsed)
+    load = Load(active, num_active, footprint, context, num_waiting, departure_time, time_left, delays)
     return outlook, load
 
 
@@ -151,39 +188,58 @@ def estimate_impact(
 
     before = _prefill_stall(site, outlook.pending_prefill, num_before)
     after = _prefill_stall(site, outlook.pending_prefill + request.prompt_tokens, num_seqs)
-    wait = jnp.maximum(load.num_waiting + 1 - load.seats, 0.0) * load.departure_time
+    behind = jnp.maximum(load.num_active + 1 - site.max_num_seqs, 0.0)
     # On average, half an iteration is left when it comes; then follows the one that completes its prefill.
     residual = jnp.where(load.num_active > 0, outlook.iteration_time / 2, 0.0)
+    wait = behind * load.departure_time
     ttft = request.age + site.network_delay + residual + wait + after + slower
-    fixed = ttft + site.network_delay - slower
-    normalised_latency, in_time = _probability_in_time(
-        fixed, jnp.zeros_like(fixed), mean_length, slower, request.latency_requirement, log_error
+    at_first = load.footprint + request.prompt_tokens
+    delays = Delays(
+        elapsed=ttft + site.network_delay - slower,
+        wait_variance=behind * load.departure_time**2,
+        out_of_memory=_out_of_memory(site, at_first + mean_length, load.num_active),
     )
+    normalised_latency, in_time = _probability_in_time(
+        delays,
+        jnp.zeros_like(ttft),
+        mean_length,
+        slower,
+        load.time_left,
+        request.latency_requirement,
+        log_error,
+    )
+    # Without memory for its prompt, it waits for its first token until the others have left, on average.
+    before_first = _out_of_memory(site, at_first, load.num_active) * load.time_left
+    lost_time = delays.out_of_memory * MEMORY_DELAY * load.time_left
 
+    # The others keep their memory: the latest to come is the first to lose its own.
     shared = jnp.minimum(outlook.remaining_tokens, mean_length)
-    delayed = load.elapsed + (after - before) + shared * (slower - outlook.iteration_time)
+    slowed = (after - before) + shared * (slower - outlook.iteration_time)
     _, still_in_time = _probability_in_time(
-        delayed,
+        load.delays._replace(elapsed=load.delays.elapsed + slowed),
         batch.generated,
         jnp.maximum(outlook.remaining_tokens, 1.0),
         outlook.iteration_time,
+        load.time_left,
         _requirement(batch, load.active),
         log_error,
     )
     lost = jnp.maximum(outlook.in_time - still_in_time, 0.0) * load.active
     holds = mean_length * slower
-    spare = jnp.maximum(request.latency_requirement * mean_length - (fixed - wait) - holds, 0.0)
+    spare = jnp.maximum(request.latency_requirement * mean_length - (delays.elapsed - wait) - holds, 0.0)
+    size = jnp.maximum(load.footprint, 1.0) / jnp.maximum(load.num_active, 1.0)
+    seats = jnp.minimum(site.max_num_seqs - load.num_active, (site.kv_capacity - load.footprint) / size)
     return Impact(
-        ttft=ttft,
-        tpot=slower,
-        normalised_latency=normalised_latency,
+        ttft=ttft + before_first,
+        tpot=slower + (lost_time - before_first) / mean_length,
+        normalised_latency=normalised_latency + lost_time / mean_length,
         in_time=in_time,
         qos=request.predicted_quality * in_time,
         qos_loss=fold(jnp.add, batch.predicted_quality * lost),
         added_violations=fold(jnp.add, lost),
         seat_seconds=holds / site.max_num_seqs,
         kv_seconds=holds * (request.prompt_tokens + mean_length / 2) / site.kv_capacity,
-        free_seats=jnp.maximum(load.seats - load.num_waiting + spare / jnp.maximum(load.departure_time, 1e-3), 0.0),
+        free_seats=jnp.maximum(seats + spare / jnp.maximum(load.departure_time, 1e-3), 0.0),
     )
 
 
