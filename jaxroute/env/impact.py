@@ -1,9 +1,10 @@
 """The action impact estimator: what an action would do to the arriving request and to those in flight.
 
-One *frozen-batch* model serves three purposes: edge features of the graph, the `impact_greedy` policy, and the
-potential of the reward. It assumes that an expert's batch stays as it is (at a steady load, requests leave as
-others come), that lengths are log-normal around their predictions, and that iteration times are known to within
-`RATE_ERROR`. Formulas and their derivation: docs/explanation/learning.md.
+One model serves three purposes: edge features of the graph, the `impact_greedy` policy, and the potential of the
+reward. It assumes that an expert's batch stays as it is (at a steady load, requests leave as others come, and the
+prefill of those that come costs a batch that streams its weights next to nothing), that lengths are log-normal around
+their predictions, and that memory may run out as requests grow. Formulas and their derivation:
+docs/explanation/learning.md. `python -m benchmarks.reliability` compares what it says with what happens.
 """
 
 from __future__ import annotations
@@ -19,14 +20,20 @@ from jaxroute.env.types import Batch, Described, Impact
 from jaxroute.serving import Site, fold, running_sums
 from jaxroute.workloads.limits import Limits
 
-# Relative error (standard deviation) of the frozen batch's iteration time over the life of a request.
-RATE_ERROR = 0.25
+# All constants but TTFT_ERROR are fitted by maximum likelihood to training prompts and the training mix of arrivals on
+# edge6, and rounded (docs/explanation/learning.md).
+# Relative error (standard deviation) of a predicted latency per token whose length and wait are known.
+RATE_ERROR = 0.02
 # Relative error of a predicted TTFT without a queue: where in an iteration a request comes, and what else is prefilled.
 TTFT_ERROR = 0.2
+# Scale of the logistic distribution of the memory that a request and those before it come to need, per KV capacity.
+MEMORY_ERROR = 0.04
+# Mean time that a request loses when memory runs out, per mean time that the requests there still take.
+MEMORY_DELAY = 2.0
 
 
 class Outlook(NamedTuple):
-    """What the frozen-batch model predicts for each expert as it stands."""
+    """What the model predicts for each expert as it stands."""
 
     iteration_time: Float[Array, "expert"]
     """s, with every request there that fits into the batch."""
@@ -40,21 +47,31 @@ class Outlook(NamedTuple):
     in_time: Float[Array, "slot expert"]
 
 
+class Delays(NamedTuple):
+    """What may hold requests up, apart from their own iterations."""
+
+    elapsed: Float[Array, "*request expert"]
+    """Time spent so far, and that to come which is expected for certain, s."""
+    wait_variance: Float[Array, "*request expert"]
+    """Of the wait for a seat, s^2."""
+    out_of_memory: Float[Array, "*request expert"]
+    """Probability that memory runs out before the request ends."""
+
+
 class Load(NamedTuple):
-    """Sums over an expert's batch that every prediction needs."""
+    """What `estimate_impact` needs to know of an expert's batch besides its outlook."""
 
     active: Float[Array, "slot expert"]
     num_active: Float[Array, "expert"]
+    footprint: Float[Array, "expert"]
+    """Tokens of all requests there, prompts and what has been generated."""
     context: Float[Array, "expert"]
     num_waiting: Float[Array, "expert"]
-    seats: Float[Array, "expert"]
-    """Requests that could still join the batch, given its limit and the free KV memory."""
     departure_time: Float[Array, "expert"]
     """Mean time between two departures from the batch, s."""
-    wait: Float[Array, "slot expert"]
-    """Time that each request still has to wait for a seat, s."""
-    elapsed: Float[Array, "slot expert"]
-    """Time that each request will have spent on anything but its own decode iterations, s."""
+    time_left: Float[Array, "expert"]
+    """Mean time that a request there still takes, s."""
+    delays: Delays
 
 
 def _prefill_stall(site: Site, tokens: Array, num_seqs: Array) -> Array:
@@ -74,53 +91,72 @@ def _expected_remaining(predicted: Array, generated: Array, log_error: Array) ->
     return jnp.maximum(mean - generated, 1.0)
 
 
+def _out_of_memory(site: Site, tokens: Array, num_before: Array) -> Array:
+    """Probability that a request runs out of memory if it and the `num_before` ones before it need `tokens`."""
+    # A request that is alone has all the memory.
+    return jax.nn.sigmoid((tokens / site.kv_capacity - 1) / MEMORY_ERROR) * (num_before > 0)
+
+
 class _Course(NamedTuple):
     """How a request is predicted to go on."""
 
-    elapsed: Array
-    """Time from its arrival that it will have spent on anything but its decode iterations to come, s."""
-    first_token: Array
-    """TTFT, s."""
-    uncertain: Array
-    """Relative error of TTFT (standard deviation); 0 if there was a first token."""
+    delays: Delays
+    first_token: Array | None
+    """TTFT, s; None if nothing limits it or TPOT."""
+    has_token: Array | None
+    """Whether the first token was there already, so that TTFT is certain."""
     generated: Array
     remaining: Array
     """Tokens to come."""
     per_token: Array
     """Time of each of them, s."""
+    time_left: Array
+    """Mean time that a request there still takes, s."""
 
 
-def _probability_in_time(course: _Course, limits: Limits, log_error: Array) -> tuple[Limits, Limits, Array]:
-    """Predicted latencies, the probability that each stays within its limit, and that all do.
+def _probability_in_time(course: _Course, limits: Limits, log_error: Array) -> tuple[Limits, Array]:
+    """Return the probability that each limit is kept, and that all are.
 
     The latency per token x = (elapsed + m t) / (g + m), with m tokens to come at t seconds each, is taken as
-    log-normal, and so are E2E, TPOT and TTFT. Their spread follows from those of log n and log t to first order. As
-    length and speed decide on all but TTFT together, the least of these probabilities counts, times that of TTFT.
+    log-normal, and so are TTFT, TPOT and E2E. Their spread follows from those of log n and of the wait to first order.
+    If memory runs out, an exponential delay comes on top. As length and speed decide on all but TTFT together, the
+    least of these probabilities counts, times that of TTFT.
     """
+    delays, per_token = course.delays, course.per_token
+    total = delays.elapsed + course.remaining * per_token
     tokens = course.generated + course.remaining
-    decode = course.remaining * course.per_token
-    total = course.elapsed + decode
-    after_first = jnp.maximum(total - course.first_token, 1e-6)
-    predicted = Limits(course.first_token, after_first / jnp.maximum(tokens - 1, 1.0), total, total / tokens)
-    by_rate = RATE_ERROR * decode / total
-    by_length = log_error * (course.per_token * course.generated - course.elapsed) / total
-    spread = Limits(
-        ttft=course.uncertain,
-        tpot=RATE_ERROR * jnp.minimum(decode / after_first, 1.0),
-        e2e=jnp.sqrt((log_error * course.per_token * tokens / total) ** 2 + by_rate**2),
-        normalised=jnp.sqrt(by_length**2 + by_rate**2),
-    )
-    each = Limits(
-        *(
-            None if limit is None else ndtr(jnp.log(limit / latency) / jnp.sqrt(of_latency**2 + 0.02**2))
-            for limit, latency, of_latency in zip(limits, predicted, spread, strict=True)
-        )
-    )
-    together = [probability for probability in each[1:] if probability is not None]
-    in_time = together[0] if together else jnp.ones_like(total)
+
+    def kept(limit: Array, latency: Array, spread: Array, span: Array | float) -> Array:
+        """Probability for a latency that lasts `span` times as long in seconds."""
+        slack = jnp.maximum((limit - latency) * span, 0.0)
+        late = delays.out_of_memory * jnp.exp(-slack / (MEMORY_DELAY * course.time_left))
+        return ndtr(jnp.log(limit / latency) / spread) * (1 - late)
+
+    each = Limits()
+    if limits.normalised is not None:
+        by_length = log_error * (per_token * course.generated - delays.elapsed) / total
+        spread = jnp.sqrt(by_length**2 + delays.wait_variance / total**2 + RATE_ERROR**2)
+        each = each._replace(normalised=kept(limits.normalised, total / tokens, spread, tokens))
+    if limits.e2e is not None:
+        by_length = log_error * per_token * tokens / total
+        spread = jnp.sqrt(by_length**2 + delays.wait_variance / total**2 + RATE_ERROR**2)
+        each = each._replace(e2e=kept(limits.e2e, total, spread, 1.0))
+    if course.first_token is not None:
+        first, has_token = course.first_token, course.has_token
+        assert has_token is not None
+        if limits.tpot is not None:
+            further = jnp.maximum(tokens - 1, 1.0)
+            tpot = jnp.maximum(total - first, 1e-6) / further
+            each = each._replace(tpot=kept(limits.tpot, tpot, jnp.full_like(tpot, RATE_ERROR), further))
+        if limits.ttft is not None:
+            spread = jnp.sqrt(delays.wait_variance / first**2 + TTFT_ERROR**2)
+            in_time = ndtr(jnp.log(limits.ttft / first) / spread)
+            each = each._replace(ttft=jnp.where(has_token, first <= limits.ttft, in_time))
+    together = [probability for probability in each[1:] if probability is not None] or [jnp.ones_like(total)]
+    in_time = together[0]
     for probability in together[1:]:
         in_time = jnp.minimum(in_time, probability)
-    return predicted, each, in_time if each.ttft is None else in_time * each.ttft
+    return each, in_time if each.ttft is None else in_time * each.ttft
 
 
 def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple[Outlook, Load]:
@@ -130,32 +166,33 @@ def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple
     """
     active = (batch.running | batch.waiting).astype(jnp.float32)
     remaining = _expected_remaining(jnp.maximum(batch.predicted_output_tokens, 1.0), batch.generated, log_error)
-    footprint = active * (batch.prompt_tokens + batch.generated)
+    size = active * (batch.prompt_tokens + batch.generated)
     num_active = active.sum(0)
-    num_running = batch.running.sum(0).astype(jnp.float32)
-    num_waiting = num_active - num_running
+    num_waiting = num_active - batch.running.sum(0).astype(jnp.float32)
     per_request = jnp.maximum(num_active, 1.0)
-    total_footprint = footprint.sum(0)
+    footprint = size.sum(0)
     num_seqs = jnp.minimum(num_active, site.max_num_seqs)
-    context = total_footprint * num_seqs / per_request
+    context = footprint * num_seqs / per_request
     time = site.iteration_time(num_seqs, num_seqs, context)
     need = jnp.where(active > 0, batch.prompt_tokens + batch.generated - batch.computed, 0.0)
     # A decoding request needs one token, which belongs to the decode iteration.
     prefill = jnp.where(need > 1, need, 0.0).sum(0)
     kv_used = (active * batch.computed).sum(0)
 
-    free_kv = site.kv_capacity - jnp.where(batch.running, footprint, 0.0).sum(0)
-    seats = jnp.clip(
-        jnp.minimum(site.max_num_seqs - num_running, free_kv / (jnp.maximum(total_footprint, 1.0) / per_request)), 0.0
-    )
     pending_output = (active * remaining).sum(0)
-    departure_time = time * pending_output / per_request / jnp.maximum(num_seqs, 1.0)
-    # Queue position, first in line = 1; running requests have been served already.
-    (position,) = running_sums(batch.waiting)
-    wait = jnp.where(batch.waiting, jnp.maximum(position - seats, 0.0) * departure_time, 0.0)
-    elapsed = batch.age + site.network_delay + wait + _prefill_stall(site, prefill, num_seqs)
-    course = _course_in_flight(batch, elapsed, remaining, time, wait)
-    _, _, in_time = _probability_in_time(course, _limits(batch, active), log_error)
+    time_left = time * jnp.maximum(pending_output, 1.0) / per_request
+    departure_time = time_left / jnp.maximum(num_seqs, 1.0)
+    # The slots are in the order in which requests are admitted and keep their memory. First in line = 1.
+    rank, size_so_far = running_sums(active, size)
+    # So many must leave before it has a seat; the times between their departures are taken as exponential.
+    behind = jnp.maximum(rank - site.max_num_seqs, 0.0)
+    delays = Delays(
+        elapsed=batch.age + site.network_delay + behind * departure_time + _prefill_stall(site, prefill, num_seqs),
+        wait_variance=behind * departure_time**2,
+        out_of_memory=_out_of_memory(site, size_so_far + remaining, rank - 1),
+    )
+    course = _course(batch, delays, remaining, time, time_left)
+    _, in_time = _probability_in_time(course, _limits(batch, active), log_error)
     outlook = Outlook(
         iteration_time=time,
         pending_prefill=prefill,
@@ -165,7 +202,7 @@ def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple
         remaining_tokens=remaining * active,
         in_time=in_time * active,
     )
-    load = Load(active, num_active, context, num_waiting, seats, departure_time, wait, elapsed)
+    load = Load(active, num_active, footprint, context, num_waiting, departure_time, time_left, delays)
     return outlook, load
 
 
@@ -190,22 +227,38 @@ def estimate_impact(
 
     before = _prefill_stall(site, outlook.pending_prefill, num_before)
     after = _prefill_stall(site, outlook.pending_prefill + request.prompt_tokens, num_seqs)
-    wait = jnp.maximum(load.num_waiting + 1 - load.seats, 0.0) * load.departure_time
+    behind = jnp.maximum(load.num_active + 1 - site.max_num_seqs, 0.0)
     # On average, half an iteration is left when it comes; then follows the one that completes its prefill.
     residual = jnp.where(load.num_active > 0, outlook.iteration_time / 2, 0.0)
+    wait = behind * load.departure_time
     ttft = request.age + site.network_delay + residual + wait + after + slower
-    fixed = ttft + site.network_delay - slower
-    first_token = ttft + site.network_delay
-    course = _Course(
-        fixed, first_token, RATE_ERROR * wait / first_token + TTFT_ERROR, jnp.zeros_like(fixed), mean_length, slower
+    at_first = load.footprint + request.prompt_tokens
+    delays = Delays(
+        elapsed=ttft + site.network_delay - slower,
+        wait_variance=behind * load.departure_time**2,
+        out_of_memory=_out_of_memory(site, at_first + mean_length, load.num_active),
     )
-    predicted, each, in_time = _probability_in_time(course, request.limits, log_error)
+    first_token = None if batch.first_token is None else ttft + site.network_delay
+    has_token = None if batch.first_token is None else jnp.zeros_like(ttft, bool)
+    each, in_time = _probability_in_time(
+        _Course(delays, first_token, has_token, jnp.zeros_like(ttft), mean_length, slower, load.time_left),
+        request.limits,
+        log_error,
+    )
+    # Without memory for its prompt, it waits for its first token until the others have left, on average.
+    before_first = _out_of_memory(site, at_first, load.num_active) * load.time_left
+    lost_time = delays.out_of_memory * MEMORY_DELAY * load.time_left
 
+    # The others keep their memory: the latest to come is the first to lose its own.
     shared = jnp.minimum(outlook.remaining_tokens, mean_length)
-    delayed = load.elapsed + (after - before) + shared * (slower - outlook.iteration_time)
-    _, _, still_in_time = _probability_in_time(
-        _course_in_flight(
-            batch, delayed, jnp.maximum(outlook.remaining_tokens, 1.0), outlook.iteration_time, load.wait
+    slowed = (after - before) + shared * (slower - outlook.iteration_time)
+    _, still_in_time = _probability_in_time(
+        _course(
+            batch,
+            load.delays._replace(elapsed=load.delays.elapsed + slowed),
+            jnp.maximum(outlook.remaining_tokens, 1.0),
+            outlook.iteration_time,
+            load.time_left,
         ),
         _limits(batch, load.active),
         log_error,
@@ -213,10 +266,19 @@ def estimate_impact(
     lost = jnp.maximum(outlook.in_time - still_in_time, 0.0) * load.active
     holds = mean_length * slower
     allowed = jnp.minimum(request.limits.per_token(mean_length), 1e3) * mean_length
-    spare = jnp.maximum(allowed - (fixed - wait) - holds, 0.0)
+    spare = jnp.maximum(allowed - (delays.elapsed - wait) - holds, 0.0)
+    latency = delays.elapsed + mean_length * slower + lost_time
+    predicted = Limits(
+        ttft=ttft + before_first,
+        tpot=slower + (lost_time - before_first) / mean_length,
+        e2e=latency,
+        normalised=latency / mean_length,
+    )
+    size = jnp.maximum(load.footprint, 1.0) / jnp.maximum(load.num_active, 1.0)
+    seats = jnp.minimum(site.max_num_seqs - load.num_active, (site.kv_capacity - load.footprint) / size)
     return Impact(
-        ttft=ttft,
-        tpot=slower,
+        ttft=predicted.ttft,
+        tpot=predicted.tpot,
         normalised_latency=predicted.normalised,
         relative_latency=request.limits.relative(predicted),
         in_time=in_time,
@@ -226,18 +288,17 @@ def estimate_impact(
         added_violations=fold(jnp.add, lost),
         seat_seconds=holds / site.max_num_seqs,
         kv_seconds=holds * (request.prompt_tokens + mean_length / 2) / site.kv_capacity,
-        free_seats=jnp.maximum(load.seats - load.num_waiting + spare / jnp.maximum(load.departure_time, 1e-3), 0.0),
+        free_seats=jnp.maximum(seats + spare / jnp.maximum(load.departure_time, 1e-3), 0.0),
     )
 
 
-def _course_in_flight(batch: Batch, elapsed: Array, remaining: Array, per_token: Array, wait: Array) -> _Course:
-    first_token = uncertain = elapsed
-    if batch.first_token is not None:
+def _course(batch: Batch, delays: Delays, remaining: Array, per_token: Array, time_left: Array) -> _Course:
+    first_token, has_token = batch.first_token, None
+    if first_token is not None:
         # Until there is a first token, it is predicted.
-        there = batch.generated > 0
-        first_token = jnp.where(there, batch.first_token, elapsed + per_token)
-        uncertain = jnp.where(there, 0.0, RATE_ERROR * wait / first_token + TTFT_ERROR)
-    return _Course(elapsed, first_token, uncertain, batch.generated, remaining, per_token)
+        has_token = batch.generated > 0
+        first_token = jnp.where(has_token, first_token, delays.elapsed + per_token)
+    return _Course(delays, first_token, has_token, batch.generated, remaining, per_token, time_left)
 
 
 def _limits(batch: Batch, active: Array) -> Limits:

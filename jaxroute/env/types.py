@@ -107,7 +107,7 @@ class Impact(NamedTuple):
     added_violations: Float[Array, "expert"]
     """Expected number of these requests that become late."""
     seat_seconds: Float[Array, "expert"]
-    """Time for which it will hold a seat, as a share of all seats there, s: predicted tokens x TPOT / max_num_seqs."""
+    """Time for which it will hold a seat, as a share of all there, s: predicted tokens x iteration time / seats."""
     kv_seconds: Float[Array, "expert"]
     """Time for which it will hold KV memory, as a share of all memory there, s."""
     free_seats: Float[Array, "expert"]
