@@ -8,18 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.table import Table
 
 from benchmarks import publish
 from benchmarks.history import draw, read_history
+from benchmarks.reliability import Routed, reliability, summary
 from jaxroute.devices import usable_cores
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
-# The one that compiles least; the others are made of the same parts.
-MAIN_FIGURES = {"network": ["dense forward, ms", "segment forward, ms"]}
+# The one that compiles least, as the others are made of the same parts, and one that draws a figure of its own.
+MAIN_FIGURES = {
+    "network": ["dense forward, ms", "segment forward, ms"],
+    "reliability": ["edge6 impact_greedy, calibration error", "edge6 shortest_queue, calibration error"],
+}
 
 
 def shell(name, *args, cwd):
@@ -39,6 +44,25 @@ def history(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(publish, "HISTORY", tmp_path / "history")
     return tmp_path / "history"
+
+
+def test_reliability_of_predictions_made_by_hand():
+    """Four of five requests that were given 0.85 are in time, and none of the five that were given 0.25."""
+    times = np.arange(1.0, 11.0)
+    routed = Routed(
+        predicted_in_time=np.repeat([0.85, 0.25], 5),
+        predicted_ttft=times + 0.5,
+        predicted_tpot=2 * times,
+        in_time=np.arange(10) < 4,
+        ttft=times,
+        tpot=np.where(times < 10, times, np.nan),
+    )
+    figures = summary(routed)
+    assert figures["predicted_in_time"] - figures["in_time"] == pytest.approx(0.55 - 0.4)
+    assert figures["calibration_error"] == pytest.approx((0.05 + 0.25) / 2)
+    assert figures["ttft_bias"] == pytest.approx(0.5)
+    assert (figures["tpot_bias"], figures["tpot_ratio"]) == (5.0, 2.0)
+    np.testing.assert_array_equal(reliability(routed)["count"], [0, 0, 5, 0, 0, 0, 0, 0, 5, 0])
 
 
 @pytest.mark.parametrize("name", MAIN_FIGURES)

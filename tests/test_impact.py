@@ -124,6 +124,38 @@ def test_memory_must_become_free():
     assert full.ttft[0] > roomy.ttft[0] + 5
 
 
+def test_the_latest_to_come_runs_out_of_memory():
+    """Two requests of 304 tokens with some sixteen to come, of which the memory holds one and most of the other."""
+    pair = [in_flight(0, prompt_tokens=300, latency_requirement=14.0) for _ in range(2)]
+    (roomy, at_ease), (full, cramped) = (predict(pair, [{"kv_capacity": kv}] * NUM_EXPERTS) for kv in (10_000, 620))
+    assert full.in_time[0, 0] == roomy.in_time[0, 0] > 0.5
+    to_come = roomy.remaining_tokens[1, 0]
+    odds = np.exp(((608 + to_come) / 620 - 1) / 0.04)
+    # An iteration of the two, and half a second for the way back after ten.
+    left = 14.0 * (4 + to_come) - (10.5 + roomy.iteration_time[0] * to_come)
+    delay = 2 * roomy.iteration_time[0] * to_come
+    late = odds / (1 + odds) * np.exp(-left / delay)
+    assert late > 0.3
+    assert full.in_time[1, 0] == pytest.approx(roomy.in_time[1, 0] * (1 - late), rel=1e-4)
+    # The next one would not even find memory for its prompt at once.
+    assert cramped.ttft[0] > at_ease.ttft[0] + delay / 4
+    assert cramped.normalised_latency[0] > at_ease.normalised_latency[0]
+    np.testing.assert_array_equal(cramped.in_time[1:], at_ease.in_time[1:])
+
+
+def test_a_longer_queue_is_less_certain():
+    """Behind it, the wait's spread shows: far from even odds, the probability is nearer to a half."""
+    seat = [{"max_num_seqs": 1}] * NUM_EXPERTS
+    for factor in (0.8, 1.25):
+        by_queue = []
+        for queue in (0, 4):
+            crowd = [in_flight(0)] * (queue > 0) + [waiting(0)] * queue
+            _, impact = predict(crowd, seat)
+            _, judged = predict(crowd, seat, requirement=factor * impact.normalised_latency[0])
+            by_queue.append(judged.in_time[0])
+        assert abs(by_queue[0] - 0.5) > abs(by_queue[1] - 0.5) + 0.05
+
+
 def test_even_odds_at_the_predicted_latency():
     _, impact = predict()
     for factor, probability in ((1.0, 0.5), (4.0, 1.0), (0.25, 0.0)):
@@ -311,7 +343,7 @@ def rank_correlation(a, b):
 
 
 def test_the_share_in_time_is_predicted(calibration):
-    assert calibration["predicted_in_time"].mean() == pytest.approx(calibration["in_time"].mean(), abs=0.1)
+    assert calibration["predicted_in_time"].mean() == pytest.approx(calibration["in_time"].mean(), abs=0.03)
 
 
 def test_latencies_are_ranked(calibration):
