@@ -229,7 +229,7 @@ def test_more_load_is_worse(more):
 
 def test_neighbours_lose_most_at_the_edge():
     """At ease, near its limit, hopeless: only the middle one has something to lose."""
-    outlook, impact = predict([in_flight(e, latency_requirement=limit) for e, limit in enumerate((20.0, 2.0, 0.5))])
+    outlook, impact = predict([in_flight(e, latency_requirement=limit) for e, limit in enumerate((20.0, 1.8, 0.5))])
     assert outlook.in_time[0, 0] > 0.99
     assert 0.2 < outlook.in_time[0, 1] < 0.8
     assert outlook.in_time[0, 2] < 0.01
