@@ -58,7 +58,7 @@ def gymnax_episode(adapter):
 def test_gymnax_protocol():
     """What gymnax 1.x promises of every step, of truncation and of the reset that follows in the same step."""
     adapter = gymnax_adapter()
-    assert (adapter.name, adapter.num_actions) == ("EdgeRouting", 3)
+    assert (adapter.name, adapter.num_actions) == ("EdgeRouting", 4)
     first, steps = gymnax_episode(adapter)
     fresh = adapter.reset(jax.random.key(1))[1]
     for number, (obs, state, reward, terminated, truncated, info) in enumerate(steps):
@@ -124,10 +124,10 @@ def test_vector_env_follows_gymnasium():
     from gymnasium.vector import AutoresetMode
 
     assert envs.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
-    assert envs.single_action_space.n == 3
+    assert envs.single_action_space.n == 4
     obs, infos = envs.reset(seed=3)
     envs.action_space.seed(3)
-    assert (infos["action_mask"] == 1).all()
+    np.testing.assert_array_equal(infos["action_mask"], np.ones((NUM_ENVS, 4)))
     seen = [obs]
     for number in range(2 * HORIZON):
         obs, reward, terminated, truncated, infos = envs.step(envs.action_space.sample())
@@ -164,7 +164,7 @@ def test_gymnasium_and_gymnax_tell_the_same():
     """Under the keys of each environment of the batch, which only its insides know."""
     envs, adapter = vector_env(), gymnax_adapter()
     envs.reset(seed=0)
-    actions = np.arange(NUM_ENVS) % 3
+    actions = np.arange(NUM_ENVS) % 4
     for _ in range(HORIZON):
         keys = jax.random.split(jax.random.split(envs._key)[1], NUM_ENVS)
         states = envs._state
@@ -174,8 +174,10 @@ def test_gymnasium_and_gymnax_tell_the_same():
             alone = adapter.step(keys[e], state, jnp.int32(actions[e]))
             np.testing.assert_allclose(obs[e], alone[0], rtol=1e-4, atol=1e-4)
             np.testing.assert_allclose(reward[e], alone[2], rtol=1e-5, atol=1e-5)
-            for name in ("rejected", "gap", "qos_sum", "num_completed", "num_late", "num_lost"):
+            for name in ("rejected", "declined", "gap", "qos_sum", "num_completed", "num_late", "num_lost"):
                 np.testing.assert_allclose(infos[name][e], alone[5][name], rtol=1e-5, atol=1e-5, err_msg=name)
+            assert infos["declined"][e] == (e == 3)
+            assert infos["action_mask"][e, 3] == 1
             if truncated[e]:
                 np.testing.assert_allclose(infos["final_obs"][e], alone[5]["final_observation"], rtol=1e-4, atol=1e-4)
     assert truncated.all()
@@ -204,6 +206,19 @@ def test_stable_baselines3_learns_in_it():
     assert dones.all()
     assert all(info["TimeLimit.truncated"] for info in infos)
     assert all((info["terminal_observation"] != row).any() for info, row in zip(infos, obs, strict=True))
+
+
+def test_without_away_there_is_a_mask_for_the_experts_alone():
+    pytest.importorskip("gymnasium")
+    from jaxroute.adapters.gymnasium import GymnasiumVectorEnv
+
+    env, params = jaxroute.make("edge3-poisson", overrides=("bank.num_prompts=200", "env.away=false"))
+    envs = GymnasiumVectorEnv(env, params, 2)
+    assert envs.single_action_space.n == 3
+    obs, infos = envs.reset(seed=0)
+    np.testing.assert_array_equal(infos["action_mask"], np.ones((2, 3)))
+    # What is seen of away: five numbers.
+    assert obs.shape[1] == vector_env().single_observation_space.shape[0] - 5
 
 
 # ---- Mistakes ----------------------------------------------------------------------------------------------

@@ -347,7 +347,7 @@ def test_json(result, written):
     assert list(learned) == list(METRICS)
     mean, ci95 = mean_ci95(result.summaries[8.0]["learned"]["avg_qos"])
     assert learned["avg_qos"] == {"mean": mean, "ci95": ci95}
-    assert sum(learned["expert_share"]) == pytest.approx(1)
+    assert sum(learned["expert_share"]) == pytest.approx(1 - learned["declined_rate"]["mean"])
     assert content["policies"]["broken"]["ttft_p95"] == {"mean": None, "ci95": None}
     assert content["policies"]["broken"]["expert_share"] == [None] * 3
     np.testing.assert_allclose(learned["expert_choice"], result.expert_means(8.0, "learned", "expert_choice"))
@@ -396,6 +396,43 @@ def test_terminal_table_fits(result):
     assert names == result.ranking(8.0)
 
 
+def test_cloud_and_spending_are_shown_where_there_is_a_cloud(result):
+    """And declined requests always, beside the rejected ones."""
+
+    def shown(result):
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(results_table(result))
+        assert max(map(len, capture.get().splitlines())) <= 100
+        assert "…" not in capture.get()
+        return markdown_table(result).splitlines()
+
+    header, _, best, *_ = shown(result)
+    assert [cell.strip() for cell in header.split("|")][3:6] == ["late (%)", "rej. (%)", "decl. (%)"]
+    declined = 100 * result.interval(8.0, "clairvoyant", "declined_rate").mean
+    assert best.split("|")[5].strip() == f"{declined:.1f}"
+    assert "cloud" not in header
+    some = dict(result.summaries[8.0]["random"])
+    some |= {"cloud_rate": np.full(4, 0.25), "spent_per_request": np.full(4, 0.0125)}
+    used = replace(result, summaries=result.summaries | {8.0: result.summaries[8.0] | {"random": some}})
+    header, _, *rows = shown(used)
+    assert "| cloud (%) | spent (per req.) |" in header
+    (row,) = [row for row in rows if "`random`" in row]
+    assert "| 25.0 | 0.013 |" in row or "| 25.0 | 0.012 |" in row
+
+
+def test_declined_requests_have_bars_of_their_own(result):
+    """Late, rejected and declined add up to the number beside them."""
+    bars = plot_policy_comparison(result).axes[1]
+    widths = {group.get_label(): [bar.get_width() for bar in group] for group in bars.containers}
+    assert list(widths) == ["late", "rejected", "declined"]
+    assert {text.get_text() for text in bars.get_legend().get_texts()} == set(widths)
+    for place, policy in enumerate(result.ranking(8.0)):
+        rates = ("violation_rate", "rejection_rate", "declined_rate")
+        expected = [np.nan_to_num(100 * result.interval(8.0, policy, rate).mean) for rate in rates]
+        np.testing.assert_allclose([widths[name][place] for name in widths], expected)
+
+
 def test_markdown_table(result):
     lines = markdown_table(result, rate=4.0).splitlines()
     assert len(lines) == 2 + 5
@@ -406,6 +443,8 @@ def test_markdown_table(result):
 def test_summary_in_words(result):
     text = summary_text(result)
     assert text.startswith("At 8 requests/s on bursts, learned reached an average QoS of 0.")
+    declined = 100 * result.interval(8.0, "learned", "declined_rate").mean
+    assert f"It declined {declined:.1f} %, which count as 0." in text
     assert "above the best other policy, qos<greedy> (paired over 4 episodes)" in text
     assert "at each of the 2 loads it is ahead at 2." in text
     assert "clairvoyant, which sees what no router can" in text

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxroute.adapters.flat import LIMIT, flat_observation, num_features
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.errors import UserError
+from jaxroute.policies.protocol import eligible_actions
 from jaxroute.serving.checks import whole, whole_array
 
 try:
@@ -24,14 +25,15 @@ except ModuleNotFoundError as error:
     raise UserError(f"module {error.name} is missing; run pip install 'jaxroute[gymnasium]' first") from None
 
 # The scalars in the `info` of a step; what is there per slot stays on the device.
-TOTALS = ("rejected", "gap", "qos_sum", "num_completed", "num_late", "num_lost")
+TOTALS = ("rejected", "declined", "gap", "qos_sum", "num_completed", "num_late", "num_lost")
 
 
 class GymnasiumVectorEnv(VectorEnv):
     """`num_envs` sites side by side, all steps compiled into one call.
 
     At the horizon an environment starts over in the same step, and `infos["final_obs"]` holds its last observation.
-    `infos["action_mask"]` is 1 for the experts that would accept the arriving request, else 0.
+    `infos["action_mask"]` is 1 for the experts that would accept the arriving request, else 0; and 1 for away, the last
+    action, if the environment has it.
     """
 
     def __init__(self, env: EdgeRouting, params: EnvParams, num_envs: int) -> None:
@@ -63,10 +65,10 @@ class GymnasiumVectorEnv(VectorEnv):
         Bool[np.ndarray, "env"],
         dict[str, Any],
     ]:
-        """Route each environment's request to the expert that `actions` names.
+        """Route each environment's request to the expert that `actions` names, or away.
 
         Raises:
-            UserError: before `reset`, or actions that are not the number of one expert for each environment.
+            UserError: before `reset`, or actions that are not the number of one action for each environment.
         """
         if self._state is None:
             raise UserError("GymnasiumVectorEnv.step was called before reset; call reset first")
@@ -110,10 +112,10 @@ class GymnasiumEnv(Env):
         return obs[0], {"action_mask": infos["action_mask"][0]}
 
     def step(self, action: int) -> tuple[Float[np.ndarray, "feature"], float, bool, bool, dict[str, Any]]:
-        """Route the request to expert `action`, and let time pass until the next one arrives.
+        """Route the request to expert `action`, or away, and let time pass until the next one arrives.
 
         Raises:
-            UserError: before `reset`, or an action that is not the number of an expert.
+            UserError: before `reset`, or a number that is no action's.
         """
         action = whole("action", action, 0, self._envs.env.num_actions - 1)
         obs, reward, terminated, truncated, infos = self._envs.step(np.array([action]))
@@ -122,17 +124,17 @@ class GymnasiumEnv(Env):
         return last, float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
 
-def _mask(obs: Observation) -> Int[Array, "expert"]:
-    return obs.experts.eligible.astype(jnp.int8)
+def _mask(obs: Observation) -> Int[Array, "action"]:
+    return eligible_actions(obs).astype(jnp.int8)
 
 
 @partial(jax.jit, static_argnames=("env", "num_envs"))
 def _reset(
     env: EdgeRouting, params: EnvParams, key: PRNGKeyArray, num_envs: int
-) -> tuple[Float[Array, "env feature"], Int[Array, "env expert"], EnvState, PRNGKeyArray]:
+) -> tuple[Float[Array, "env feature"], Int[Array, "env action"], EnvState, PRNGKeyArray]:
     key, key_reset = jax.random.split(key)
     obs, state = jax.vmap(env.reset, (0, None))(jax.random.split(key_reset, num_envs), params)
-    return jax.vmap(flat_observation)(obs), _mask(obs), state, key
+    return jax.vmap(flat_observation)(obs), jax.vmap(_mask)(obs), state, key
 
 
 @partial(jax.jit, static_argnames="env")
@@ -146,4 +148,4 @@ def _step(
     flat = jax.vmap(flat_observation)
     totals = {name: info[name] for name in TOTALS}
     final_obs = flat(info["final_observation"]) if env.horizon else None
-    return flat(obs), final_obs, _mask(obs), reward, terminated, truncated, totals, state, key
+    return flat(obs), final_obs, jax.vmap(_mask)(obs), reward, terminated, truncated, totals, state, key

@@ -33,7 +33,7 @@ class GymnaxAdapter:
 
     @property
     def num_actions(self) -> int:
-        """One action per expert."""
+        """One action per expert, and one for away if the environment has it."""
         return self.env.num_actions
 
     @partial(jax.jit, static_argnames="self")
@@ -46,7 +46,7 @@ class GymnaxAdapter:
     def step(
         self, key: PRNGKeyArray, state: EnvState, action: Int[Array, ""], params: EnvParams | None = None
     ) -> tuple[Float[Array, "feature"], EnvState, Float[Array, ""], Bool[Array, ""], Bool[Array, ""], dict[str, Any]]:
-        """Route the request to expert `action`; at a horizon, start over."""
+        """Route the request to expert `action`, or away; at a horizon, start over."""
         obs, state, reward, terminated, truncated, info = self.env.step(
             key, state, action, self.default_params if params is None else params
         )
@@ -58,7 +58,7 @@ class GymnaxAdapter:
         return flat_observation(obs), state, reward, terminated, truncated, info
 
     def action_space(self, params: EnvParams | None = None) -> spaces.Discrete:
-        """Return the experts to choose from."""
+        """Return the actions to choose from."""
         del params
         return _spaces().Discrete(self.num_actions)
 

@@ -48,7 +48,7 @@ def load_config(words: Sequence[str] = (), base: Config | None = None) -> Config
     try:
         overrides = [_override(word, words) for word in words]
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
-            composed = compose("config", overrides=[word for word in overrides if not word.startswith(_LATE)])
+            composed: Any = compose("config", overrides=[word for word in overrides if not word.startswith(_LATE)])
         for word in overrides:
             if word.startswith(_LATE):
                 composed = OmegaConf.merge(composed, _nested(word))

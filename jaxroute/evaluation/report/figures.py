@@ -27,7 +27,7 @@ _HIGHLIGHTS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = ("o", "s", "^", "D", "v")
 _UPPER = "#222222"
 _WEAK = "#C4C4C4"
-_LATE, _REJECTED = "#E69F00", "#7A3B00"
+_LATE, _REJECTED, _DECLINED = "#E69F00", "#7A3B00", "#9AA7B5"
 
 
 class _Look(NamedTuple):
@@ -232,7 +232,7 @@ def _height(policies: Sequence[str]) -> float:
 
 @mpl.rc_context(STYLE)
 def plot_policy_comparison(result: EvaluationResult) -> Figure:
-    """Plot average QoS with confidence intervals, late and rejected requests, at the nominal load."""
+    """Plot average QoS with confidence intervals, late, rejected and declined requests, at the nominal load."""
     rate = result.nominal_rate
     policies = result.ranking(rate)
     figure = Figure(figsize=(8.2, _height(policies)), layout="constrained")
@@ -256,18 +256,21 @@ def plot_policy_comparison(result: EvaluationResult) -> Figure:
     _policy_axis(left, result, policies)
     set_title(left, f"Policies at {rate:g} requests per second", subtitle_of(result))
 
-    late, rejected = (
-        100 * np.nan_to_num([result.interval(rate, policy, metric).mean for policy in policies])
-        for metric in ("violation_rate", "rejection_rate")
-    )
-    right.barh(y, late, 0.72, color=_LATE, label="late")
-    right.barh(y, rejected, 0.72, left=late, color=_REJECTED, label="rejected")
-    for i, value in enumerate(late + rejected):
+    total = np.zeros(len(policies))
+    for metric, label, colour in (
+        ("violation_rate", "late", _LATE),
+        ("rejection_rate", "rejected", _REJECTED),
+        ("declined_rate", "declined", _DECLINED),
+    ):
+        share = 100 * np.nan_to_num([result.interval(rate, policy, metric).mean for policy in policies])
+        right.barh(y, share, 0.72, left=total, color=colour, label=label)
+        total += share
+    for i, value in enumerate(total):
         _beside(right, value, i, f"{value:.1f}")
-    right.set_xlim(0, 1.2 * max((late + rejected).max(), 0.1))
+    right.set_xlim(0, 1.2 * max(total.max(), 0.1))
     right.set_xlabel("Not answered in time (%, less is better)")
     right.tick_params(axis="y", length=0)
-    right.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2, handlelength=1)
+    right.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.2, handlelength=1)
     for axes in (left, right):
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")

@@ -37,22 +37,38 @@ def _scaled(digits: int, factor: float = 1.0) -> Callable[[Interval], str]:
     return lambda interval: fixed(interval.mean * factor, digits)
 
 
-COLUMNS = (
+_COLUMNS = (
     _Column("avg QoS", "", "avg_qos", lambda interval: plus_minus(interval, 3)),
     _Column("late", "%", "violation_rate", _scaled(1, 100)),
     _Column("rej.", "%", "rejection_rate", _scaled(1, 100)),
+    _Column("decl.", "%", "declined_rate", _scaled(1, 100)),
     _Column("quality", "", "mean_quality", _scaled(3)),
     _Column("TTFT p95", "s", "ttft_p95", _scaled(2)),
     _Column("norm. p95", "ms/tok", "normalised_latency_p95", _scaled(1, 1000)),
     _Column("QoS", "per acc.-s", "qos_per_busy_second", _scaled(3)),
 )
+_CLOUD_COLUMNS = (
+    _Column("cloud", "%", "cloud_rate", _scaled(1, 100)),
+    _Column("spent", "per req.", "spent_per_request", _scaled(3)),
+)
 DETAIL_COLUMNS = (
+    _Column("QoS/s", "", "qos_per_second", _scaled(2)),
     _Column("TPOT p95", "ms", "tpot_p95", _scaled(1, 1000)),
     _Column("E2E p95", "s", "e2e_p95", _scaled(1)),
     _Column("goodput", "req/s", "goodput", _scaled(2)),
     _Column("tokens/s", "", "tokens_per_second", _scaled(0)),
     _Column("preempt.", "per req.", "preemptions_per_request", _scaled(2)),
 )
+
+
+def columns_of(result: EvaluationResult) -> list[_Column]:
+    """Return the columns of the comparison, with those of the cloud where a policy has sent requests there."""
+    sent = [
+        result.interval(rate, policy, "cloud_rate").mean > 0
+        for rate in result.rates
+        for policy in result.summaries[rate]
+    ]
+    return [*_COLUMNS, *(_CLOUD_COLUMNS if any(sent) else ())]
 
 
 class _Row(NamedTuple):
@@ -98,14 +114,15 @@ def results_table(result: EvaluationResult, rate: float | None = None) -> Table:
         caption="± half-width of the 95 % confidence interval over episodes",
     )
     table.add_column("policy", no_wrap=True, vertical="bottom")
-    for column in COLUMNS:
+    columns = columns_of(result)
+    for column in columns:
         header = f"{column.title} {column.unit}".strip()
         wraps = header if column.metric == "avg_qos" else header.replace(" ", "\n")
         table.add_column(wraps, justify="right", no_wrap=True, vertical="bottom")
     if result.reference is not None:
         table.add_column(f"{result.reference}\n- it", justify="right", no_wrap=True, vertical="bottom")
     colours = {"better": "green", "worse": "red", "": ""}
-    for row in table_rows(result, rate, COLUMNS):
+    for row in table_rows(result, rate, columns):
         cells = [row.policy, *row.cells]
         if result.reference is not None:
             colour = colours[row.verdict]
@@ -118,11 +135,12 @@ def results_table(result: EvaluationResult, rate: float | None = None) -> Table:
 def markdown_table(result: EvaluationResult, rate: float | None = None) -> str:
     """Return the comparison at one load (the nominal one unless told) as a Markdown table."""
     rate = result.nominal_rate if rate is None else rate
-    header = ["policy", *(f"{column.title} ({column.unit})".removesuffix(" ()") for column in COLUMNS)]
+    columns = columns_of(result)
+    header = ["policy", *(f"{column.title} ({column.unit})".removesuffix(" ()") for column in columns)]
     if result.reference is not None:
         header.append(f"{result.reference} - it")
     lines = []
-    for row in table_rows(result, rate, COLUMNS):
+    for row in table_rows(result, rate, columns):
         name = f"`{row.policy}`"
         cells = [f"**{name}**" if row.policy == result.reference else name, *row.cells]
         lines.append([*cells, row.difference][: len(header)])
@@ -154,6 +172,9 @@ def summary_text(result: EvaluationResult) -> str:
         f"At {rate:g} requests/s on {result.workload}, {subject} {verb} an average QoS of "
         f"{plus_minus(qos, 3)} and answered {fixed(in_time.mean * 100, 1)} % of the requests in time."
     ]
+    declined = result.interval(rate, subject, "declined_rate").mean
+    if declined > 0:
+        sentences.append(f"It declined {fixed(declined * 100, 1)} %, which count as 0.")
     if result.reference and rival:
         difference = result.paired(rate, subject, rival)
         relative = 100 * difference.mean / (qos.mean - difference.mean) if qos.mean > difference.mean else 0.0

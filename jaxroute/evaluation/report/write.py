@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxroute.evaluation.metrics import LOADS, METRICS
-from jaxroute.evaluation.report.tables import COLUMNS, DETAIL_COLUMNS, summary_text, table_rows
+from jaxroute.evaluation.report.tables import DETAIL_COLUMNS, columns_of, summary_text, table_rows
 from jaxroute.evaluation.result import EvaluationResult, means
 from jaxroute.evaluation.statistics import Interval
 from jaxroute.files import write_file
@@ -173,7 +173,7 @@ def base64_image(png: bytes) -> str:
 
 
 def _html(result: EvaluationResult, pngs: Mapping[str, bytes]) -> str:
-    columns = COLUMNS + DETAIL_COLUMNS
+    columns = [*columns_of(result), *DETAIL_COLUMNS]
     order = [result.nominal_rate, *(rate for rate in result.rates if rate != result.nominal_rate)]
     return fill_template(
         "report/report.html.jinja",

@@ -169,7 +169,7 @@ def _setting_figures(setting: SettingResult) -> dict[str, Figure]:
     plots = {
         "Average QoS against the load": plot_qos_against_load,
         "QoS per second against the load": plot_overload,
-        "Average QoS, late and rejected requests": plot_policy_comparison,
+        "Average QoS, late, rejected and declined requests": plot_policy_comparison,
         "Quality and requests in time": plot_quality_latency,
         "Share of each expert": plot_expert_share,
         "Choice of an expert against its load": plot_expert_choice,
