@@ -148,7 +148,6 @@ def _build(
             accelerator_price=jnp.asarray(prices.accelerator, jnp.float32),
             cloud_price=jnp.asarray(prices.cloud, jnp.float32),
             shaping=jnp.float32(weights.shaping),
-            seat_price=jnp.float32(weights.seat_price),
         ),
         outages=OutageParams(
             mean_uptime=jnp.float32(dynamics.mean_uptime), mean_downtime=jnp.float32(dynamics.mean_downtime)

@@ -34,10 +34,6 @@ class RewardConfig:
     """Price of one busy accelerator-second, in QoS: what it must bring in to be worth spending."""
     shaping: bool = True
     """Potential-based shaping with the estimator's expected QoS of all requests in flight."""
-    seat_price: float = 2.0
-    """With env.away, the part of the potential that charges a request for the seat that it holds until it has left: QoS
-    per second of all seats of an expert, where one request per second comes for a hundred tokens per second of
-    capacity. It changes when credit is given, and not what is best."""
     expected_quality: bool = True
     """Reward the predicted quality instead of the drawn outcome. It has far less noise and the same mean, provided that
     quality and timing are independent given the predictions."""
@@ -45,8 +41,6 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.accelerator_price < float("inf"):
             raise UserError(f"reward: accelerator_price={self.accelerator_price} must not be negative, and finite")
-        if not 0 <= self.seat_price < float("inf"):
-            raise UserError(f"reward: seat_price={self.seat_price} must not be negative, and finite")
 
 
 @dataclass

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from jaxroute.env.cloud import CloudAnswer, ask, describe_away, let_time_pass
-from jaxroute.env.impact import Outlook, assess, estimate_impact
+from jaxroute.env.impact import assess, estimate_impact
 from jaxroute.env.types import (
     Arrival,
     Batch,
@@ -241,7 +241,6 @@ class EdgeRouting:
             state,
             gap,
             params.refresh_interval,
-            params.reward.seat_price * self.away,
         )
         if self.away:
             obs = obs._replace(away=describe_away(params.cloud, state.cloud, state.request, state.prices))
@@ -382,10 +381,6 @@ def _reward(
     step in which a request ends to that in which it is routed, and to those in which its prospects change. With a
     discount before Phi(s'), as for discounted returns (Ng, Harada and Russell, 1999), an answer would be worth less the
     longer it takes, which is not true of QoS.
-
-    Where requests may be sent away, Phi is also less by the price of the seats that the requests in flight still hold:
-    the seat price times the recent rate over the site's capacity, as in the rule `rate_price`. A request then costs at
-    once what it keeps from others, and gives it back as it goes on.
     """
     return net_earned + params.reward.shaping * (next_potential - potential)
 
@@ -586,12 +581,7 @@ def observe(
 
 @lanes_last
 def _see(
-    site: Site,
-    log_error: Float[Array, "expert"],
-    state: EnvState,
-    gap: Float[Array, ""],
-    refresh: Float[Array, ""],
-    seat_price: Float[Array, ""],
+    site: Site, log_error: Float[Array, "expert"], state: EnvState, gap: Float[Array, ""], refresh: Float[Array, ""]
 ) -> tuple[Snapshot, Float[Array, ""], Observation, Float[Array, ""]]:
     """Return the latest look at the experts, the potential of their present state, the observation, and the best net.
 
@@ -623,10 +613,8 @@ def _see(
         look = jax.tree.map(lambda new, old: jnp.where(seen.age + gap >= refresh, new, old), look, old)
     obs = observe(site, log_error, look, state.request.described(), state.recent, state.prices)
     # The potential is that of the true state, which is what the router sees unless its look is old.
-    present: Experts | Outlook = obs.experts if seen is None else assess(site, log_error, batch)[0]
-    price = seat_price * 100 / (state.recent.gap * jnp.maximum((_capacity(site) * state.up).sum(0), 1e-6))
-    held = present.pending_output * present.iteration_time / site.max_num_seqs
-    return look, (present.expected_qos - price * held).sum(0), obs, best_net(obs)
+    expected_qos = obs.experts.expected_qos if seen is None else assess(site, log_error, batch)[0].expected_qos
+    return look, expected_qos.sum(0), obs, best_net(obs)
 
 
 def best_net(obs: Observation) -> Float[Array, ""]:

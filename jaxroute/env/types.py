@@ -227,9 +227,6 @@ class RewardParams(NamedTuple):
     """Least and greatest multiple of the cloud's list prices; likewise."""
     shaping: Float[Array, ""]
     """1 adds the potential-based shaping term, 0 leaves it out."""
-    seat_price: Float[Array, ""]
-    """In the potential, where requests may be sent away: QoS per second of all seats of an expert, at one request per
-    second for a hundred tokens per second of capacity."""
 
 
 class OutageParams(NamedTuple):
@@ -370,7 +367,7 @@ class EnvState(NamedTuple):
     latency_count: Float[Array, "expert"]
     """Discounted sum and count of the normalised latencies of completed requests."""
     potential: Float[Array, ""]
-    """Phi of the shaping term: expected QoS of all requests in flight, less the price of the seats that they hold."""
+    """Phi of the shaping term: expected QoS of all requests in flight."""
     fleet: Fleet | None
     """None if all environments use the site in the parameters."""
     retries: Retries | None

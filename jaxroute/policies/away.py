@@ -57,7 +57,7 @@ def rate_price(
 
     `params` is the price at one request for a hundred tokens of capacity.
     """
-    return ~_covers(obs, params * 100 * obs.arrival.arrival_rate / _capacity(obs).sum()).any(), memory
+    return ~_covers(obs, bid_price(params, obs)).any(), memory
 
 
 def saturation(
@@ -108,6 +108,11 @@ def token_bucket(
     needed = obs.candidates.predicted_output_tokens[choice]
     away = tokens < needed
     return away, jnp.where(away, tokens, tokens - needed) / (fill * BURST)
+
+
+def bid_price(params: Params, obs: Observation) -> Float[Array, ""]:
+    """Return the price of `rate_price`, in QoS per second of all seats of an expert."""
+    return params * 100 * obs.arrival.arrival_rate / jnp.maximum(_capacity(obs).sum(), 1e-6)
 
 
 def _offer(obs: Observation) -> Float[Array, ""]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.env.environment import by_expert, site_of
-from jaxroute.policies.away import with_form
+from jaxroute.policies.away import FORMS, bid_price, with_form
 from jaxroute.policies.protocol import Memory, Params, Policy, best_action
 from jaxroute.policies.rules import RULES
 from jaxroute.serving import with_output_tokens
@@ -135,7 +135,17 @@ def action_values(
     )
     given = (jnp.arange(len(step_keys)), step_keys, jax.random.split(key, len(step_keys)))
     (obs, last, _), rewards = jax.lax.scan(step, alike, given)
-    return rewards.sum(0) + last.potential - price * jax.vmap(_time_to_drain)(obs).sum(-1)
+    left = last.potential - price * jax.vmap(_time_to_drain)(obs).sum(-1)
+    if env.away:
+        left -= jax.vmap(_price_of_seats)(obs)
+    return rewards.sum(0) + left
+
+
+def _price_of_seats(obs: Observation) -> Float[Array, ""]:
+    """What the seats that are still held could bring in for others, at the bid price of the rule `rate_price`."""
+    experts = obs.experts
+    held = experts.pending_output * experts.iteration_time / experts.max_num_seqs
+    return bid_price(FORMS["rate_price"].params, obs) * held.sum()
 
 
 def _time_to_drain(obs: Observation) -> Float[Array, "expert"]:
