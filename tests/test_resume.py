@@ -41,8 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAIN = importlib.import_module("jaxroute.training.loop")  # the module; the package exports the function
 # Eight calls of one update; parameters are saved at every second, states at every one.
 TINY = (
-    "site=edge3", "warm_start.num_states=0",
-    "network=mlp", "ppo.num_envs=8", "ppo.num_steps=8", "ppo.num_minibatches=4", "ppo.total_steps=512",
+    "site=edge3", "warm_start.num_states=0", "network=mlp", "ppo.total_steps=512",
+    "ppo.num_envs=8", "ppo.group_size=2", "ppo.num_steps=8", "ppo.num_minibatches=4",
     "train.log_interval=1", "train.save_interval=1", "train.evaluate=false",
 )  # fmt: skip
 
