@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxroute.banks import build_bank
+from jaxroute.banks.bank import RequestBank
 from jaxroute.config import Config, load_config
 from jaxroute.env import EdgeRouting, EnvParams, OutageParams, RewardParams
+from jaxroute.env.types import CloudParams
 from jaxroute.errors import UserError, did_you_mean
 from jaxroute.serving import build_site
 from jaxroute.serving.checks import real, real_array, whole
@@ -78,12 +81,23 @@ def build_env(
         rate = workload.rate
     if random_sites is None:
         random_sites = config.dynamics.random_sites
-    return _build(config, workload, rate=rate, horizon=horizon, redraw_every=redraw_every, random_sites=random_sites)
+    prices = _Prices([config.reward.accelerator_price] * 2, [1.0, 1.0])
+    return _build(
+        config, workload, prices, rate=rate, horizon=horizon, redraw_every=redraw_every, random_sites=random_sites
+    )
+
+
+class _Prices(NamedTuple):
+    """Least and greatest prices."""
+
+    accelerator: list[float]
+    cloud: list[float]
 
 
 def _build(
     config: Config,
     workload: Workload,
+    prices: _Prices,
     *,
     rate: float | tuple[float, float],
     horizon: int,
@@ -99,7 +113,7 @@ def _build(
             f"rate={rate} must be from {_LEAST_RATE:g} to {_GREATEST_RATE:g} requests per second, the least first"
         )
     site = build_site(config.site)
-    bank = build_bank(config.bank, config.site.models, config.data_path)
+    bank, cloud = _banks(config)
     longest, memory = int(np.max(np.asarray(bank.prompt_tokens))), int(np.max(np.asarray(site.kv_capacity)))
     if longest >= memory:
         raise UserError(
@@ -120,6 +134,8 @@ def _build(
         outages=dynamics.outages,
         random_sites=share,
         stale=dynamics.refresh_interval > 0,
+        away=config.env.away,
+        cloud_places=config.site.cloud.max_in_flight if config.site.cloud and config.env.away else 0,
     )
     params = EnvParams(
         site=site,
@@ -129,15 +145,33 @@ def _build(
         requirement=workload.requirement,
         share=workload.share,
         reward=RewardParams(
-            accelerator_price=jnp.float32(weights.accelerator_price),
+            accelerator_price=jnp.asarray(prices.accelerator, jnp.float32),
+            cloud_price=jnp.asarray(prices.cloud, jnp.float32),
             shaping=jnp.float32(weights.shaping),
         ),
         outages=OutageParams(
             mean_uptime=jnp.float32(dynamics.mean_uptime), mean_downtime=jnp.float32(dynamics.mean_downtime)
         ),
         refresh_interval=jnp.float32(dynamics.refresh_interval),
+        cloud=cloud,
     )
     return env, params
+
+
+def _banks(config: Config) -> tuple[RequestBank, CloudParams | None]:
+    """Return the bank of the site's experts, and what the cloud is like if requests may go there."""
+    site = config.site
+    if site.cloud is None or not config.env.away:
+        return build_bank(config.bank, site.models, config.data_path), None
+    bank = build_bank(config.bank, [*site.models, site.cloud.model], config.data_path)
+    of_site = bank._replace(**{name: getattr(bank, name)[..., :-1] for name in bank._fields[1:]})
+    columns = {name: getattr(bank, name)[..., -1] for name in bank._fields[1:]}
+    figures = {
+        name: jnp.float32(getattr(site.cloud, name)) for name in CloudParams._fields if hasattr(site.cloud, name)
+    }
+    # A prompt is private or not whenever it comes.
+    draws = np.random.default_rng((config.bank.seed, len(bank.prompt_tokens))).random(len(bank.prompt_tokens))
+    return of_site, CloudParams(**columns, **figures, local_only=jnp.asarray(draws < config.workload.local_only))
 
 
 def training_workload(config: Config) -> Workload:
@@ -163,9 +197,11 @@ def training_env(config: Config) -> tuple[EdgeRouting, EnvParams]:
     """
     workload = training_workload(config)
     low, high = (load * workload.rate for load in config.train.loads)
+    train = config.train
     return _build(
         config,
         workload,
+        _Prices(train.accelerator_prices or [config.reward.accelerator_price] * 2, train.cloud_prices),
         rate=(low, high),
         horizon=config.train.horizon,
         redraw_every=config.train.redraw_every,

@@ -56,7 +56,7 @@ def tailored_reward(params: EnvParams, played: Any, earned: np.ndarray) -> np.nd
     weights, info = jax.tree.map(np.asarray, params.reward), played.info
     return (
         earned
-        - weights.accelerator_price * info["busy_seconds"].sum(-1)
+        - weights.accelerator_price[0] * info["busy_seconds"].sum(-1)
         + weights.shaping * (played.next_state.potential - played.state.potential)
     )
 

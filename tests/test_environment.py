@@ -249,7 +249,7 @@ def test_any_actions_on_any_site(seed, rate, spread, num_experts, price, require
     params = changed(edge6()[1], (rate, rate * spread), **limits)
     params = params._replace(
         requirement=params.requirement * jnp.float32(requirement / 0.04),
-        reward=params.reward._replace(accelerator_price=jnp.float32(price)),
+        reward=params.reward._replace(accelerator_price=jnp.full(2, price, jnp.float32)),
     )
     played = play(params, seed, num_experts=num_experts)
     assert_conserved(played)
@@ -456,7 +456,7 @@ def test_the_reward_of_the_last_step_looks_at_the_final_state(params, stepped):
     weights = jax.tree.map(np.asarray, params.reward)
     info, last = stepped.info, stepped.truncated
     potential = info["final_observation"].experts.expected_qos.sum(-1)[last]
-    cost = weights.accelerator_price * info["busy_seconds"].sum(-1)
+    cost = weights.accelerator_price[0] * info["busy_seconds"].sum(-1)
     shaping = potential - stepped.state.potential[last]
     earned = stepped.reward[last] + cost[last] - shaping
     assert (potential > 0).all()

@@ -125,7 +125,8 @@ def draw_params(key: jax.Array, env: EdgeRouting, rates: jax.Array, most_tokens:
         requirement=draws.between(1e-3, 10.0, (NUM_CLASSES,)),
         share=share / share.sum(),
         reward=RewardParams(
-            accelerator_price=draws.or_zero(0.01, 1.0, ()),
+            accelerator_price=jnp.broadcast_to(draws.or_zero(0.01, 1.0, ()), 2),
+            cloud_price=jnp.ones(2),
             shaping=jnp.round(draws.uniform()),
         ),
         # From a failure in almost every gap to hardly any.
@@ -230,7 +231,7 @@ def wrong_sums(
 ) -> dict[str, jax.Array]:
     """Which rules about what has been since the beginning are broken, and whether the reward is right."""
     weights = params.reward
-    accelerator_time = weights.accelerator_price * info["busy_seconds"].sum()
+    accelerator_time = weights.accelerator_price[0] * info["busy_seconds"].sum()
     qos = reward + accelerator_time - weights.shaping * (after.potential - before.potential)
     in_flight = (after.site.slots.status == SlotStatus.ACTIVE).sum()
     given_back = after.request.age > 0

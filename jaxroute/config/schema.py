@@ -44,6 +44,15 @@ class RewardConfig:
 
 
 @dataclass
+class EnvConfig:
+    """What a router may do."""
+
+    away: bool = True
+    """One more action: to decline a request at once, or to send it to the site's cloud. false: every request must go to
+    an expert, and full queues choose who goes without."""
+
+
+@dataclass
 class DynamicsConfig:
     """What goes wrong at the site: experts that fail, and metrics that come late."""
 
@@ -74,9 +83,15 @@ class DynamicsConfig:
 class TrainConfig:
     """How to train."""
 
-    loads: list[float] = field(default_factory=lambda: [0.25, 1.75])
+    loads: list[float] = field(default_factory=lambda: [0.25, 5.4])
     """Least and greatest load, as multiples of the workload's rate; one number stands for both. Each environment draws
-    its own in between, so that one router learns what to do when the site is quiet and when it is overloaded."""
+    its own in between, so that one router learns what to do when the site is quiet and when it is overloaded: at 5.4
+    times its rate, edge6 gets three times what it can serve."""
+    accelerator_prices: list[float] | None = None
+    """Least and greatest reward.accelerator_price; each environment draws its own in between, and the router sees it,
+    so that it can be used at any of them. null: reward.accelerator_price alone."""
+    cloud_prices: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    """Least and greatest multiple of the prices of site.cloud; likewise."""
     redraw_every: int = 512
     """Steps after which an environment draws a new load."""
     arrivals: str | None = "mixed"
@@ -105,6 +120,10 @@ class TrainConfig:
             self.loads = self.loads * 2
         if len(self.loads) != 2 or not 0 < self.loads[0] <= self.loads[1] < float("inf"):
             raise UserError(f"train: loads={list(self.loads)} must be one or two numbers, 0 < least <= greatest")
+        for name in ("accelerator_prices", "cloud_prices"):
+            prices = getattr(self, name)
+            if prices is not None and (len(prices) != 2 or not 0 <= prices[0] <= prices[1] < float("inf")):
+                raise UserError(f"train: {name}={list(prices)} must be two numbers, 0 <= least <= greatest")
         for name in ("redraw_every", "log_interval", "num_seeds", "save_interval", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train: {name}={getattr(self, name)} must be at least 1")
@@ -232,6 +251,7 @@ class Config:
     network: NetworkConfig = MISSING
     ppo: PPOConfig = MISSING
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
+from jaxroute.env.cloud import CloudAnswer, ask, describe_away, let_time_pass
 from jaxroute.env.impact import assess, estimate_impact
 from jaxroute.env.types import (
     Arrival,
@@ -26,6 +27,8 @@ from jaxroute.env.types import (
     Fleet,
     InFlight,
     Observation,
+    Prices,
+    Recent,
     Request,
     Retries,
     SlotTable,
@@ -49,8 +52,8 @@ from jaxroute.serving import (
 from jaxroute.serving.checks import whole
 from jaxroute.workloads.arrivals import ArrivalProcess, first_arrival_state
 
-# The recent arrival rate is an exponential mean over this many gaps; the recent latency, over this time in s.
-ARRIVAL_WINDOW = 32.0
+# The recent arrival rates are exponential means over this many gaps; the recent latency, over this time in s.
+ARRIVAL_WINDOW, SLOW_ARRIVAL_WINDOW = 32.0, 512.0
 LATENCY_WINDOW = 60.0
 
 # The ranges from which the experts of a random site are drawn, apart from their LLM.
@@ -80,11 +83,15 @@ class EdgeRouting:
     """Fraction of environments that draw a site of their own at `reset`."""
     stale: bool = False
     """The router looks at the experts only every `params.refresh_interval` seconds, and decides on its latest look."""
+    away: bool = False
+    """One more action: the request goes to no expert. It is declined at once, or goes to the site's cloud."""
+    cloud_places: int = 0
+    """How many requests the cloud may have in flight at once; 0 where there is no cloud."""
 
     @property
     def num_actions(self) -> int:
-        """One action per expert."""
-        return self.num_experts
+        """One action per expert, and the last one, `num_experts`, for away."""
+        return self.num_experts + self.away
 
     def reset(self, key: PRNGKeyArray, params: EnvParams) -> tuple[Observation, EnvState]:
         """Start with an idle site and its first request."""
@@ -103,10 +110,12 @@ class EdgeRouting:
             table=SlotTable(*(jnp.zeros(state_shape, jnp.float32) for _ in SlotTable._fields)),
             up=jnp.ones(self.num_experts, bool) if fleet is None else fleet.present,
             request=_draw_request(key_request, jnp.int32(0), params, fleet),
+            recent=Recent(1 / rate, 1 / rate, *(jnp.float32(0.0) for _ in range(3))),
+            prices=_draw_prices(jax.random.fold_in(key, 4), params),
+            cloud=jnp.zeros(self.cloud_places, jnp.float32) if self.cloud_places else None,
             arrivals=first_arrival_state(key_start, params.arrivals),
             rate=rate,
             step=jnp.int32(0),
-            mean_gap=1 / rate,
             latency_sum=zeros,
             latency_count=zeros,
             potential=jnp.float32(0.0),
@@ -130,15 +139,16 @@ class EdgeRouting:
             Observation and state at the next arrival, the reward, terminated (False), truncated, and `info`:
             per slot (slot, expert) what ended in this step (`ended`, `request`, `qos`, `quality`, `in_time`, `ttft`,
             `latency`, `output_tokens`, `latency_requirement`, `preemptions`; times as the router sees them) and what
-            was `lost`, whether this step's request was `rejected`, per expert `busy_seconds` and `kv_token_seconds`,
-            the `gap` in s, and the totals `qos_sum`, `num_completed`, `num_late`, `num_lost`. With a horizon,
-            `final_observation` is the observation before the automatic reset.
+            was `lost`, whether this step's request was `rejected` or `declined`, per expert `busy_seconds` and
+            `kv_token_seconds`, the `gap` in s, and the totals `qos_sum`, `num_completed`, `num_late`, `num_lost`. With
+            a cloud, `cloud` is its answer (`CloudAnswer`), which counts in the totals of the step that asks for it.
+            With a horizon, `final_observation` is the observation before the automatic reset.
 
         Raises:
-            UserError: `action` is not one whole number or, outside of `jit`, names no expert. In compiled code, an
-                action that names no expert is a request that is rejected.
+            UserError: `action` is not one whole number or, outside of `jit`, names no expert and is not away. In
+                compiled code, that is a request that is rejected.
         """
-        obs, state, reward, info = self._step(key, state, _expert_number(action, self.num_experts), params)
+        obs, state, reward, info = self._step(key, state, _action_number(action, self.num_actions), params)
         terminated = jnp.bool_(False)
         if not self.horizon:
             return obs, state, reward, terminated, jnp.bool_(False), info
@@ -158,22 +168,31 @@ class EdgeRouting:
             rate = jnp.where((state.step + 1) % self.redraw_every == 0, _draw_rate(key_rate, params, fleet), rate)
         gap, arrivals = self.arrival_process(key_gap, state.arrivals, params.arrivals)
         gap = gap / rate
-        mean_gap = state.mean_gap + (gap - state.mean_gap) / ARRIVAL_WINDOW
+        recent = remember_gap(state.recent, gap)
         if retries is not None:
             # Requests that were given back are routed one after the other at the moment of the failure, before the one
             # that has just arrived: no time passes between them.
             passes = request.age == 0
             gap = jnp.where(passes, gap, 0.0)
-            arrivals, rate, mean_gap = jax.tree.map(
+            arrivals, rate, recent = jax.tree.map(
                 lambda new, old: jnp.where(passes, new, old),
-                (arrivals, rate, mean_gap),
-                (state.arrivals, state.rate, state.mean_gap),
+                (arrivals, rate, recent),
+                (state.arrivals, state.rate, state.recent._replace(latest_gap=gap)),
             )
         failed, up = jnp.zeros_like(state.up), state.up
         if self.outages != "none":
             failed, up = _outages(jax.random.fold_in(key, 3), up, gap, params, fleet)
 
         served = _serve(site_of(state, params), state, failed, action, gap)
+        sent_away = (action == self.num_experts) & self.away
+        info = served.info | {"gap": gap, "declined": sent_away, "rejected": served.info["rejected"] & ~sent_away}
+        earned, spent, cloud = served.expected_qos, jnp.float32(0.0), state.cloud
+        if cloud is not None:
+            assert params.cloud is not None
+            answer = ask(jax.random.fold_in(key, 5), params.cloud, cloud, request, state.prices, sent_away)
+            cloud = let_time_pass(cloud, answer, request.age, gap)
+            info |= _with_cloud(info, answer)
+            earned, spent = earned + answer.expected_qos, answer.spent
         retries = served.retries
         step = state.step + 1
         next_request = _draw_request(key_request, step, params, fleet)
@@ -192,7 +211,9 @@ class EdgeRouting:
             arrivals=arrivals,
             rate=rate,
             step=step,
-            mean_gap=mean_gap,
+            recent=recent,
+            prices=state.prices,
+            cloud=cloud,
             latency_sum=state.latency_sum * fade + served.latency_sum,
             latency_count=state.latency_count * fade + served.num_ended,
             potential=state.potential,
@@ -202,28 +223,59 @@ class EdgeRouting:
         )
         obs, new = self._observe(new, params, gap)
 
-        info = served.info | {"gap": gap}
-        earned = served.expected_qos if self.expected_quality else info["qos_sum"]
-        return obs, new, _reward(params, state.potential, new.potential, earned, info), info
+        earned = earned if self.expected_quality else info["qos_sum"]
+        spent += state.prices.accelerator * info["busy_seconds"].sum()
+        return obs, new, _reward(params, state.potential, new.potential, earned - spent), info
 
     def _observe(self, state: EnvState, params: EnvParams, gap: Float[Array, ""]) -> tuple[Observation, EnvState]:
         """Return what the router sees, and the state that remembers it."""
-        seen, potential, obs = _see(
+        seen, potential, obs, net = _see(
             site_of(state, params),
             by_expert(params.bank.log_length_error, state.fleet),
             state,
             gap,
             params.refresh_interval,
         )
-        return obs, state._replace(potential=potential, seen=seen if self.stale else None)
+        if self.away:
+            obs = obs._replace(away=describe_away(params.cloud, state.cloud, state.request, state.prices))
+        recent = remember_net(state.recent, net)
+        return obs, state._replace(potential=potential, seen=seen if self.stale else None, recent=recent)
 
 
-def _expert_number(action: Int[Array, ""], num_experts: int) -> Int[Array, ""]:
+def remember_gap(recent: Recent, gap: Float[Array, ""]) -> Recent:
+    """Add the time between the latest two arrivals."""
+    return recent._replace(
+        gap=recent.gap + (gap - recent.gap) / ARRIVAL_WINDOW,
+        slow_gap=recent.slow_gap + (gap - recent.slow_gap) / SLOW_ARRIVAL_WINDOW,
+        latest_gap=gap,
+    )
+
+
+def remember_net(recent: Recent, net: Float[Array, ""]) -> Recent:
+    """Add the best net value that an expert offered to the latest request."""
+    return recent._replace(
+        net=recent.net + (net - recent.net) / ARRIVAL_WINDOW,
+        net_square=recent.net_square + (net**2 - recent.net_square) / ARRIVAL_WINDOW,
+    )
+
+
+def _with_cloud(info: dict[str, Any], answer: CloudAnswer) -> dict[str, Any]:
+    """Return the step's info with the cloud's answer in its totals."""
+    return {
+        "cloud": answer,
+        "declined": info["declined"] & ~answer.sent,
+        "qos_sum": info["qos_sum"] + answer.qos,
+        "num_completed": info["num_completed"] + answer.sent,
+        "num_late": info["num_late"] + (answer.sent & ~answer.in_time),
+    }
+
+
+def _action_number(action: Int[Array, ""], num_actions: int) -> Int[Array, ""]:
     """Check an action; of a traced one, only its type and shape are known."""
     if not isinstance(action, jax.core.Tracer):
-        return jnp.int32(whole("action", action, 0, num_experts - 1))
+        return jnp.int32(whole("action", action, 0, num_actions - 1))
     if action.shape or not jnp.issubdtype(action.dtype, jnp.integer):
-        raise UserError(f"action is {action.dtype}{list(action.shape)}; give the number of an expert, one integer")
+        raise UserError(f"action is {action.dtype}{list(action.shape)}; give the number of an action, one integer")
     return action
 
 
@@ -314,22 +366,16 @@ def _total(values: Shaped[Array, "slot expert"]) -> Shaped[Array, ""]:
 
 
 def _reward(
-    params: EnvParams,
-    potential: Float[Array, ""],
-    next_potential: Float[Array, ""],
-    earned: Float[Array, ""],
-    info: dict[str, Array],
+    params: EnvParams, potential: Float[Array, ""], next_potential: Float[Array, ""], net_earned: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """Return the tailored reward: QoS of what ended, minus accelerator time, plus the change of the potential.
+    """Return the tailored reward: QoS of what ended, minus what was spent, plus the change of the potential.
 
     Phi(s') - Phi(s) telescopes, so the policy with the best average QoS stays the best. It moves the credit from the
     step in which a request ends to that in which it is routed, and to those in which its prospects change. With a
     discount before Phi(s'), as for discounted returns (Ng, Harada and Russell, 1999), an answer would be worth less the
     longer it takes, which is not true of QoS.
     """
-    weights = params.reward
-    shaping = next_potential - potential
-    return earned - weights.accelerator_price * info["busy_seconds"].sum() + weights.shaping * shaping
+    return net_earned + params.reward.shaping * (next_potential - potential)
 
 
 def _draw_rate(key: PRNGKeyArray, params: EnvParams, fleet: Fleet | None) -> Float[Array, ""]:
@@ -339,6 +385,11 @@ def _draw_rate(key: PRNGKeyArray, params: EnvParams, fleet: Fleet | None) -> Flo
         return rate
     # In proportion to the capacity of the drawn site, so that the load stays in the requested range.
     return rate * (_capacity(fleet.site) * fleet.present).sum() / _capacity(params.site).sum()
+
+
+def _draw_prices(key: PRNGKeyArray, params: EnvParams) -> Prices:
+    least, greatest = jnp.stack([params.reward.accelerator_price, params.reward.cloud_price], axis=1)
+    return Prices(*(least + (greatest - least) * jax.random.uniform(key, (2,), jnp.float32)))
 
 
 def _capacity(site: Site) -> Float[Array, "expert"]:
@@ -438,6 +489,7 @@ def _request(
         predicted_quality=by_expert(_row(bank.predicted_quality, row), fleet),
         predicted_output_tokens=by_expert(_row(bank.predicted_output_tokens, row), fleet),
         latency_requirement=latency_requirement,
+        local_only=jnp.bool_(False) if params.cloud is None else params.cloud.local_only[row],
     )
 
 
@@ -448,7 +500,12 @@ def _row(table: Float[Array, "row expert"], row: Int[Array, ""]) -> Float[Array,
 
 
 def observe(
-    site: Site, log_error: Float[Array, "expert"], known: Snapshot, request: Described, mean_gap: Float[Array, ""]
+    site: Site,
+    log_error: Float[Array, "expert"],
+    known: Snapshot,
+    request: Described,
+    recent: Recent,
+    prices: Prices,
 ) -> Observation:
     """Lay out what a router knows of the experts and of the arriving request, for rules and networks to decide on.
 
@@ -460,7 +517,11 @@ def observe(
         log_error: standard deviation of the log length around its prediction.
         known: what is known of the experts.
         request: the arriving request.
-        mean_gap: recent mean time between arrivals, s.
+        recent: what is remembered of the requests before it.
+        prices: what the operator pays.
+
+    Returns:
+        The observation, without `away`.
     """
     batch = known.batch
     outlook, load = assess(site, log_error, batch)
@@ -490,7 +551,9 @@ def observe(
         return jnp.swapaxes(jnp.where(active, value, 0.0), 0, 1)
 
     return Observation(
-        arrival=Arrival(request.prompt_tokens, request.latency_requirement, 1 / mean_gap, request.age),
+        arrival=Arrival(
+            request.prompt_tokens, request.latency_requirement, 1 / recent.gap, request.age, recent, prices
+        ),
         experts=experts,
         candidates=Candidates(request.predicted_quality, request.predicted_output_tokens, impact),
         in_flight=InFlight(
@@ -506,14 +569,15 @@ def observe(
         ),
         running=jnp.swapaxes(batch.running, 0, 1),
         waiting=jnp.swapaxes(batch.waiting, 0, 1),
+        away=None,
     )
 
 
 @lanes_last
 def _see(
     site: Site, log_error: Float[Array, "expert"], state: EnvState, gap: Float[Array, ""], refresh: Float[Array, ""]
-) -> tuple[Snapshot, Float[Array, ""], Observation]:
-    """Return the latest look at the experts, the potential of their present state, and the observation.
+) -> tuple[Snapshot, Float[Array, ""], Observation, Float[Array, ""]]:
+    """Return the latest look at the experts, the potential of their present state, the observation, and the best net.
 
     `gap` s have passed since the previous step. If the look in `state.seen` is younger than `refresh` s, it still
     counts; otherwise the router looks again.
@@ -537,7 +601,13 @@ def _see(
     if seen is not None:
         old = seen._replace(age=seen.age + gap)
         look = jax.tree.map(lambda new, old: jnp.where(seen.age + gap >= refresh, new, old), look, old)
-    obs = observe(site, log_error, look, state.request.described(), state.mean_gap)
+    obs = observe(site, log_error, look, state.request.described(), state.recent, state.prices)
     # The potential is that of the true state, which is what the router sees unless its look is old.
     expected_qos = obs.experts.expected_qos if seen is None else assess(site, log_error, batch)[0].expected_qos
-    return look, expected_qos.sum(0), obs
+    return look, expected_qos.sum(0), obs, best_net(obs)
+
+
+def best_net(obs: Observation) -> Float[Array, ""]:
+    """Return the greatest net value that an expert offers to the arriving request; 0 if none could take it."""
+    available = obs.experts.available
+    return jnp.where(available, obs.candidates.impact.net, jnp.where(available.any(0), -jnp.inf, 0.0)).max(0)

@@ -171,6 +171,8 @@ def estimate_impact(
         log_error,
     )
     lost = jnp.maximum(outlook.in_time - still_in_time, 0.0) * load.active
+    holds = mean_length * slower
+    spare = jnp.maximum(request.latency_requirement * mean_length - (fixed - wait) - holds, 0.0)
     return Impact(
         ttft=ttft,
         tpot=slower,
@@ -179,6 +181,9 @@ def estimate_impact(
         qos=request.predicted_quality * in_time,
         qos_loss=fold(jnp.add, batch.predicted_quality * lost),
         added_violations=fold(jnp.add, lost),
+        seat_seconds=holds / site.max_num_seqs,
+        kv_seconds=holds * (request.prompt_tokens + mean_length / 2) / site.kv_capacity,
+        free_seats=jnp.maximum(load.seats - load.num_waiting + spare / jnp.maximum(load.departure_time, 1e-3), 0.0),
     )
 
 

@@ -12,6 +12,30 @@ from jaxroute.serving import Site, SiteState
 from jaxroute.workloads.arrivals import ArrivalParams, ArrivalState
 
 
+class Recent(NamedTuple):
+    """What a router remembers of recent arrivals: exponential means over them."""
+
+    gap: Float[Array, ""]
+    """Time between arrivals, s, over 32 arrivals."""
+    slow_gap: Float[Array, ""]
+    """Time between arrivals, s, over 512 arrivals."""
+    net: Float[Array, ""]
+    """Best net value that an expert offered, over 32 arrivals: own expected QoS minus what others lose."""
+    net_square: Float[Array, ""]
+    """Its square."""
+    latest_gap: Float[Array, ""]
+    """Time since the decision before this one, s."""
+
+
+class Prices(NamedTuple):
+    """What the operator pays, in QoS. A policy sees it, so that one router serves at any price."""
+
+    accelerator: Float[Array, ""]
+    """Per accelerator-second spent in iterations."""
+    cloud: Float[Array, ""]
+    """Multiple of the cloud's list prices."""
+
+
 class Arrival(NamedTuple):
     """The arriving request, as the router sees it."""
 
@@ -22,6 +46,8 @@ class Arrival(NamedTuple):
     """Recent request rate, 1/s: an exponential window of 32 arrivals."""
     age: Float[Array, ""]
     """Time since its first arrival, s: 0, unless an expert that failed has given it back."""
+    recent: Recent
+    prices: Prices
 
 
 class Experts(NamedTuple):
@@ -76,6 +102,17 @@ class Impact(NamedTuple):
     """Expected QoS that the requests in flight there lose."""
     added_violations: Float[Array, "expert"]
     """Expected number of these requests that become late."""
+    seat_seconds: Float[Array, "expert"]
+    """Time for which it will hold a seat, as a share of all seats there, s: predicted tokens x TPOT / max_num_seqs."""
+    kv_seconds: Float[Array, "expert"]
+    """Time for which it will hold KV memory, as a share of all memory there, s."""
+    free_seats: Float[Array, "expert"]
+    """Seats that will be free for it within the time that its requirement leaves for waiting."""
+
+    @property
+    def net(self) -> Float[Array, "expert"]:
+        """Its expected QoS minus the expected QoS that others lose."""
+        return self.qos - self.qos_loss
 
 
 class Candidates(NamedTuple):
@@ -84,6 +121,21 @@ class Candidates(NamedTuple):
     predicted_quality: Float[Array, "expert"]
     predicted_output_tokens: Float[Array, "expert"]
     impact: Impact
+
+
+class Away(NamedTuple):
+    """What becomes of the arriving request if no expert gets it: it is declined, or goes to the cloud."""
+
+    to_cloud: Bool[Array, ""]
+    """Whether it would go to the cloud: there is one with room, and the request may leave the site."""
+    predicted_quality: Float[Array, ""]
+    """Of the cloud's answer; 0 if declined, as all below."""
+    in_time: Float[Array, ""]
+    """Probability that the cloud meets its requirement."""
+    qos: Float[Array, ""]
+    """Its expected QoS there: predicted quality times that probability."""
+    cost: Float[Array, ""]
+    """What the answer is expected to cost there, in QoS."""
 
 
 class InFlight(NamedTuple):
@@ -156,13 +208,17 @@ class Observation(NamedTuple):
     in_flight: InFlight
     running: Bool[Array, "expert slot"]
     waiting: Bool[Array, "expert slot"]
+    away: Away | None
+    """None if every request must go to an expert."""
 
 
 class RewardParams(NamedTuple):
     """Weights of the parts of the tailored reward."""
 
-    accelerator_price: Float[Array, ""]
-    """Per accelerator-second spent in iterations."""
+    accelerator_price: Float[Array, "2"]
+    """Least and greatest price of an accelerator-second, in QoS; each environment draws its own in between."""
+    cloud_price: Float[Array, "2"]
+    """Least and greatest multiple of the cloud's list prices; likewise."""
     shaping: Float[Array, ""]
     """1 adds the potential-based shaping term, 0 leaves it out."""
 
@@ -174,6 +230,35 @@ class OutageParams(NamedTuple):
     """s."""
     mean_downtime: Float[Array, ""]
     """s."""
+
+
+class CloudParams(NamedTuple):
+    """An LLM somewhere else that takes requests at a price, faster than it could be loaded by one site."""
+
+    quality: Float[Array, "prompt"]
+    output_tokens: Int[Array, "prompt"]
+    predicted_quality: Float[Array, "prompt"]
+    predicted_output_tokens: Float[Array, "prompt"]
+    log_length_error: Float[Array, ""]
+    """The bank's columns of its LLM, as in `RequestBank`."""
+    ttft: Float[Array, ""]
+    """Median time to first token, s, network both ways included."""
+    ttft_spread: Float[Array, ""]
+    """Standard deviation of its logarithm."""
+    tpot: Float[Array, ""]
+    """Median time per further token, s."""
+    tpot_spread: Float[Array, ""]
+    """Standard deviation of its logarithm."""
+    slow_share: Float[Array, ""]
+    """Share of answers that are slow."""
+    slow_factor: Float[Array, ""]
+    """How many times as long both take for a slow answer."""
+    price_per_request: Float[Array, ""]
+    """In QoS."""
+    price_per_1000_tokens: Float[Array, ""]
+    """Of prompt and answer, in QoS."""
+    local_only: Bool[Array, "prompt"]
+    """Which prompts must not leave the site."""
 
 
 class EnvParams(NamedTuple):
@@ -190,6 +275,8 @@ class EnvParams(NamedTuple):
     outages: OutageParams
     refresh_interval: Float[Array, ""]
     """Minimum time between two looks at the experts, s."""
+    cloud: CloudParams | None
+    """None if the site has none."""
 
 
 class Fleet(NamedTuple):
@@ -217,6 +304,8 @@ class Request(NamedTuple):
     predicted_quality: Float[Array, "expert"]
     predicted_output_tokens: Float[Array, "expert"]
     latency_requirement: Float[Array, ""]
+    local_only: Bool[Array, ""]
+    """Whether it must not leave the site."""
 
     def described(self) -> Described:
         """Return the request as a router sees it."""
@@ -261,8 +350,11 @@ class EnvState(NamedTuple):
     """Current request rate, 1/s."""
     step: Int[Array, ""]
     """Number of the latest arrival: requests routed so far, not counting those routed again."""
-    mean_gap: Float[Array, ""]
-    """Exponential mean of the gaps between arrivals, s."""
+    recent: Recent
+    prices: Prices
+    cloud: Float[Array, "place"] | None
+    """For each request that the cloud may have in flight at once, the time until its answer ends, s; 0 if there is
+    none. None if the site has no cloud."""
     latency_sum: Float[Array, "expert"]
     latency_count: Float[Array, "expert"]
     """Discounted sum and count of the normalised latencies of completed requests."""

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.env.types import Experts
+from jaxroute.errors import UserError
 from jaxroute.evaluation.metrics import LOADS, EpisodeRecords, Outcome
 from jaxroute.policies import Policy
 from jaxroute.policies.planning import Situation
@@ -42,7 +43,11 @@ def evaluate_policies(
     Returns:
         For each rate, each policy's records. Accelerator and wall time, loads and choices count from the arrival of
         request `warmup`.
+
+    Raises:
+        UserError: a policy sends requests away, and the environment has no such action.
     """
+    check_may_decline(env, policies)
     # The same keys at every rate: the same prompts come, only faster.
     keys = jnp.tile(episode_keys(seed, episodes), len(rates))
     low_high = jnp.repeat(jnp.asarray(rates, jnp.float32), episodes)
@@ -53,19 +58,25 @@ def evaluate_policies(
     by_policy: dict[str, EpisodeRecords] = {}
     for group in groups:
         size = len(group)
+        # Rules that differ only in their numbers are one program with several parameters.
+        by_act: dict[Callable, list[Policy]] = {}
+        for policy in group:
+            by_act.setdefault(policy.act, []).append(policy)
+        acts = list(by_act)
+        which = [(acts.index(policy.act), by_act[policy.act].index(policy)) for policy in group]
         records = jax.device_get(
             _episodes(
                 env,
-                tuple(policy.act for policy in group),
-                tuple(policy.plans for policy in group),
+                tuple(acts),
+                tuple(alike[0].plans for alike in by_act.values()),
                 warmup + requests,
                 warmup,
                 params,
                 jnp.tile(low_high, (size, 1)),
                 jnp.tile(keys, size),
-                jnp.repeat(jnp.arange(size), len(rates) * episodes),
-                tuple(policy.params for policy in group),
-                tuple(policy.memory for policy in group),
+                jnp.repeat(jnp.asarray(which), len(rates) * episodes, axis=0),
+                tuple(_stacked([policy.params for policy in alike]) for alike in by_act.values()),
+                tuple(alike[0].memory for alike in by_act.values()),
             )
         )
         for position, policy in enumerate(group):
@@ -81,6 +92,23 @@ def evaluate_policies(
         }
         for position, rate in enumerate(rates)
     }
+
+
+def _stacked(params: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *params)
+
+
+def check_may_decline(env: EdgeRouting, policies: Sequence[Policy]) -> None:
+    """Check that no policy sends requests away where that cannot be done.
+
+    Raises:
+        UserError: one does.
+    """
+    for policy in policies:
+        if policy.declines and not env.away:
+            raise UserError(
+                f"policy {policy.name} sends requests away, and env.away=false rules that out; set it to true"
+            )
 
 
 def episode_keys(seed: int, episodes: int) -> PRNGKeyArray:
@@ -121,6 +149,7 @@ class _Row(NamedTuple):
     quality: Any
     output_tokens: Any
     latency_requirement: Any
+    spent: Any
 
 
 class _Episode(NamedTuple):
@@ -164,16 +193,19 @@ def _episodes(
     params: EnvParams,
     low_high: Float[Array, "episode 2"],
     keys: PRNGKeyArray,
-    which: Int[Array, "episode"],
+    which: Int[Array, "episode 2"],
     policy_params: tuple[Any, ...],
     memories: tuple[Any, ...],
 ) -> EpisodeRecords:
-    """Run every episode to its end; `which` says which policy plays it, `low_high` the rates between which it is."""
+    """Run every episode to its end; `low_high` are the rates between which it is.
+
+    `which` says which policy plays it: the number of its `act`, and which of the parameters, which have a leading axis.
+    """
     names = ("",) * len(acts)
     policies = tuple(map(Policy, names, acts, policy_params, memories, plans))
     game = _Game(env, params, policies, num_requests, warmup)
 
-    def step(keys: PRNGKeyArray, rate: Float[Array, "2"], which: Int[Array, ""], at: _Episode) -> _Episode:
+    def step(keys: PRNGKeyArray, rate: Float[Array, "2"], which: Int[Array, "2"], at: _Episode) -> _Episode:
         of_rate = game._replace(params=params._replace(rate=rate))
         key_action, key_env = keys_of_step(env, keys, at.state)
         action, memories = _decide(of_rate, which, at, keys, key_action)
@@ -205,9 +237,10 @@ def _begin(game: _Game, key: PRNGKeyArray, rate: Float[Array, "2"]) -> tuple[PRN
 
 
 def _decide(
-    game: _Game, which: Int[Array, ""], at: _Episode, keys: PRNGKeyArray, key: PRNGKeyArray
+    game: _Game, which: Int[Array, "2"], at: _Episode, keys: PRNGKeyArray, key: PRNGKeyArray
 ) -> tuple[Int[Array, ""], tuple[Any, ...]]:
-    """Let the policy number `which` choose; returns the expert, and the memories of all policies."""
+    """Let the policy `which` choose; returns the action, and the memories of all policies."""
+    number_of_act, member = which
 
     def of(number: int) -> Callable:
         policy = game.policies[number]
@@ -218,28 +251,44 @@ def _decide(
                 ahead = jnp.minimum(at.state.step + jnp.arange(policy.plans), game.num_steps - 1)
                 upcoming = jax.vmap(lambda key: jax.random.split(key)[1])(keys[ahead])
                 seen = Situation(at.obs, at.state, game.params, upcoming)
-            action, memory = policy.act(policy.params, seen, key, memories[number])
+            # One of several is looked up; a network has none beside it, and is not copied for each episode.
+            params = jax.tree.map(lambda leaf: leaf[0 if len(leaf) == 1 else member], policy.params)
+            action, memory = policy.act(params, seen, key, memories[number])
             memory = jax.tree.map(lambda new, old: new.astype(jnp.result_type(old)), memory, memories[number])
             return action.astype(jnp.int32), (*memories[:number], memory, *memories[number + 1 :])
 
         return act
 
-    return jax.lax.switch(which, [of(number) for number in range(len(game.policies))], at.memories)
+    return jax.lax.switch(number_of_act, [of(number) for number in range(len(game.policies))], at.memories)
 
 
 def _note(game: _Game, at: _Episode, action: Int[Array, ""], info: dict[str, Array]) -> Float[Array, "row column"]:
     """Return the table with the request that was routed, and with those that have ended since."""
     request, going_on, spare = at.state.request, at.state.step < game.num_steps, game.num_requests
+    away = action == game.env.num_experts
+    status = jnp.where(info["rejected"], Outcome.REJECTED, Outcome.IN_FLIGHT)
     routed = _Row(
-        status=jnp.where(info["rejected"], Outcome.REJECTED, Outcome.IN_FLIGHT),
+        status=jnp.where(info["declined"], Outcome.DECLINED, status),
         ttft=jnp.nan,
         latency=jnp.nan,
         preemptions=0,
         expert=action,
-        quality=request.quality[action],
-        output_tokens=request.output_tokens[action],
+        quality=jnp.where(away, 0.0, request.quality[action]),
+        output_tokens=jnp.where(away, 0, request.output_tokens[action]),
         latency_requirement=request.latency_requirement,
+        spent=0.0,
     )
+    if "cloud" in info:
+        answer: Any = info["cloud"]
+        by_cloud = routed._replace(
+            status=Outcome.COMPLETED,
+            ttft=answer.ttft,
+            latency=answer.latency,
+            quality=answer.quality,
+            output_tokens=answer.output_tokens,
+            spent=answer.spent,
+        )
+        routed = jax.tree.map(lambda new, old: jnp.where(answer.sent, new, old), by_cloud, routed)
     row = jnp.where(going_on, jnp.minimum(request.number, spare), spare)
     table = at.table.at[row].set(jnp.stack([jnp.float32(value) for value in routed]))
     ended, lost = info["ended"], info["lost"]

@@ -28,6 +28,8 @@ class Outcome(IntEnum):
     """Still waiting or running; it is not counted."""
     LOST = 3
     """Its expert failed."""
+    DECLINED = 4
+    """The router sent it away, and there was no cloud for it."""
 
 
 _PERCENTILES = (50, 95, 99)
@@ -47,19 +49,21 @@ class EpisodeRecords(NamedTuple):
     status: Int8[np.ndarray, "episode request"]
     """An `Outcome`."""
     expert: Int[np.ndarray, "episode request"]
-    """The expert that it was routed to, the last time."""
+    """The expert that it was routed to, the last time; one more than the last expert if it was sent away."""
     quality: Float[np.ndarray, "episode request"]
     """Of the answer there, in [0, 1]."""
     latency_requirement: Float[np.ndarray, "episode request"]
     """s per output token."""
     output_tokens: Int[np.ndarray, "episode request"]
-    """Length of the answer there."""
+    """Length of the answer there; 0 if it was declined."""
     ttft: Float[np.ndarray, "episode request"]
     """s from arrival until the first token is back; nan unless completed."""
     latency: Float[np.ndarray, "episode request"]
     """s from arrival until the last token is back (E2E); nan unless completed."""
     preemptions: Int[np.ndarray, "episode request"]
     """How often it lost its KV cache."""
+    spent: Float[np.ndarray, "episode request"]
+    """What the cloud's answer has cost, in QoS; 0 for all others."""
     busy_seconds: Float[np.ndarray, "episode expert"]
     """Accelerator-seconds spent in iterations."""
     kv_token_seconds: Float[np.ndarray, "episode expert"]
@@ -93,7 +97,13 @@ METRICS: dict[str, Metric] = {
         "Average QoS",
         "0 to 1",
         "Sum of the quality of the answers that were in time, divided by all ended requests "
-        "(completed, rejected and lost). All but the completed ones in time are worth 0.",
+        "(completed, rejected, declined and lost). All but the completed ones in time are worth 0.",
+    ),
+    "qos_per_second": Metric(
+        "QoS per second", "QoS/s", "Sum of the QoS of all requests divided by the simulated seconds."
+    ),
+    "spent_per_request": Metric(
+        "Spent in the cloud", "QoS per request", "Sum of the prices of the cloud's answers / ended requests."
     ),
     "in_time_rate": Metric(
         "In time",
@@ -110,6 +120,12 @@ METRICS: dict[str, Metric] = {
         "share of ended",
         "Requests turned away because the expert's queue was full or its KV cache too small / ended requests.",
     ),
+    "declined_rate": Metric(
+        "Declined (declined rate)",
+        "share of ended",
+        "Requests that the router turned away at once, to keep the seats for others / ended requests.",
+    ),
+    "cloud_rate": Metric("To the cloud", "share of ended", "Requests that the cloud answered / ended requests."),
     "lost_rate": Metric(
         "Lost (lost rate)", "share of ended", "Requests lost because their expert failed / ended requests."
     ),
@@ -224,6 +240,7 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
     normalised_latency = latency / np.maximum(tokens, 1)  # only completed ones count, and they have a token
     in_time = completed & (normalised_latency <= requirement)
     number_ended = ended.sum(axis=1)
+    num_experts = records.busy_seconds.shape[1]
 
     def per_ended(counted: np.ndarray) -> Float[np.ndarray, "episode"]:
         return _divide(counted.sum(axis=1), number_ended)
@@ -233,9 +250,13 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
     million_kv_token_seconds = records.kv_token_seconds.sum(axis=1, dtype=np.float64) / 1e6
     summary = {
         "avg_qos": _divide(sum_of_qos, number_ended),
+        "qos_per_second": _divide(sum_of_qos, records.duration),
+        "spent_per_request": per_ended(np.where(ended, records.spent[:, warmup:].astype(np.float64), 0.0)),
         "in_time_rate": per_ended(in_time),
         "violation_rate": per_ended(completed & ~in_time),
         "rejection_rate": per_ended(status == Outcome.REJECTED),
+        "declined_rate": per_ended(status == Outcome.DECLINED),
+        "cloud_rate": per_ended(completed & (records.expert[:, warmup:] == num_experts)),
         "lost_rate": per_ended(status == Outcome.LOST),
         "mean_quality": _divide(sum_of_quality, completed.sum(axis=1)),
         "qos_per_busy_second": _divide(sum_of_qos, records.busy_seconds.sum(axis=1, dtype=np.float64)),
@@ -251,7 +272,7 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
     ):
         summary |= {f"{key}_{name}": value for name, value in _distribution(values, counted).items()}
 
-    experts = np.arange(records.busy_seconds.shape[1])
+    experts = np.arange(num_experts)
     routed = (records.expert[:, warmup:, None] == experts) & ended[:, :, None]
     duration = records.duration
     summary |= {

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Float
 
-from jaxroute.env.types import Batch
+from jaxroute.env.types import Batch, Recent
 from jaxroute.errors import UserError
 from jaxroute.serving import Site
 
@@ -28,7 +28,14 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "site": (*Site._fields, "log_length_error"),  # (field, expert)
     "batch": Batch._fields,  # (field, slot, expert); masks are 0 or 1
     "experts": ("recent_latency", "up", "predicted_quality", "predicted_output_tokens"),  # (field, expert)
-    "arrival": ("prompt_tokens", "latency_requirement", "age", "mean_gap"),  # (field,)
+    "arrival": (
+        "prompt_tokens",
+        "latency_requirement",
+        "age",
+        *Recent._fields,
+        "accelerator_price",
+        "cloud_price",
+    ),  # (field,)
 }
 
 

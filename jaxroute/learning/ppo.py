@@ -92,7 +92,7 @@ class PPOConfig:
 
 
 # Totals of a rollout that an environment may report in `info`.
-_COUNTS = ("qos_sum", "num_completed", "num_late", "num_lost", "rejected")
+_COUNTS = ("qos_sum", "num_completed", "num_late", "num_lost", "rejected", "declined")
 
 
 class Transition(NamedTuple):

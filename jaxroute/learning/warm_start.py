@@ -29,7 +29,7 @@ from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.errors import UserError
 from jaxroute.networks import INITIAL_LOG_TRUST
 from jaxroute.policies import Policy, learned_policy
-from jaxroute.policies.planning import BASE, drawn_values
+from jaxroute.policies.planning import base_policy, drawn_values
 from jaxroute.policies.protocol import Memory, Params
 
 # Steps between two labelled states of one environment; states closer together would be nearly the same.
@@ -65,10 +65,10 @@ class WarmStartConfig:
 
 
 class Labelled(NamedTuple):
-    """States as the network sees them, and the values of the experts in them; `(state, ...)`."""
+    """States as the network sees them, and the values of the actions in them; `(state, ...)`."""
 
     obs: Any
-    values: Float[Array, "state expert"]
+    values: Float[Array, "state action"]
 
 
 class Regression(NamedTuple):
@@ -104,10 +104,11 @@ def make_warm_start(
     mesh = Mesh(np.asarray(jax.devices() if devices is None else devices), ("device",))
     # The future of a label goes on where the environment would start over.
     future_env = replace(env, horizon=0)
+    rule = base_policy(env)
     everywhere, spread = PartitionSpec(), PartitionSpec("device")
     on_devices = partial(jax.shard_map, mesh=mesh, check_vma=False)
 
-    def logits_of(params: Any, obs: Any) -> Float[Array, "state expert"]:
+    def logits_of(params: Any, obs: Any) -> Float[Array, "state action"]:
         return jax.vmap(lambda obs: network.apply(params, obs)[0])(obs)
 
     @partial(on_devices, in_specs=(everywhere, everywhere, spread, spread), out_specs=(spread, spread))
@@ -120,7 +121,7 @@ def make_warm_start(
                 return learned_policy(network, params).act(params, obs, key, memory)[0]
 
             def of_rule() -> Int[Array, ""]:
-                return BASE.act(BASE.params, obs, key, memory)[0]
+                return rule.act(rule.params, obs, key, rule.memory)[0]
 
             return jax.lax.cond(own_base, of_network, of_rule), memory
 
@@ -136,17 +137,17 @@ def make_warm_start(
 
         environments, _ = jax.lax.scan(step, environments, jnp.arange(_STEPS_APART))
         obs, state = environments
-        values = jax.vmap(
-            lambda state, key: drawn_values(
-                future_env, env_params, state, base, key, config.horizon, env_params.reward.accelerator_price
-            )
-        )(state, jax.vmap(partial(jax.random.fold_in, data=_STEPS_APART))(keys))
+        values = jax.vmap(lambda state, key: drawn_values(future_env, env_params, state, base, key, config.horizon))(
+            state, jax.vmap(partial(jax.random.fold_in, data=_STEPS_APART))(keys)
+        )
         return environments, Labelled(obs, values)
 
     def loss(params: Any, labelled: Labelled) -> Float[Array, ""]:
-        eligible = labelled.obs.eligible
-        logits = jnp.where(eligible, logits_of(params, labelled.obs), 0.0)
-        errors = _centred(logits / _SCALE, eligible) - _centred(labelled.values, eligible)
+        logits = logits_of(params, labelled.obs)
+        # A network without a score for away has one column less, and away is always eligible.
+        eligible = jnp.ones(logits.shape, bool).at[:, : labelled.obs.eligible.shape[1]].set(labelled.obs.eligible)
+        values = labelled.values[:, : logits.shape[1]]
+        errors = _centred(jnp.where(eligible, logits, 0.0) / _SCALE, eligible) - _centred(values, eligible)
         return jnp.square(errors).sum() / jnp.maximum(eligible.sum(), 1)
 
     @partial(on_devices, in_specs=(everywhere, spread, everywhere), out_specs=(everywhere, everywhere))
@@ -186,7 +187,7 @@ def make_warm_start(
     )
 
 
-def _centred(values: Float[Array, "state expert"], eligible: Array) -> Float[Array, "state expert"]:
-    """Return differences to the mean over the experts that would take the request; zero for the others."""
+def _centred(values: Float[Array, "state action"], eligible: Array) -> Float[Array, "state action"]:
+    """Return differences to the mean over the eligible actions; zero for the others."""
     mean = jnp.where(eligible, values, 0.0).sum(-1, keepdims=True) / jnp.maximum(eligible.sum(-1, keepdims=True), 1)
     return jnp.where(eligible, values - mean, 0.0)

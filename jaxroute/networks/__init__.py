@@ -37,14 +37,15 @@ class NetworkConfig:
             raise UserError(f"network: hidden={self.hidden} must be a positive multiple of heads={self.heads}")
 
 
-def build_network(config: NetworkConfig) -> nn.Module:
-    """Return the network that the configuration describes."""
+def build_network(config: NetworkConfig, away: bool = False) -> nn.Module:
+    """Return the network that the configuration describes; with `away`, it has a score for that too."""
     if config.kind == "mlp":
-        return FlatMLP(hidden=config.hidden)
+        return FlatMLP(hidden=config.hidden, away=away)
     return HAN(
         hidden=config.hidden,
         heads=config.heads,
         dense=config.dense,
         semantic_attention=config.semantic_attention,
         use_impact=config.use_impact,
+        away=away,
     )

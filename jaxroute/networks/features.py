@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxroute.env.types import Observation
+from jaxroute.env.types import Away, Observation, Recent
 from jaxroute.errors import UserError
 
 _TYPICAL_TIME_PER_TOKEN = 0.03
@@ -30,7 +30,12 @@ class Features(NamedTuple):
     up: Bool[Array, "expert"]
     eligible: Bool[Array, "expert"]
     expected_gain: Float[Array, "expert"]
-    """Own expected QoS minus the expected QoS that others lose: where the residual head starts from."""
+    """Own expected QoS minus the expected QoS that others lose, and what the accelerator time costs: where the residual
+    head starts from."""
+    away: Float[Array, "away_feature"] | None
+    """None if every request must go to an expert."""
+    away_gain: Float[Array, ""] | None
+    """Where the residual head of away starts from: 0 if the request would be declined."""
 
 
 def _log_tokens(tokens: Array) -> Array:
@@ -62,6 +67,10 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
             _log_tokens(arrival.prompt_tokens),
             _log_ratio(requirement, _TYPICAL_TIME_PER_TOKEN),
             _log_ratio(arrival.arrival_rate, _TYPICAL_RATE),
+            _log_ratio(1 / arrival.recent.slow_gap, _TYPICAL_RATE),
+            shown * jnp.clip(arrival.recent.net, -4.0, 1.0),
+            shown * jnp.minimum(_spread(arrival.recent), 4.0),
+            jnp.minimum(10 * arrival.prices.accelerator, 4.0),
         ],
         axis=-1,
     )
@@ -87,7 +96,10 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
         obs.candidates.predicted_quality,
         _log_tokens(obs.candidates.predicted_output_tokens),
     ]
-    gain = impact.qos - impact.qos_loss
+    # Those in a batch share its time.
+    batch = jnp.minimum(experts.num_running + experts.num_waiting + 1, experts.max_num_seqs)
+    own_time = obs.candidates.predicted_output_tokens * impact.tpot / batch
+    gain = impact.net - arrival.prices.accelerator * own_time
     if use_impact:
         edges += [
             _log_ratio(impact.ttft, 0.3),
@@ -97,7 +109,11 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
             impact.qos,
             jnp.minimum(impact.qos_loss, 4.0),
             jnp.minimum(impact.added_violations, 4.0),
-            jnp.clip(gain, -4.0, 1.0),
+            jnp.clip(impact.net, -4.0, 1.0),
+            _log_ratio(impact.seat_seconds, 0.3),
+            _log_ratio(impact.kv_seconds, 0.3),
+            impact.free_seats / (impact.free_seats + experts.max_num_seqs),
+            jnp.minimum(10 * arrival.prices.accelerator * own_time, 4.0),
         ]
     # By far the most numbers are here, so they are scaled without logarithms.
     limit = jnp.where(requests.latency_requirement > 0, requests.latency_requirement, 1.0)
@@ -126,4 +142,15 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
         up=experts.up,
         eligible=experts.eligible,
         expected_gain=gain,
+        away=None if obs.away is None else _away_features(obs.away),
+        away_gain=None if obs.away is None else obs.away.qos - obs.away.cost,
     )
+
+
+def _spread(recent: Recent) -> Float[Array, ""]:
+    return jnp.sqrt(jnp.maximum(recent.net_square - recent.net**2, 1e-6))
+
+
+def _away_features(away: Away) -> Float[Array, "away_feature"]:
+    cost = jnp.minimum(away.cost, 4.0)
+    return jnp.stack([away.to_cloud.astype(jnp.float32), away.predicted_quality, away.in_time, away.qos, cost], axis=-1)

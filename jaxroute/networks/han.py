@@ -110,14 +110,16 @@ class HAN(nn.Module):
     """False averages over edge types (an ablation)."""
     use_impact: bool = True
     """False hides the action impact estimator, the residual term included (an ablation)."""
+    away: bool = False
+    """Score away too, where the environment has it: a logit that is the price of a seat, given all that is known."""
 
     def prepare(self, obs: Observation) -> Features:
         """Return the input of the network; this has no parameters, so a learner computes it once per step."""
         return features_of(obs, self.use_impact)
 
     @nn.compact
-    def __call__(self, features: Features) -> tuple[Float[Array, "expert"], Float[Array, ""]]:
-        """Return the logits of the experts, ineligible ones masked, and the value."""
+    def __call__(self, features: Features) -> tuple[Float[Array, "action"], Float[Array, ""]]:
+        """Return the logits of the experts, ineligible ones masked, perhaps that of away, and the value."""
         experts = nn.Dense(self.hidden, name="expert")(features.experts)
         by_type = [
             experts,
@@ -145,7 +147,7 @@ def _heads(
     embedding: Float[Array, "expert hidden"],
     candidates: Float[Array, "expert hidden"],
     graph: jraph.GraphsTuple | None,
-) -> tuple[Float[Array, "expert"], Float[Array, ""]]:
+) -> tuple[Float[Array, "action"], Float[Array, ""]]:
     """Score each expert with a shared head; pool those that are up by attention for the context and the value."""
     hidden, up = module.hidden, features.up
     attention = jnp.where(up[:, None], nn.Dense(module.heads, name="pool")(embedding), _MASKED)
@@ -166,11 +168,25 @@ def _heads(
     )
     score = jnp.tanh(nn.Dense(hidden, name="score_hidden")(score))
     logits = _last_layer("score")(score)[..., 0]
-    if module.use_impact:
-        trust = module.param("log_trust", nn.initializers.constant(INITIAL_LOG_TRUST), ())
-        logits = logits + jnp.exp(trust) * features.expected_gain
+    trust = _trust(module)
+    logits = mask_ineligible(logits + trust * features.expected_gain, features.eligible)
+    if module.away and features.away is not None and features.away_gain is not None:
+        best = jnp.where(features.eligible[:, None], candidates, -1.0).max(0)
+        gain = jnp.where(features.eligible, jnp.clip(features.expected_gain, -4.0, 1.0), -4.0).max(keepdims=True)
+        of_away = jnp.concatenate([features.away, features.arrival, best, gain])
+        score = jnp.tanh(nn.Dense(hidden, name="away")(of_away) + context)
+        score = jnp.tanh(nn.Dense(hidden, name="away_hidden")(score))
+        logit = _last_layer("away_score")(score)[..., 0] + trust * features.away_gain
+        logits = jnp.append(logits, logit)
     value = jnp.tanh(nn.Dense(hidden, name="value_hidden")(context))
-    return mask_ineligible(logits, features.eligible), _last_layer("value")(value)[..., 0]
+    return logits, _last_layer("value")(value)[..., 0]
+
+
+def _trust(module: HAN) -> Array | float:
+    """Weight of the estimator in the logits; none if it is hidden."""
+    if not module.use_impact:
+        return 0.0
+    return jnp.exp(module.param("log_trust", nn.initializers.constant(INITIAL_LOG_TRUST), ()))
 
 
 def _last_layer(name: str) -> Callable[[Array], Array]:

@@ -13,25 +13,31 @@ from jaxroute.networks.han import mask_ineligible
 
 def flatten(features: Features) -> Float[Array, "feature"]:
     """Return the arriving request's features and each expert's, as one vector."""
-    return jnp.concatenate([features.arrival, features.experts.reshape(-1), features.candidates.reshape(-1)], axis=-1)
+    parts = [features.arrival, features.experts.reshape(-1), features.candidates.reshape(-1)]
+    return jnp.concatenate(parts if features.away is None else [*parts, features.away], axis=-1)
 
 
 class FlatMLP(nn.Module):
     """Actor and critic without graph, estimator or residual."""
 
     hidden: int = 64
+    away: bool = False
+    """Score away too, where the environment has it."""
 
     def prepare(self, obs: Observation) -> Features:
         """Return the input of the network."""
         return features_of(obs, use_impact=False)
 
     @nn.compact
-    def __call__(self, features: Features) -> tuple[Float[Array, "expert"], Float[Array, ""]]:
-        """Return the logits of the experts, ineligible ones masked, and the value."""
+    def __call__(self, features: Features) -> tuple[Float[Array, "action"], Float[Array, ""]]:
+        """Return the logits of the experts, ineligible ones masked, perhaps that of away, and the value."""
         hidden = flatten(features)
         for layer in range(2):
             hidden = jnp.tanh(nn.Dense(self.hidden, name=f"hidden_{layer}")(hidden))
         small = nn.initializers.orthogonal(0.01)
-        logits = nn.Dense(features.experts.shape[0], kernel_init=small, name="logits")(hidden)
+        num_experts = features.experts.shape[0]
+        away = self.away and features.away is not None
+        logits = nn.Dense(num_experts + away, kernel_init=small, name="logits")(hidden)
         value = nn.Dense(1, kernel_init=small, name="value")(hidden)[..., 0]
-        return mask_ineligible(logits, features.eligible), value
+        of_experts = mask_ineligible(logits[:num_experts], features.eligible)
+        return jnp.concatenate([of_experts, logits[num_experts:]]), value

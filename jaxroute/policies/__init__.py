@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -9,10 +10,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxroute.errors import UserError, did_you_mean
+from jaxroute.policies.away import FORMS, with_form
 from jaxroute.policies.protocol import Memory, Params, Policy, best_available
 from jaxroute.policies.rules import RULES
 
-__all__ = ["LEARNED", "RULES", "Policy", "best_available", "learned_policy", "rules_named"]
+__all__ = ["FORMS", "LEARNED", "RULES", "Policy", "best_available", "learned_policy", "rules_named", "with_form"]
 
 LEARNED = "jaxroute"
 """Name of the learned router in tables and figures."""
@@ -35,7 +37,9 @@ def _greedy(network: nn.Module) -> Callable:
 
 
 def rules_named(names: Sequence[str] | None) -> list[Policy]:
-    """Return the rules of these names, or all.
+    """Return the rules of these names, or all; `RULE+FORM` is a rule that may send requests away (`FORMS`).
+
+    `RULE+FORM=VALUE` gives the form another parameter than the tuned one.
 
     Raises:
         UserError: a name is unknown, or there twice.
@@ -45,9 +49,36 @@ def rules_named(names: Sequence[str] | None) -> list[Policy]:
     if not names:
         raise UserError(f"policies is empty; leave it out for all rules, or name some: {', '.join(RULES)}")
     for name in names:
-        if name not in RULES:
-            hint = did_you_mean(name, RULES)
-            raise UserError(f"policies: {name} is unknown{hint}; choose from {', '.join(RULES)}")
+        rule, plus, form, _ = _parts(name)
+        if rule not in RULES:
+            hint = did_you_mean(rule, RULES)
+            raise UserError(f"policies: {name} is unknown{hint}; choose from {', '.join(RULES)}, or add a form to one")
+        if plus and form not in FORMS:
+            hint = did_you_mean(form, FORMS)
+            raise UserError(f"policies: {name}: the form {form} is unknown{hint}; choose from {', '.join(FORMS)}")
         if names.count(name) > 1:
             raise UserError(f"policies: {name} is there {names.count(name)} times; name each once")
-    return [RULES[name] for name in names]
+    return [_named(name) for name in names]
+
+
+def _parts(name: str) -> tuple[str, str, str, str]:
+    """Return rule, plus, form and value of `RULE+FORM=VALUE`."""
+    rule, plus, rest = name.partition("+")
+    form, _, value = rest.partition("=")
+    return rule, plus, form, value
+
+
+def _named(name: str) -> Policy:
+    rule, plus, form, value = _parts(name)
+    if not plus:
+        return RULES[rule]
+    policy = with_form(rule, form)
+    if not value:
+        return policy
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"policies: {name}: {value} is no number; write for instance {rule}+{form}=0.3")
+    return policy._replace(name=name, params=(policy.params[0], number))

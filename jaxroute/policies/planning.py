@@ -1,4 +1,4 @@
-"""Planning routers: they try every expert on clones of the environment, and take the one that does best.
+"""Planning routers: they try every action on clones of the environment, and take the one that does best.
 
 `lookahead` sees only what a router can know: the rest (lengths and qualities of what is in flight, future requests) is
 drawn from the predictions. `clairvoyant` sees the truth, and is an upper reference for what routing can achieve. Both
@@ -18,14 +18,16 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.env.environment import by_expert, site_of
-from jaxroute.env.types import RewardParams
-from jaxroute.policies.protocol import Memory, Params, Policy, best_available
+from jaxroute.policies.away import with_form
+from jaxroute.policies.protocol import Memory, Params, Policy, best_action
 from jaxroute.policies.rules import RULES
 from jaxroute.serving import with_output_tokens
 from jaxroute.workloads.arrivals import poisson
 
-BASE = RULES["impact_greedy"]
-"""The rule that the clones follow after the first decision."""
+
+def base_policy(env: EdgeRouting) -> Policy:
+    """Return the rule that the clones follow after the first decision; it has no memory."""
+    return with_form("impact_greedy", "rate_price") if env.away else RULES["impact_greedy"]
 
 
 class Situation(NamedTuple):
@@ -38,29 +40,39 @@ class Situation(NamedTuple):
     """Keys of the coming steps, `(steps,)`: the true future, which only `clairvoyant` looks at."""
 
 
-def lookahead(env: EdgeRouting, *, futures: int = 12, horizon: int = 40, base: Policy = BASE) -> Policy:
+def lookahead(env: EdgeRouting, *, futures: int = 12, horizon: int = 40, base: Policy | None = None) -> Policy:
     """Return the planner that takes the best mean over `futures` drawn futures of `horizon` decisions each."""
+    base = base or base_policy(env)
 
     def act(params: Params, situation: Situation, key: PRNGKeyArray, memory: Memory) -> tuple[Int[Array, ""], Memory]:
         del params
-        values = jax.vmap(lambda key: drawn_values(env, situation.params, situation.state, base, key, horizon))(
+        state = _without_price(situation.state)
+        values = jax.vmap(lambda key: drawn_values(env, situation.params, state, base, key, horizon))(
             jax.random.split(key, futures)
         )
-        return best_available(situation.obs, values.mean(0)), memory
+        return best_action(situation.obs, values.mean(0)), memory
 
     return Policy("lookahead", act, plans=horizon)
 
 
-def clairvoyant(env: EdgeRouting, *, horizon: int = 40, base: Policy = BASE) -> Policy:
+def clairvoyant(env: EdgeRouting, *, horizon: int = 40, base: Policy | None = None) -> Policy:
     """Return the upper reference: `lookahead` with the true lengths, qualities and arrivals; not deployable."""
     truthful = replace(env, expected_quality=False)
 
+    base = base or base_policy(env)
+
     def act(params: Params, situation: Situation, key: PRNGKeyArray, memory: Memory) -> tuple[Int[Array, ""], Memory]:
         del params
-        values = action_values(truthful, situation.params, situation.state, base, situation.upcoming, key)
-        return best_available(situation.obs, values), memory
+        state = _without_price(situation.state)
+        values = action_values(truthful, situation.params, state, base, situation.upcoming, key)
+        return best_action(situation.obs, values), memory
 
     return Policy("clairvoyant", act, plans=horizon)
+
+
+def _without_price(state: EnvState) -> EnvState:
+    """Planners seek average QoS alone."""
+    return state._replace(prices=state.prices._replace(accelerator=jnp.float32(0.0)))
 
 
 def drawn_values(
@@ -70,19 +82,17 @@ def drawn_values(
     base: Policy,
     key: PRNGKeyArray,
     horizon: int,
-    accelerator_price: Float[Array, ""] | float = 0.0,
-) -> Float[Array, "expert"]:
-    """Value of each expert in one future drawn from what a router can know; the same one for every expert."""
+) -> Float[Array, "action"]:
+    """Value of each action in one future drawn from what a router can know; the same one for every action."""
     key_unknown, key_future, key_base = jax.random.split(key, 3)
     return action_values(
         # A router knows the recent request rate, but not the arrival process.
         replace(env, expected_quality=True, arrival_process=poisson, redraw_every=0),
         params,
-        redraw_unknown(state, params, key_unknown)._replace(rate=1 / state.mean_gap),
+        redraw_unknown(state, params, key_unknown)._replace(rate=1 / state.recent.gap),
         base,
         jax.random.split(key_future, horizon),
         key_base,
-        accelerator_price,
     )
 
 
@@ -93,36 +103,35 @@ def action_values(
     base: Policy,
     step_keys: PRNGKeyArray,
     key: PRNGKeyArray,
-    accelerator_price: Float[Array, ""] | float = 0.0,
-) -> Float[Array, "expert"]:
-    """QoS that ends within the steps, plus the estimator's expected QoS of what is in flight then, for each expert.
+) -> Float[Array, "action"]:
+    """QoS that ends within the steps, plus the estimator's expected QoS of what is in flight then, for each action.
 
-    The price of the accelerator time that both take is subtracted. The request at hand goes to the expert, the next
-    ones wherever `base` sends them. All experts meet the same future (common random numbers), so differences are more
-    precise than values.
+    What both cost at the state's prices is subtracted. The action is taken for the request at hand, and `base` decides
+    on the next ones. All actions meet the same future (common random numbers), so differences are more precise than
+    values.
     """
-    price = jnp.float32(accelerator_price)
-    params = params._replace(reward=RewardParams(accelerator_price=price, shaping=jnp.float32(0.0)))
+    price = state.prices.accelerator
+    params = params._replace(reward=params.reward._replace(shaping=jnp.float32(0.0)))
     # The first decision of the base is discarded: the first step is inside the loop because compiling it twice is slow.
     seen = jax.eval_shape(env.step, step_keys[0], state, jnp.int32(0), params)[0]
     nothing_seen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seen)
 
-    def step(carry: tuple, given: tuple) -> tuple[tuple, Float[Array, "expert"]]:
-        # Experts are mapped over here, and not around the loop, which would be traced once more for it.
-        def of_expert(expert: Int[Array, ""], obs: Any, state: EnvState, memory: Memory) -> tuple[tuple, Array]:
+    def step(carry: tuple, given: tuple) -> tuple[tuple, Float[Array, "action"]]:
+        # Actions are mapped over here, and not around the loop, which would be traced once more for it.
+        def of_action(first: Int[Array, ""], obs: Any, state: EnvState, memory: Memory) -> tuple[tuple, Array]:
             chosen, next_memory = base.act(base.params, obs, key_base, memory)
             action, memory = jax.tree.map(
-                partial(jnp.where, number == 0), (expert, memory), (chosen.astype(expert.dtype), next_memory)
+                partial(jnp.where, number == 0), (first, memory), (chosen.astype(first.dtype), next_memory)
             )
             obs, state, reward, *_ = env.step(key_env, state, action, params)
             return (obs, state, memory), reward
 
         number, key_env, key_base = given
-        return jax.vmap(of_expert)(experts, *carry)
+        return jax.vmap(of_action)(actions, *carry)
 
-    experts = jnp.arange(env.num_experts)
+    actions = jnp.arange(env.num_actions)
     alike = jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf, (env.num_experts, *jnp.shape(leaf))), (nothing_seen, state, base.memory)
+        lambda leaf: jnp.broadcast_to(leaf, (env.num_actions, *jnp.shape(leaf))), (nothing_seen, state, base.memory)
     )
     given = (jnp.arange(len(step_keys)), step_keys, jax.random.split(key, len(step_keys)))
     (obs, last, _), rewards = jax.lax.scan(step, alike, given)

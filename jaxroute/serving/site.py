@@ -148,6 +148,46 @@ class ExpertConfig:
 
 
 @dataclass
+class CloudConfig:
+    """An LLM elsewhere that takes requests at a price, as written in configs/site."""
+
+    model: str
+    """Name by which the request bank knows the LLM."""
+    ttft: float
+    """Median time to first token, s, network both ways included."""
+    tpot: float
+    """Median time per further token, s."""
+    price_per_request: float
+    """Price of a request, in QoS."""
+    price_per_1000_tokens: float
+    """Price of a thousand tokens of prompt and answer, in QoS."""
+    ttft_spread: float = 0.3
+    """Standard deviation of the logarithm of TTFT."""
+    tpot_spread: float = 0.2
+    """Standard deviation of the logarithm of the time per token."""
+    slow_share: float = 0.0
+    """Share of the answers that are slow."""
+    slow_factor: float = 4.0
+    """How many times as long a slow answer takes."""
+    max_in_flight: int = 64
+    """Maximum requests of this site that it has in flight; further ones are declined."""
+
+    def __post_init__(self) -> None:
+        for name in ("price_per_request", "price_per_1000_tokens", "ttft_spread", "tpot_spread"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"site.cloud: {name}={getattr(self, name)} must not be negative, and finite")
+        for name in ("ttft", "tpot"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"site.cloud: {name}={getattr(self, name)} must be above 0 s, and finite")
+        if not 0 <= self.slow_share <= 1:
+            raise UserError(f"site.cloud: slow_share={self.slow_share} is a share; it must lie between 0 and 1")
+        if not 1 <= self.slow_factor < float("inf"):
+            raise UserError(f"site.cloud: slow_factor={self.slow_factor} must be at least 1, and finite")
+        if not 1 <= self.max_in_flight <= MAX_COUNT:
+            raise UserError(f"site.cloud: max_in_flight={self.max_in_flight} must be from 1 to {MAX_COUNT}")
+
+
+@dataclass
 class SiteConfig:
     """A site as written in configs/site."""
 
@@ -155,6 +195,8 @@ class SiteConfig:
     """Name of the site in tables and file names."""
     experts: list[ExpertConfig] = field(default_factory=list)
     """The experts: one LLM on one accelerator each."""
+    cloud: CloudConfig | None = None
+    """Where requests go that are sent away; null declines them."""
 
     def __post_init__(self) -> None:
         if not self.experts:

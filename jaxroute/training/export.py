@@ -25,7 +25,7 @@ from jaxroute import __version__
 from jaxroute.config import Config, load_config, read_config
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.env.environment import observe
-from jaxroute.env.types import Batch, Described, Snapshot
+from jaxroute.env.types import Batch, Described, Prices, Recent, Snapshot
 from jaxroute.errors import UserError
 from jaxroute.files import check_new, complete_folder
 from jaxroute.gateway.artefact import (
@@ -112,7 +112,7 @@ def decision(policy: TrainedPolicy) -> Callable[..., tuple[Int[Array, ""], Float
         log_error = of_site.pop("log_length_error")
         requests = Batch(*batch)
         recent_latency, up, predicted_quality, predicted_output_tokens = experts
-        prompt_tokens, latency_requirement, request_age, mean_gap = arrival
+        prompt_tokens, latency_requirement, request_age, *remembered, accelerator_price, cloud_price = arrival
         known = Snapshot(
             batch=requests._replace(running=requests.running > 0, waiting=requests.waiting > 0),
             recent_latency=recent_latency,
@@ -120,7 +120,8 @@ def decision(policy: TrainedPolicy) -> Callable[..., tuple[Int[Array, ""], Float
             age=jnp.float32(0.0),
         )
         request = Described(prompt_tokens, latency_requirement, request_age, predicted_quality, predicted_output_tokens)
-        obs = observe(Site(**of_site), log_error, known, request, mean_gap)
+        prices = Prices(accelerator_price, cloud_price)
+        obs = observe(Site(**of_site), log_error, known, request, Recent(*remembered), prices)
         logits, _ = network.apply(params, network.prepare(obs))
         return jnp.argmax(logits), logits
 

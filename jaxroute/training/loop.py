@@ -153,7 +153,7 @@ def _make_plan(config: Config, run: Path) -> _Plan:
     """Build everything that a training consists of, and check that it fits into memory."""
     config = with_default_sizes(config)
     env, env_params = training_env(config)
-    network = build_network(config.network)
+    network = build_network(config.network, config.env.away)
     ppo = config.ppo
     assert ppo.num_envs is not None
     assert ppo.total_steps is not None
@@ -372,10 +372,12 @@ def _readable(metrics: dict[str, Any]) -> dict[str, float]:
     """Turn a rollout's totals into rates for people to read; there are none if no request has ended."""
     values = {name: float(value) for name, value in metrics.items()}
     completed, rejected, lost = values.pop("num_completed"), values.pop("rejected"), values.pop("num_lost")
+    declined = values.pop("declined")
     qos, late = values.pop("qos_sum"), values.pop("num_late")
-    if ended := completed + rejected + lost:
+    if ended := completed + rejected + declined + lost:
         values["train/avg_qos"] = qos / ended
         values["train/violation_rate"] = late / ended
         values["train/rejection_rate"] = rejected / ended
+        values["train/declined_rate"] = declined / ended
         values["train/lost_rate"] = lost / ended
     return values

@@ -281,6 +281,8 @@ class WorkloadConfig:
     """diurnal: length of one swing, s, at the nominal rate."""
     trace: str | None = None
     """trace: the recorded trace, in a format of docs/how-to/traces.md; a relative path starts at the data folder."""
+    local_only: float = 0.0
+    """Share of the prompts that must not leave the site for a cloud."""
 
     def __post_init__(self) -> None:
         where = f"workload {self.name}"
@@ -298,6 +300,8 @@ class WorkloadConfig:
         for key in ("burst_share", "amplitude"):
             if getattr(self, key) >= 1:
                 raise UserError(f"{where}: {key}={getattr(self, key)} must be below 1")
+        if not 0 <= self.local_only <= 1:
+            raise UserError(f"{where}: local_only={self.local_only} is a share; it must lie between 0 and 1")
         if self.arrivals == "trace" and not self.trace:
             raise UserError(f"{where}: trace is missing; name a file in one of the formats of docs/how-to/traces.md")
         if not self.requirements:

@@ -1,0 +1,138 @@
+"""Away: what becomes of a request that no expert gets.
+
+Without a cloud it is declined. A cloud answers as fast whatever the site sends: TTFT and time per token are log-normal,
+and a share of the answers is slower by a factor. How long it takes is known when the request is sent, so that its QoS
+counts then; until the answer ends, it holds one of the places that the site may use at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import ndtr
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jaxroute.env.types import Away, CloudParams, Described, Prices, Request
+
+
+class CloudAnswer(NamedTuple):
+    """The cloud's answer to this step's request; zeros if it did not go there."""
+
+    sent: Bool[Array, ""]
+    quality: Float[Array, ""]
+    output_tokens: Int[Array, ""]
+    ttft: Float[Array, ""]
+    """s, as all times at the router."""
+    latency: Float[Array, ""]
+    """E2E, s."""
+    in_time: Bool[Array, ""]
+    expected_qos: Float[Array, ""]
+    """Predicted quality if it is in time."""
+    spent: Float[Array, ""]
+    """What it costs, in QoS."""
+
+    @property
+    def qos(self) -> Float[Array, ""]:
+        """Quality if it is in time."""
+        return jnp.where(self.in_time, self.quality, 0.0)
+
+
+def describe_away(
+    cloud: CloudParams | None, places: Float[Array, "place"] | None, request: Request, prices: Prices
+) -> Away:
+    """Return what away means for this request, as far as a router can know it."""
+    nothing = jnp.zeros_like(request.latency_requirement)
+    if cloud is None or places is None:
+        return Away(nothing > 0, *[nothing] * (len(Away._fields) - 1))
+    return expect(
+        cloud,
+        _may_go(places, request),
+        request.described(),
+        cloud.predicted_quality[request.row],
+        cloud.predicted_output_tokens[request.row],
+        prices,
+    )
+
+
+def expect(
+    cloud: CloudParams,
+    to_cloud: Bool[Array, ""],
+    request: Described,
+    quality: Float[Array, ""],
+    tokens: Float[Array, ""],
+    prices: Prices,
+) -> Away:
+    """Predict the cloud's answer, of predicted `quality` and median length `tokens`.
+
+    The latency per token, (ttft + tpot (n - 1)) / n, is taken as log-normal, with a spread to first order in those of
+    ttft, tpot and n, once for fast answers and once for slow ones.
+    """
+    mean_tokens = jnp.maximum(tokens * jnp.exp(cloud.log_length_error**2 / 2), 1.0)
+    decode = cloud.tpot * (mean_tokens - 1)
+    latency = cloud.ttft + decode
+    first = cloud.ttft / latency
+    spread = jnp.sqrt(
+        (first * cloud.ttft_spread) ** 2
+        + ((1 - first) * cloud.tpot_spread) ** 2
+        + (first * cloud.log_length_error) ** 2
+        + 0.02**2
+    )
+    allowed = jnp.maximum(request.latency_requirement * mean_tokens - request.age, 1e-6)
+    fast, slow = (ndtr(jnp.log(allowed / (latency * factor)) / spread) for factor in (1.0, cloud.slow_factor))
+    in_time = (1 - cloud.slow_share) * fast + cloud.slow_share * slow
+    away = Away(
+        to_cloud=to_cloud,
+        predicted_quality=quality,
+        in_time=in_time,
+        qos=quality * in_time,
+        cost=_cost(cloud, request.prompt_tokens + mean_tokens, prices),
+    )
+    return jax.tree.map(lambda value: jnp.where(to_cloud, value, jnp.zeros_like(value)), away)
+
+
+def ask(
+    key: PRNGKeyArray,
+    cloud: CloudParams,
+    places: Float[Array, "place"],
+    request: Request,
+    prices: Prices,
+    sent_away: Bool[Array, ""],
+) -> CloudAnswer:
+    """Send the request to the cloud, if it was sent away and may go there; the draws depend on `key` alone."""
+    key_slow, key_times = jax.random.split(key)
+    slow = jax.random.uniform(key_slow, (), jnp.float32) < cloud.slow_share
+    for_ttft, for_tpot = jax.random.normal(key_times, (2,), jnp.float32)
+    factor = jnp.where(slow, cloud.slow_factor, 1.0)
+    tokens = cloud.output_tokens[request.row]
+    ttft = factor * cloud.ttft * jnp.exp(cloud.ttft_spread * for_ttft)
+    latency = ttft + factor * cloud.tpot * jnp.exp(cloud.tpot_spread * for_tpot) * (tokens - 1)
+    in_time = (latency + request.age) / jnp.maximum(tokens, 1) <= request.latency_requirement
+    answer = CloudAnswer(
+        sent=sent_away & _may_go(places, request),
+        quality=cloud.quality[request.row],
+        output_tokens=tokens,
+        ttft=ttft + request.age,
+        latency=latency + request.age,
+        in_time=in_time,
+        expected_qos=jnp.where(in_time, cloud.predicted_quality[request.row], 0.0),
+        spent=_cost(cloud, request.prompt_tokens + tokens, prices),
+    )
+    return jax.tree.map(lambda value: jnp.where(answer.sent, value, jnp.zeros_like(value)), answer)
+
+
+def let_time_pass(
+    places: Float[Array, "place"], answer: CloudAnswer, age: Float[Array, ""], gap: Float[Array, ""]
+) -> Float[Array, "place"]:
+    """Return the places after `gap` s, with the new answer in a free one; `age` s of its latency are past already."""
+    taken = answer.sent & (jnp.arange(places.shape[0]) == jnp.argmin(places))
+    return jnp.maximum(jnp.where(taken, answer.latency - age, places) - gap, 0.0)
+
+
+def _may_go(places: Float[Array, "place"], request: Request) -> Bool[Array, ""]:
+    return (places.min() <= 0) & ~request.local_only
+
+
+def _cost(cloud: CloudParams, tokens: Array, prices: Prices) -> Float[Array, ""]:
+    return prices.cloud * (cloud.price_per_request + cloud.price_per_1000_tokens * tokens / 1000)
