@@ -150,6 +150,53 @@ def plot_qos_against_load(result: EvaluationResult) -> Figure:
     return figure
 
 
+@mpl.rc_context(STYLE)
+def plot_overload(result: EvaluationResult) -> Figure:
+    """Plot QoS per second against the request rate: what a site earns when more comes than it can serve.
+
+    Of the rules that send nothing away, and of those that may, the best at each load stands for all.
+    """
+    figure = Figure(figsize=(8.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    rates = sorted(result.rates)
+
+    def draw(name: str, policies: Sequence[str], look: _Look) -> None:
+        of_each = [[result.interval(rate, policy, "qos_per_second") for policy in policies] for rate in rates]
+        best = [max(intervals, key=lambda interval: interval.mean) for intervals in of_each]
+        mean, half = np.array([one.mean for one in best]), np.nan_to_num([one.ci95 for one in best])
+        axes.fill_between(rates, mean - half, mean + half, color=look.colour, alpha=0.13, lw=0)
+        axes.plot(
+            rates, mean, color=look.colour, lw=look.width, marker=look.marker, ms=5, zorder=look.order, label=name
+        )
+
+    everybody = [policy for policy in result.summaries[rates[0]] if policy not in result.upper_references]
+    declining = [policy for policy in everybody if "+" in policy]
+    others = [policy for policy in everybody if "+" not in policy and policy != result.reference]
+    if result.reference is not None:
+        draw(result.reference, [result.reference], _Look(REFERENCE_COLOUR, "o", "-", 3.0, 4, True))
+    if declining:
+        draw("best rule that may decline, at each load", declining, _Look(_HIGHLIGHTS[0], "s", "-", 1.5, 3, True))
+    if others:
+        draw("best rule that takes everything, at each load", others, _Look(_HIGHLIGHTS[4], "^", "-", 1.5, 2, True))
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(rates, [f"{rate:.3g}" for rate in rates])
+    axes.set_xlabel("Load (requests per second)")
+    axes.set_ylabel("QoS per second")
+    axes.grid(axis="y")
+    axes.legend(loc="lower right")
+    bands = "; bands: 95 % confidence" if result.episodes > 1 else ""
+    set_title(axes, "What overload does, with and without the right to say no", subtitle_of(result) + bands)
+    return figure
+
+
+def has_overload(result: EvaluationResult) -> bool:
+    """Whether there is something to show of overload: several loads, and a policy that may decline."""
+    return len(result.rates) > 1 and all(
+        any(summary.get("declined_rate", np.zeros(1)).any() for summary in of_rate.values())
+        for of_rate in result.summaries.values()
+    )
+
+
 def _wrapped(start: str, names: Sequence[str], width: int) -> str:
     """Join names by commas into lines of at most `width` characters."""
     lines = [start]

@@ -12,8 +12,10 @@ from matplotlib.figure import Figure
 
 from jaxroute.evaluation.report.figures import (
     has_choices,
+    has_overload,
     plot_expert_choice,
     plot_expert_share,
+    plot_overload,
     plot_policy_comparison,
     plot_qos_against_load,
     plot_quality_latency,
@@ -166,6 +168,7 @@ def _setting_figures(setting: SettingResult) -> dict[str, Figure]:
     """Draw the figures of a single evaluation, by what they show; some need two loads, or what old settings lack."""
     plots = {
         "Average QoS against the load": plot_qos_against_load,
+        "QoS per second against the load": plot_overload,
         "Average QoS, late and rejected requests": plot_policy_comparison,
         "Quality and requests in time": plot_quality_latency,
         "Share of each expert": plot_expert_share,
@@ -173,6 +176,8 @@ def _setting_figures(setting: SettingResult) -> dict[str, Figure]:
     }
     if len(setting.result.rates) == 1:
         del plots["Average QoS against the load"]
+    if not has_overload(setting.result):
+        del plots["QoS per second against the load"]
     if not has_choices(setting.result):
         del plots["Choice of an expert against its load"]
     return {name: plot(setting.result) for name, plot in plots.items()}
