@@ -120,6 +120,7 @@ class Probes:
 
 SETTINGS = {
     "num_envs": 64,
+    "group_size": 1,
     "num_steps": 8,
     "num_epochs": 4,
     "num_minibatches": 4,

@@ -538,7 +538,7 @@ def test_too_many_environments_are_refused_before_anything_is_written(monkeypatc
 def test_as_many_environments_fit_as_advised(monkeypatch):
     def check(num_envs):
         obs = jax.ShapeDtypeStruct((num_envs, 100), jnp.float32)
-        ppo = PPOConfig(num_envs=num_envs, num_steps=32, num_minibatches=4)
+        ppo = PPOConfig(num_envs=num_envs, group_size=2, num_steps=32, num_minibatches=4)
         memory.check_memory(ppo, PPOState({}, {}, (), obs, None, None), 1)
 
     monkeypatch.setattr(memory, "_available", lambda: 10_000_000)
@@ -553,7 +553,8 @@ def test_as_many_environments_fit_as_advised(monkeypatch):
 
 def test_memory_that_xla_finds_exhausted():
     said = r"^ppo\.num_envs=20 needs more memory than is available; try ppo\.num_envs=8$"
-    with pytest.raises(UserError, match=said), memory.memory_advice(PPOConfig(num_envs=20, num_minibatches=4)):
+    config = PPOConfig(num_envs=20, group_size=2, num_minibatches=4)
+    with pytest.raises(UserError, match=said), memory.memory_advice(config):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
 
 
