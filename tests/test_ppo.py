@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxroute.config import load_config
 from jaxroute.errors import UserError
 from jaxroute.learning import PPOConfig, generalised_advantages, make_ppo
+from jaxroute.learning.ppo import relative_to_group
+from jaxroute.networks import build_network
+from jaxroute.scenarios import training_env
 
 pytestmark = pytest.mark.slow
 
@@ -116,6 +120,7 @@ class Probes:
 
 SETTINGS = {
     "num_envs": 64,
+    "group_size": 1,
     "num_steps": 8,
     "num_epochs": 4,
     "num_minibatches": 4,
@@ -213,10 +218,135 @@ def test_counts_and_sizes():
     assert learner.num_updates == 3
 
 
+# ---- Groups ------------------------------------------------------------------------------------------------
+
+
+def test_the_group_mean_is_taken_away_at_each_step():
+    advantages = jnp.array([[1.0, 3.0, 10.0, 30.0], [0.0, 0.0, -5.0, 5.0]])
+    relative = relative_to_group(advantages, 2)
+    np.testing.assert_allclose(relative, [[-1, 1, -10, 10], [0, 0, -5, 5]])
+    np.testing.assert_array_equal(relative_to_group(advantages, 1), advantages)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_baseline_is_unbiased(size):
+    """Over all that a group may do, the gradient expected is the true one, times (size - 1) / size."""
+    probabilities, earned = np.array([0.2, 0.8]), np.array([3.0, 1.0])
+    by_hand, true = np.zeros(2), np.zeros(2)
+    of_log = np.eye(2) - probabilities  # gradient of the log-probability of each action with respect to the logits
+    for actions in np.ndindex(*[2] * size):
+        relative = np.asarray(relative_to_group(jnp.array(earned[list(actions)])[None], size))[0]
+        by_hand += probabilities[list(actions)].prod() * (relative[:, None] * of_log[list(actions)]).mean(0)
+    for action in range(2):
+        true += probabilities[action] * earned[action] * of_log[action]
+    np.testing.assert_allclose(by_hand, true * (size - 1) / size, rtol=1e-6)
+
+
+class Weather:
+    """A bandit whose state is the action to take, and whose pay depends on the weather far more than on the action.
+
+    The weather and the next state are drawn from the key, whatever one does.
+    """
+
+    def observe(self, state):
+        return jax.nn.one_hot(state, NUM_ACTIONS)
+
+    def reset(self, key, params):
+        state = jax.random.randint(key, (), 0, NUM_ACTIONS)
+        return self.observe(state), state
+
+    def step(self, key, state, action, params):
+        key_weather, key_state = jax.random.split(key)
+        reward = (action == state) + 300 * jax.random.normal(key_weather)
+        obs, state = self.reset(key_state, params)
+        return obs, state, reward, jnp.bool_(False), jnp.bool_(False), {}
+
+
+def learn_weather(group_size, seed=0, **changes):
+    """Return the probabilities (state, action) after training, the last metrics, and the state after each update."""
+    network = Table(NUM_ACTIONS)
+    config = PPOConfig(**SETTINGS | {"group_size": group_size, "num_epochs": 1, "total_steps": 64 * 8 * 30} | changes)
+    learner = make_ppo(config, Weather(), (), network)
+    states = [learner.init(jax.random.key(seed))]
+    for _ in range(learner.num_updates):
+        # A copy, as an update uses up the state that it is given.
+        state, metrics = learner.update(jax.tree.map(lambda leaf: leaf.copy(), states[-1]))
+        states.append(state)
+    logits = jax.vmap(lambda obs: network.apply(states[-1].params, obs)[0])(jnp.eye(NUM_ACTIONS))
+    return np.asarray(jax.nn.softmax(logits)), {name: float(value) for name, value in metrics.items()}, states
+
+
+def test_a_group_sees_through_what_swamps_others():
+    alone, _, _ = learn_weather(1)
+    together, metrics, _ = learn_weather(4)
+    assert np.diag(alone).mean() < 0.6
+    assert (np.diag(together) > 0.97).all()
+    assert metrics["ppo/variance_left"] < 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_members_share_the_keys_of_their_steps(size):
+    """One key for each group at each step; groups of one draw what environments without groups do."""
+    *_, states = learn_weather(size, total_steps=64 * 8)
+    _, key_rollout = jax.random.split(states[0].key)
+    for key in jax.random.split(key_rollout, 8):
+        _, key_env = jax.random.split(key)
+        _, drawn = jax.vmap(lambda key: Weather().reset(jax.random.split(key)[1], ()))(
+            jax.random.split(key_env, 64 // size)
+        )
+    np.testing.assert_array_equal(states[1].env_state, np.repeat(drawn, size))
+
+
+class Memory:
+    """Each environment keeps the number that it has drawn at its reset."""
+
+    def reset(self, key, params):
+        state = jax.random.bits(key)
+        return jnp.zeros(NUM_STATES), state
+
+    def step(self, key, state, action, params):
+        return jnp.zeros(NUM_STATES), state, jnp.float32(0.0), jnp.bool_(False), jnp.bool_(False), {}
+
+
+def test_a_group_goes_on_from_one_of_its_members():
+    learner = make_ppo(
+        PPOConfig(**SETTINGS | {"group_size": 4, "num_steps": 1, "num_epochs": 1}), Memory(), (), Table(NUM_ACTIONS)
+    )
+    before = learner.init(jax.random.key(0))
+    numbers = np.array(before.env_state).reshape(-1, 4)
+    assert len(np.unique(numbers)) == 64
+    after = np.asarray(learner.update(before)[0].env_state).reshape(-1, 4)
+    assert (after == after[:, :1]).all()
+    chosen = (numbers == after[:, :1]).argmax(1)
+    assert (numbers[np.arange(16), chosen] == after[:, 0]).all()
+    assert len(np.unique(chosen)) == 4  # not always the same member
+
+
+def test_members_of_a_group_meet_the_same_requests():
+    """Through a change of load and a reset, on sites of their own, whatever each has done to its experts."""
+    overrides = ["site=edge3", "network=mlp", "train.random_sites=1", "train.redraw_every=5", "train.horizon=11"]
+    config = load_config([*overrides, "ppo.num_envs=16", "ppo.group_size=4", "ppo.num_steps=8", "ppo.total_steps=256"])
+    learner = make_ppo(config.ppo, *training_env(config), build_network(config.network))
+    state = learner.init(jax.random.key(0))
+    for _ in range(2):
+        state, _ = learner.update(state)
+    after = state.env_state
+    for of_envs in (after.request, after.arrivals, after.rate, after.mean_gap, after.fleet, after.step):
+        for leaf in map(np.asarray, jax.tree.leaves(of_envs)):
+            of_groups = leaf.reshape(4, 4, *leaf.shape[1:])
+            np.testing.assert_array_equal(of_groups, np.broadcast_to(of_groups[:, :1], of_groups.shape))
+    assert len(np.unique(after.rate)) == 4
+    assert (np.asarray(after.step) == 16 - 11).all()
+    placed = np.asarray(after.site.slots.status).reshape(4, 4, -1)
+    assert (placed != placed[:, :1]).any()
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"num_envs": 30}, "num_envs=30"),
+        ({"group_size": 0}, "group_size=0"),
+        ({"group_size": 24}, "num_envs=64 must be a positive multiple of num_minibatches=4 and of group_size=24"),
         ({"num_envs": 0}, "num_envs=0"),
         ({"num_steps": 0}, "num_steps=0"),
         ({"total_steps": 0}, "total_steps=0"),

@@ -41,8 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAIN = importlib.import_module("jaxroute.training.loop")  # the module; the package exports the function
 # Eight calls of one update; parameters are saved at every second, states at every one.
 TINY = (
-    "site=edge3", "warm_start.num_states=0",
-    "network=mlp", "ppo.num_envs=8", "ppo.num_steps=8", "ppo.num_minibatches=4", "ppo.total_steps=512",
+    "site=edge3", "warm_start.num_states=0", "network=mlp", "ppo.total_steps=512",
+    "ppo.num_envs=8", "ppo.group_size=2", "ppo.num_steps=8", "ppo.num_minibatches=4",
     "train.log_interval=1", "train.save_interval=1", "train.evaluate=false",
 )  # fmt: skip
 
@@ -538,7 +538,7 @@ def test_too_many_environments_are_refused_before_anything_is_written(monkeypatc
 def test_as_many_environments_fit_as_advised(monkeypatch):
     def check(num_envs):
         obs = jax.ShapeDtypeStruct((num_envs, 100), jnp.float32)
-        ppo = PPOConfig(num_envs=num_envs, num_steps=32, num_minibatches=4)
+        ppo = PPOConfig(num_envs=num_envs, group_size=2, num_steps=32, num_minibatches=4)
         memory.check_memory(ppo, PPOState({}, {}, (), obs, None, None), 1)
 
     monkeypatch.setattr(memory, "_available", lambda: 10_000_000)
@@ -553,7 +553,8 @@ def test_as_many_environments_fit_as_advised(monkeypatch):
 
 def test_memory_that_xla_finds_exhausted():
     said = r"^ppo\.num_envs=20 needs more memory than is available; try ppo\.num_envs=8$"
-    with pytest.raises(UserError, match=said), memory.memory_advice(PPOConfig(num_envs=20, num_minibatches=4)):
+    config = PPOConfig(num_envs=20, group_size=2, num_minibatches=4)
+    with pytest.raises(UserError, match=said), memory.memory_advice(config):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
 
 

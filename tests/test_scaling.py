@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "site=edge3", "warm_start.num_states=0",
-    "ppo.num_envs=16", "ppo.num_steps=32", "ppo.num_minibatches=2", "ppo.total_steps=1024",
+    "ppo.num_envs=16", "ppo.group_size=2", "ppo.num_steps=32", "ppo.num_minibatches=2", "ppo.total_steps=1024",
     "train.log_interval=1", "train.evaluate=false", "network=mlp",
 )  # fmt: skip
 
@@ -92,7 +92,10 @@ def test_eight_devices_train_as_one(alone, folder):
 def test_environments_that_do_not_divide(folder):
     code, _, errors = finish(start("ppo.num_envs=18", folder=folder / "uneven", devices=8))
     assert code == 2
-    assert errors == ("error: ppo: num_envs=18 must be a multiple of num_minibatches=2 times the 8 devices, 16\n")
+    assert errors == (
+        "error: ppo: num_envs=18 on 8 devices must be a multiple of 16: on each device, num_minibatches=2 and "
+        "group_size=2 must divide them\n"
+    )
     assert not (folder / "uneven").exists()
 
 

@@ -246,6 +246,7 @@ def test_default_sizes_suit_the_minibatches():
     filled = with_default_sizes(load_config(["site=edge3", "ppo.num_minibatches=3", "bank=zeroeval"])).ppo
     assert filled.num_envs > 0
     assert filled.num_envs % 3 == 0
+    assert filled.num_envs % filled.group_size == 0
     given = load_config([*TINY, "bank=zeroeval"])
     assert with_default_sizes(given).ppo == given.ppo
 

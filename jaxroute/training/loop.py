@@ -131,7 +131,7 @@ def with_default_sizes(config: Config) -> Config:
     on_cpu = jax.default_backend() == "cpu"
     num_envs, total_steps, num_states = _SIZES_ON_CPU if on_cpu else _SIZES_ON_ACCELERATORS
     if ppo.num_envs is None:
-        ppo = dataclasses.replace(ppo, num_envs=num_envs - num_envs % (ppo.num_minibatches * jax.device_count()))
+        ppo = dataclasses.replace(ppo, num_envs=num_envs - num_envs % (ppo.envs_divisor * jax.device_count()))
     if ppo.total_steps is None:
         ppo = dataclasses.replace(ppo, total_steps=total_steps)
     warm_start = config.warm_start

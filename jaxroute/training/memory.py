@@ -72,8 +72,8 @@ def _available() -> int | None:
 
 
 def _even(config: PPOConfig, num_envs: int) -> int:
-    """Return the greatest number of environments up to this one that divides among devices and minibatches."""
-    return max(0, num_envs - num_envs % (config.num_minibatches * jax.device_count()))
+    """Return the greatest number of environments up to this one that divides among devices, groups and minibatches."""
+    return max(0, num_envs - num_envs % (config.envs_divisor * jax.device_count()))
 
 
 def _bytes(tree: Any) -> int:

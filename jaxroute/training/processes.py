@@ -47,7 +47,7 @@ def split_cpu(config: Config) -> None:
     the user has said how many devices there are, or where JAX runs already.
     """
     num_envs = config.ppo.num_envs or ENVS_ON_CPU
-    if num_envs >= ENVS_ON_CPU and num_envs % (2 * config.ppo.num_minibatches) == 0 and usable_cores() > 1:
+    if num_envs >= ENVS_ON_CPU and num_envs % (2 * config.ppo.envs_divisor) == 0 and usable_cores() > 1:
         use_cpu_devices(2)
 
 
