@@ -2,7 +2,8 @@
 
 `python -m benchmarks.result_tables` rewrites every block between `<!-- table: NAME -->` and `<!-- end of table -->`.
 `settings`, `verdicts`, `ranks` and `efficiency` show the main study as published, benchmarks/results/study_main.json;
-`pretrained` shows the routers of the package. `--study outputs/study-main/study.json` publishes another study first.
+`overload` shows that of overload, study_overload.json; `pretrained` shows the routers of the package.
+`--study outputs/study-main/study.json` publishes another study of that name first.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from jaxroute.evaluation.statistics import Interval
 from jaxroute.files import write_file
 
 ROOT = Path(__file__).parents[1]
-STUDY = Path(__file__).parent / "results" / "study_main.json"
+RESULTS = Path(__file__).parent / "results"
+STUDY, OVERLOAD = RESULTS / "study_main.json", RESULTS / "study_overload.json"
 
 _IN_WORDS = {
     "poisson": "Poisson",
     "gamma": "clustered (gamma, CV 4)",
     "mmpp": "bursts (mmpp)",
     "diurnal": "drifting load (diurnal)",
+    "azure": "Azure trace",
     "outages": "Poisson, failing experts",
     "late_observations": "Poisson, metrics 500 ms late",
     "edge16": "another site, 16 experts",
@@ -67,6 +70,59 @@ def published(study: dict[str, Any]) -> dict[str, Any]:
         for s in study["standings"]
     ]
     return {"verdicts": verdicts, "standings": standings}
+
+
+def published_overload(study: dict[str, Any]) -> dict[str, Any]:
+    """Return of a study of overload what its table shows: at each load the router and the best rules of both kinds."""
+    router, *_ = study["routers"]
+    rows = []
+    for setting in study["settings"]:
+        for load in setting["loads"]:
+            policies = load["policies"]  # best first
+            rules = [policy for policy in policies if policy not in study["routers"]]
+            declining = next(policy for policy in rules if "+" in policy)
+            taking = next(policy for policy in rules if "+" not in policy)
+
+            def figures(policy: str, of: dict[str, Any] = policies) -> dict[str, Any]:
+                names = ("avg_qos", "qos_per_second", "declined_rate", "qos_per_busy_second")
+                return {"policy": policy} | {name: round(of[policy][name]["mean"], 3) for name in names}
+
+            rows.append(
+                {
+                    "setting": setting["setting"],
+                    "rate": float(f"{load['rate']:.3g}"),
+                    "router": figures(router),
+                    "declining": figures(declining),
+                    "taking": figures(taking),
+                    "difference": {
+                        name: round(number, 4) for name, number in load["paired_difference"][declining].items()
+                    },
+                }
+            )
+    return {"rows": rows}
+
+
+def overload_table(study: dict[str, Any]) -> str:
+    """Return the router against the best rules with and without the right to send requests away."""
+    rows = []
+    for row in study["rows"]:
+        router, declining, taking = row["router"], row["declining"], row["taking"]
+        difference = Interval(**row["difference"])
+        text = plus_minus(difference, 4, "+")
+        rows.append(
+            [
+                _IN_WORDS.get(row["setting"], row["setting"]),
+                f"{row['rate']:.3g}",
+                f"`{taking['policy']}` {taking['avg_qos']:.3f}",
+                f"`{declining['policy']}` {declining['avg_qos']:.3f}",
+                f"{router['avg_qos']:.3f}",
+                f"**{text}**" if verdict_of(difference) else text,
+                f"{taking['qos_per_second']:.1f}, {declining['qos_per_second']:.1f}, {router['qos_per_second']:.1f}",
+                f"{100 * router['declined_rate']:.0f} %",
+            ]
+        )
+    header = ["arrivals", "requests/s", "best rule that takes everything", "best that may decline", "jaxroute"]
+    return markdown([*header, "difference", "QoS/s of the three", "declined by jaxroute"], rows)
 
 
 def settings_table(study: dict[str, Any]) -> str:
@@ -138,6 +194,7 @@ def efficiency_table(study: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "overload": lambda study: overload_table(json.loads(OVERLOAD.read_text())),
     "settings": settings_table,
     "verdicts": verdicts_table,
     "ranks": ranks_table,
@@ -176,9 +233,11 @@ def main() -> None:
     parser.add_argument("--study", type=Path, metavar="STUDY.JSON", help="publish the figures of this study first")
     options = parser.parse_args()
     if options.study is not None:
-        found = published(json.loads(options.study.read_text()))
+        given = json.loads(options.study.read_text())
+        of_overload = given["study"] == "overload"
+        found = published_overload(given) if of_overload else published(given)
         parts = (f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in found.items())
-        write_file(STUDY, "{\n" + ",\n".join(parts) + "\n}\n")
+        write_file(OVERLOAD if of_overload else STUDY, "{\n" + ",\n".join(parts) + "\n}\n")
     study = json.loads(STUDY.read_text())
     for page in pages():
         before = page.read_text()
