@@ -326,12 +326,12 @@ def test_members_of_a_group_meet_the_same_requests():
     """Through a change of load and a reset, on sites of their own, whatever each has done to its experts."""
     overrides = ["site=edge3", "network=mlp", "train.random_sites=1", "train.redraw_every=5", "train.horizon=11"]
     config = load_config([*overrides, "ppo.num_envs=16", "ppo.group_size=4", "ppo.num_steps=8", "ppo.total_steps=256"])
-    learner = make_ppo(config.ppo, *training_env(config), build_network(config.network))
+    learner = make_ppo(config.ppo, *training_env(config), build_network(config.network, config.env.away))
     state = learner.init(jax.random.key(0))
     for _ in range(2):
         state, _ = learner.update(state)
     after = state.env_state
-    for of_envs in (after.request, after.arrivals, after.rate, after.mean_gap, after.fleet, after.step):
+    for of_envs in (after.request, after.arrivals, after.rate, after.recent.gap, after.fleet, after.step):
         for leaf in map(np.asarray, jax.tree.leaves(of_envs)):
             of_groups = leaf.reshape(4, 4, *leaf.shape[1:])
             np.testing.assert_array_equal(of_groups, np.broadcast_to(of_groups[:, :1], of_groups.shape))
