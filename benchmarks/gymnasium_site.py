@@ -35,7 +35,7 @@ class GymnasiumSite(gymnasium.Env):
         self.num_experts = params.site.num_experts
         self.bank = params.bank._replace(**{name: np.asarray(column) for name, column in params.bank._asdict().items()})
         self.rate = float(params.rate[0])
-        self.requirements, self.shares = np.asarray(params.requirement), np.asarray(params.share, np.float64)
+        self.requirements, self.shares = np.asarray(params.limits.normalised), np.asarray(params.share, np.float64)
         self.shares /= self.shares.sum()
         self.generator = np.random.default_rng(seed)
         self.action_space = gymnasium.spaces.Discrete(self.num_experts)

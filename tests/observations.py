@@ -3,13 +3,15 @@
 import jax.numpy as jnp
 
 from jaxroute.env.types import Arrival, Candidates, Experts, Impact, InFlight, Observation, Prices, Recent
+from jaxroute.workloads.limits import Limits
 
 NUM_EXPERTS, NUM_SLOTS = 3, 4
+LIMIT = 0.04
+"""On the normalised latency, s per token."""
 
 # Three experts that are alike in everything, and idle.
 ALIKE = {
     "prompt_tokens": 100.0,
-    "latency_requirement": 0.04,
     "arrival_rate": 8.0,
     "max_num_seqs": 8.0,
     "max_waiting": 4.0,
@@ -45,12 +47,19 @@ def observation(away=None, **changes):
         }
         return part(**columns, **others)
 
-    slots = jnp.zeros((NUM_EXPERTS, NUM_SLOTS))
+    slots, limit = jnp.zeros((NUM_EXPERTS, NUM_SLOTS)), jnp.float32(LIMIT)
+    latency, in_time = (
+        jnp.broadcast_to(jnp.asarray(values[name], jnp.float32), (NUM_EXPERTS,))
+        for name in ("normalised_latency", "in_time")
+    )
+    nothing = {name: slots for name in InFlight._fields if name != "limits"}
     return Observation(
-        arrival=fill(Arrival, recent=fill(Recent), prices=fill(Prices)),
+        arrival=fill(Arrival, limits=Limits(normalised=limit), recent=fill(Recent), prices=fill(Prices)),
         experts=fill(Experts),
-        candidates=fill(Candidates, impact=fill(Impact)),
-        in_flight=InFlight(*[slots] * len(InFlight._fields)),
+        candidates=fill(
+            Candidates, impact=fill(Impact, in_time_each=Limits(normalised=in_time), relative_latency=latency / limit)
+        ),
+        in_flight=InFlight(limits=Limits(normalised=slots), **nothing),
         running=slots > 0,
         waiting=slots > 0,
         away=away,

@@ -25,8 +25,12 @@ RECORDED = [0.0, 0.5, 0.5, 3.5, 4.0]
 """Arrival times in s; two of them at once."""
 
 
+def requirement(name, normalised, share=1.0):
+    return RequirementConfig(name=name, share=share, normalised=normalised)
+
+
 def workload(**changes):
-    good = {"name": "mine", "arrivals": "poisson", "rate": 8.0, "requirements": [RequirementConfig("only", 0.05, 1.0)]}
+    good = {"name": "mine", "arrivals": "poisson", "rate": 8.0, "requirements": [requirement("only", 0.05)]}
     return WorkloadConfig(**(good | changes))
 
 
@@ -270,10 +274,10 @@ def test_every_process_is_configurable(tmp_path):
 
 
 def test_shares_become_probabilities():
-    classes = [RequirementConfig("tight", 0.02, 3.0), RequirementConfig("loose", 0.08, 1.0)]
+    classes = [requirement("tight", 0.02, 3.0), requirement("loose", 0.08)]
     built = build_workload(workload(requirements=classes), None)
     np.testing.assert_allclose(built.share, [0.75, 0.25])
-    np.testing.assert_allclose(built.requirement, [0.02, 0.08])
+    np.testing.assert_allclose(built.limits.normalised, [0.02, 0.08])
 
 
 # ---- Mistakes ----------------------------------------------------------------------------------------------
@@ -299,9 +303,9 @@ def test_shares_become_probabilities():
         ({"period": float("nan")}, "period=nan"),
         ({"arrivals": "trace"}, "trace"),
         ({"requirements": []}, "requirements"),
-        ({"requirements": [RequirementConfig("tight", 0.0, 1.0)]}, "tight"),
-        ({"requirements": [RequirementConfig("tight", 0.02, -1.0)]}, "tight"),
-        ({"requirements": [RequirementConfig("tight", 0.02, 0.0)]}, "shares"),
+        ({"requirements": [requirement("tight", 0.0)]}, "tight"),
+        ({"requirements": [requirement("tight", 0.02, -1.0)]}, "tight"),
+        ({"requirements": [requirement("tight", 0.02, 0.0)]}, "shares"),
     ],
     ids=str,
 )

@@ -129,11 +129,11 @@ def test_every_network_builds(choice):
 
 def test_one_entry_of_a_list_can_be_changed():
     plain = load_config(SHORT)
-    changed = load_config([*SHORT, "site.experts.1.kv_capacity=4096", "workload.requirements.0.latency=0.5"])
+    changed = load_config([*SHORT, "site.experts.1.kv_capacity=4096", "workload.requirements.0.normalised=0.5"])
     assert changed.site.experts[1].kv_capacity == 4096
-    assert changed.workload.requirements[0].latency == 0.5
+    assert changed.workload.requirements[0].normalised == 0.5
     changed.site.experts[1].kv_capacity = plain.site.experts[1].kv_capacity
-    changed.workload.requirements[0].latency = plain.workload.requirements[0].latency
+    changed.workload.requirements[0].normalised = plain.workload.requirements[0].normalised
     assert changed == plain
 
 
@@ -169,7 +169,7 @@ def write_site(folder, text=None, **changes):
         ("site=edge6",),
         ("site=edge16", "bank=mmlu_pro", "workload=azure_conv", "network=mlp"),
         ("eval.loads=[0.25,3]", "policies=[random]", "ppo.num_envs=8", "output_dir=somewhere", "wandb.group=a"),
-        ("workload.rate=12.5", "workload.requirements.1.latency=0.033", "reward.shaping=false", "train.loads=[1,1]"),
+        ("workload.rate=12.5", "workload.requirements.1.normalised=0.033", "reward.shaping=false", "train.loads=[1,1]"),
     ],
 )
 def test_written_and_read_again(overrides, tmp_path):
@@ -209,9 +209,10 @@ def test_written_and_read_again(overrides, tmp_path):
         ("workload.rate=-1", "workload poisson: rate=-1.0 must be above 0"),
         ("workload.rate=nan", "workload poisson: rate=nan must be above 0"),
         ("workload.requirements=[]", "workload poisson: requirements is empty"),
-        ("workload.requirements.0.share=-1", "requirement interactive needs latency > 0 and share >= 0"),
-        ("workload.requirements=[{name: a, latency: 1, share: 0}]", "the shares of all requirements are 0"),
-        ("workload.requirements=[{name: a, latency: 1}]", "workload.requirements.0.share"),
+        ("workload.requirements.0.share=-1", "requirement interactive: share=-1.0 must be at least 0"),
+        ("workload.requirements=[{name: a, normalised: 1, share: 0}]", "the shares of all requirements are 0"),
+        ("workload.requirements=[{name: a, normalised: 1}]", "workload.requirements.0.share"),
+        ("workload.requirements=[{name: a, share: 1}]", "requirement a limits nothing; give one of ttft, tpot, e2e, "),
         ("workload.arrivals=trace", "workload poisson: trace is missing; name a file"),
         ("site.experts=[]", "site edge3: experts is empty; list at least one"),
         ("ppo.num_envs=7", "ppo: num_envs=7 must be a positive multiple of num_minibatches="),
@@ -231,7 +232,7 @@ def test_bad_option(override, message):
     ("override", "message"),
     [
         ("+ppo.num_env=8", "ppo.num_env"),  # Hydra's + adds a key; nothing would read it
-        ("workload.requirements.0.latency=nan", "requirement interactive"),
+        ("workload.requirements.0.normalised=nan", "requirement interactive: normalised=nan"),
         ("ppo.learning_rate=inf", "ppo: learning_rate=inf"),
         ("reward.accelerator_price=-0.1", "reward: accelerator_price=-0.1 must not be negative"),
         ("reward.accelerator_price=nan", "reward: accelerator_price=nan"),

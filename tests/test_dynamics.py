@@ -219,9 +219,9 @@ def test_a_retried_request_is_the_same_and_as_old_as_it_is():
         assert len(first) == first[-1] + 1
         origin = where[number]
         arrival = time[e][origin]
-        for name in ("row", "prompt_tokens", "output_tokens", "quality", "predicted_quality", "latency_requirement"):
-            values = getattr(request, name)[e]
-            np.testing.assert_array_equal(values, values[origin], err_msg=name)
+        for name in ("row", "prompt_tokens", "output_tokens", "quality", "predicted_quality", "limits"):
+            for values in jax.tree.leaves(getattr(request, name)):
+                np.testing.assert_array_equal(values[e], values[e][origin], err_msg=name)
         np.testing.assert_allclose(request.age[e], time[e][:-1] - arrival, atol=TOLERANCE)
         np.testing.assert_array_equal(played.obs.arrival.age[e], request.age[e])
         # Whoever ends does so within the step, counted from its first arrival.
@@ -396,7 +396,7 @@ def test_outages_are_judged(outages):
     settings = {"seed": 0, "episodes": 4, "requests": 150, "warmup": 20}
     judged = evaluate_policies(env, params, policies, [RATE], **settings)[RATE]
     a, b = judged["random"], judged["shortest_queue"]
-    np.testing.assert_array_equal(a.latency_requirement, b.latency_requirement)
+    np.testing.assert_array_equal(a.limits.normalised, b.limits.normalised)
     np.testing.assert_allclose(a.duration, b.duration, rtol=1e-5)
     for records in judged.values():
         summary = summarise(records, settings["warmup"])

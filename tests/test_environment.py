@@ -201,24 +201,21 @@ def of_requests(played, values, slots):
 def assert_table_follows_requests(played):
     """What is kept beside the engine's slots still belongs to their requests, however they moved."""
     request, slots = played.state.request, played.next_state.site.slots
-    known = {
-        name: np.broadcast_to(
-            getattr(request, name)[..., None] if name == "latency_requirement" else getattr(request, name),
-            request.quality.shape,
-        )
-        for name in ("quality", "predicted_quality", "predicted_output_tokens", "latency_requirement", "output_tokens")
-    }
-    used = slots.status != SlotStatus.EMPTY
-    for name, values in known.items():
-        holder = slots if name == "output_tokens" else played.next_state.table
-        expected = of_requests(played, values, slots.request)
-        np.testing.assert_array_equal(getattr(holder, name)[used], expected[used], err_msg=name)
+    table, used = played.next_state.table, slots.status != SlotStatus.EMPTY
+    known = [(slots.output_tokens, request.output_tokens)]
+    known += [(getattr(table, name), getattr(request, name)) for name in table._fields if name != "limits"]
+    for held, limit in zip(table.limits, request.limits, strict=True):
+        if limit is not None:
+            known.append((held, np.broadcast_to(limit[..., None], request.quality.shape)))
+    assert len(known) > 4
+    for held, values in known:
+        np.testing.assert_array_equal(held[used], of_requests(played, values, slots.request)[used])
 
 
 def assert_outcomes_add_up(played, params):
     info = played.info
     ended = info["ended"]
-    late = info["latency"] / np.maximum(info["output_tokens"], 1) > info["latency_requirement"]
+    late = info["latency"] / np.maximum(info["output_tokens"], 1) > info["limits"].normalised
     np.testing.assert_array_equal(info["in_time"], ended & ~late)
     np.testing.assert_array_equal(info["qos"], np.where(info["in_time"], info["quality"], 0))
     np.testing.assert_allclose(info["qos_sum"], info["qos"].sum((-2, -1)), rtol=1e-6)
@@ -251,7 +248,7 @@ def assert_reward_adds_up(played, params):
 def test_any_actions_on_any_site(seed, rate, spread, num_actions, price, requirement, **limits):
     params = changed(edge6()[1], (rate, rate * spread), **limits)
     params = params._replace(
-        requirement=params.requirement * jnp.float32(requirement / 0.04),
+        limits=params.limits._replace(normalised=params.limits.normalised * jnp.float32(requirement / 0.04)),
         reward=params.reward._replace(accelerator_price=jnp.full(2, price, jnp.float32)),
     )
     played = play(params, seed, num_experts=num_actions)
@@ -261,8 +258,8 @@ def test_any_actions_on_any_site(seed, rate, spread, num_actions, price, require
     assert_table_follows_requests(played)
     assert_outcomes_add_up(played, params)
     assert_reward_adds_up(played, params)
-    for name, leaf in played.info.items():
-        assert np.isfinite(leaf).all(), name
+    for leaf in jax.tree.leaves(played.info):
+        assert np.isfinite(leaf).all()
 
 
 def test_full_experts_are_announced(busy):
@@ -290,8 +287,8 @@ def test_requests_come_from_the_bank(params, busy):
     seen = busy.state.request.predicted_quality.reshape(-1, 6)
     assert all(row.tobytes() in rows for row in seen)
     assert len({row.tobytes() for row in seen}) > 0.8 * len(seen)
-    limits, counts = np.unique(busy.state.request.latency_requirement, return_counts=True)
-    np.testing.assert_allclose(limits, params.requirement)
+    limits, counts = np.unique(busy.state.request.limits.normalised, return_counts=True)
+    np.testing.assert_allclose(limits, params.limits.normalised)
     np.testing.assert_allclose(counts / counts.sum(), params.share, atol=0.1)
 
 

@@ -28,6 +28,7 @@ from jaxroute.evaluation.report.write import write_all, write_results_json
 from jaxroute.evaluation.result import EvaluationResult
 from jaxroute.evaluation.statistics import Interval, mean_ci95, paired_difference, student_t_975
 from jaxroute.policies import rules_named
+from jaxroute.workloads.limits import Limits
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -54,7 +55,10 @@ def hand_made_records() -> EpisodeRecords:
         status=np.array([status, [Outcome.REJECTED] * 7], np.int8),
         expert=np.array([[0, 0, 1, 1, 1, 1, 2]] * 2),
         quality=np.array([[0.5, 0.8, 1.0, 0.9, 0.7, 0.4, 0.0]] * 2),
-        latency_requirement=np.array([[1.0, 0.2, 0.1, 1.0, 1.0, 3.0, 1.0]] * 2),
+        limits=Limits(
+            ttft=np.array([[math.inf, 0.5, 0.4, 1.0, 1.0, math.inf, 1.0]] * 2),
+            normalised=np.array([[1.0, 0.2, 0.1, 1.0, 1.0, 3.0, 1.0]] * 2),
+        ),
         output_tokens=np.array([[10, 10, 5, 0, 7, 1, 0]] * 2),
         ttft=np.array([[1.0, 0.5, 0.5, NAN, NAN, 2.0, NAN], nothing]),
         latency=np.array([[5.0, 2.0, 2.5, NAN, NAN, 2.0, NAN], nothing]),  # per token: .5, .2, .5, -, -, 2, -
@@ -76,6 +80,8 @@ def hand_made_records() -> EpisodeRecords:
         ("spent_per_request", 0),
         ("in_time_rate", 3 / 6),
         ("violation_rate", 1 / 6),
+        ("ttft_violation_rate", 1 / 6),
+        ("normalised_violation_rate", 1 / 6),
         ("rejection_rate", 1 / 6),
         ("declined_rate", 1 / 6),
         ("cloud_rate", 0),
@@ -148,7 +154,12 @@ def test_nothing_ended():
 
 
 def test_every_metric_is_defined_and_has_its_shape():
-    summary = summarise(hand_made_records())
+    records = hand_made_records()
+    assert list(summarise(records)) == [
+        name for name in METRICS if name not in ("tpot_violation_rate", "e2e_violation_rate")
+    ], "a limit that no class of service has is not measured"
+    limits = records.limits._replace(tpot=records.limits.ttft, e2e=records.limits.ttft)
+    summary = summarise(records._replace(limits=limits))
     assert list(summary) == list(METRICS)
     for metric, values in summary.items():
         per_load = metric in ("expert_load", "expert_choice")
@@ -266,7 +277,7 @@ def random_records(rng: np.random.Generator, quality: float, episodes: int = 4) 
         status=np.select([rejected, declined], [Outcome.REJECTED, Outcome.DECLINED], Outcome.COMPLETED).astype(np.int8),
         expert=np.where(declined, 3, rng.integers(0, 3, shape)),
         quality=np.clip(quality + rng.normal(0, 0.05, shape), 0, 1).astype(np.float32),
-        latency_requirement=np.full(shape, 0.07, np.float32),
+        limits=Limits(normalised=np.full(shape, 0.07, np.float32)),
         output_tokens=tokens,
         ttft=latency * 0.1,
         latency=latency,

@@ -13,6 +13,7 @@ import jaxroute
 from jaxroute.env.impact import assess, estimate_impact
 from jaxroute.env.types import Batch, Described
 from jaxroute.serving.reference import simulate
+from jaxroute.workloads.limits import Limits
 
 NUM_EXPERTS, NUM_SLOTS = 6, 8
 """Of every hand-made case, so that the estimator compiles once."""
@@ -35,7 +36,7 @@ def in_flight(expert, **known):
         "prompt_tokens": 10,
         "generated": 4,
         "age": 10.0,
-        "latency_requirement": 4.0,
+        "normalised": 4.0,
         "predicted_quality": 0.5,
         "predicted_output_tokens": 20 / MEAN_OVER_MEDIAN,
     }
@@ -48,13 +49,20 @@ def waiting(expert, **known):
     return in_flight(expert, **{"running": False, "generated": 0, "computed": 0} | known)
 
 
-def predict(requests=(), experts=None, prompt_tokens=16, requirement=2.0, mean_length=8.0, quality=0.75):
-    """Outlook and impact, as NumPy arrays, of an arrival at `NUM_EXPERTS` experts of the kind in tests/cases.py."""
+def predict(requests=(), experts=None, prompt_tokens=16, mean_length=8.0, quality=0.75, **limits):
+    """Outlook and impact, as NumPy arrays, of an arrival at `NUM_EXPERTS` experts of the kind in tests/cases.py.
+
+    Unless limits are given, all requests limit the normalised latency alone. If others are, what a request does not
+    limit is infinite.
+    """
     experts = experts or [{}] * NUM_EXPERTS
     site = jaxroute.Site(**site_arrays(*(PENCIL | {"network_delay": 0.5} | changes for changes in experts)))
-    fields = {name: np.zeros((NUM_SLOTS, NUM_EXPERTS), np.float32) for name in Batch._fields}
-    fields["waiting"] = fields["waiting"] > 0
-    fields["running"] = fields["running"] > 0
+    limits = limits or {"normalised": 2.0}
+    limited = ["normalised"] if list(limits) == ["normalised"] else Limits._fields
+    first_token = ["first_token"] * (len(limited) > 1)
+    names = ["prompt_tokens", "computed", "generated", "age", "predicted_quality", "predicted_output_tokens"]
+    fields = {name: np.zeros((NUM_SLOTS, NUM_EXPERTS), np.float32) for name in [*names, *first_token, *limited]}
+    running, waiting = (np.zeros((NUM_SLOTS, NUM_EXPERTS), bool) for _ in range(2))
     used = [0] * NUM_EXPERTS
     for request in requests:
         expert = request["expert"]
@@ -62,12 +70,21 @@ def predict(requests=(), experts=None, prompt_tokens=16, requirement=2.0, mean_l
         used[expert] += 1
         if request is GAP:
             continue
-        for name in Batch._fields:
-            fields[name][slot, expert] = not request["running"] if name == "waiting" else request[name]
+        running[slot, expert], waiting[slot, expert] = request["running"], not request["running"]
+        for name, column in fields.items():
+            column[slot, expert] = request.get(name, np.inf)
     length = np.full(NUM_EXPERTS, mean_length / MEAN_OVER_MEDIAN)
-    request = Described(prompt_tokens, requirement, 0.0, np.full(NUM_EXPERTS, quality), length)
+    batch = Batch(
+        running,
+        waiting,
+        first_token=fields.pop("first_token", None),
+        limits=Limits(**{name: fields.pop(name) for name in limited}),
+        **fields,
+    )
+    limits = Limits(**{name: limits.get(name, np.inf) for name in limited})
+    request = Described(prompt_tokens, limits, 0.0, np.full(NUM_EXPERTS, quality), length)
     request = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), request)
-    return jax.tree.map(np.asarray, estimate(site, jnp.full(NUM_EXPERTS, LOG_ERROR), Batch(**fields), request))
+    return jax.tree.map(np.asarray, estimate(site, jnp.full(NUM_EXPERTS, LOG_ERROR), batch, request))
 
 
 # ---- With pencil and paper ---------------------------------------------------------------------------------
@@ -126,7 +143,7 @@ def test_memory_must_become_free():
 
 def test_the_latest_to_come_runs_out_of_memory():
     """Two requests of 304 tokens with some sixteen to come, of which the memory holds one and most of the other."""
-    pair = [in_flight(0, prompt_tokens=300, latency_requirement=14.0) for _ in range(2)]
+    pair = [in_flight(0, prompt_tokens=300, normalised=14.0) for _ in range(2)]
     (roomy, at_ease), (full, cramped) = (predict(pair, [{"kv_capacity": kv}] * NUM_EXPERTS) for kv in (10_000, 620))
     assert full.in_time[0, 0] == roomy.in_time[0, 0] > 0.5
     to_come = roomy.remaining_tokens[1, 0]
@@ -151,7 +168,7 @@ def test_a_longer_queue_is_less_certain():
         for queue in (0, 4):
             crowd = [in_flight(0)] * (queue > 0) + [waiting(0)] * queue
             _, impact = predict(crowd, seat)
-            _, judged = predict(crowd, seat, requirement=factor * impact.normalised_latency[0])
+            _, judged = predict(crowd, seat, normalised=factor * impact.normalised_latency[0])
             by_queue.append(judged.in_time[0])
         assert abs(by_queue[0] - 0.5) > abs(by_queue[1] - 0.5) + 0.05
 
@@ -159,7 +176,7 @@ def test_a_longer_queue_is_less_certain():
 def test_even_odds_at_the_predicted_latency():
     _, impact = predict()
     for factor, probability in ((1.0, 0.5), (4.0, 1.0), (0.25, 0.0)):
-        _, judged = predict(requirement=factor * impact.normalised_latency[0])
+        _, judged = predict(normalised=factor * impact.normalised_latency[0])
         np.testing.assert_allclose(judged.in_time, probability, atol=1e-3)
         np.testing.assert_allclose(judged.qos, 0.75 * judged.in_time, rtol=1e-6)
 
@@ -187,10 +204,15 @@ def test_alone_on_a_real_expert_as_simulated():
     _, params = edge6()
     site = {name: np.asarray(values) for name, values in params.site._asdict().items()}
     exact = jnp.full(NUM_EXPERTS, 1e-3)
-    nobody = Batch(*(np.zeros((NUM_SLOTS, NUM_EXPERTS), bool) for _ in range(2)), *[np.zeros((8, 6), np.float32)] * 7)
+    none, nothing = (np.zeros((NUM_SLOTS, NUM_EXPERTS), kind) for kind in (bool, np.float32))
+    nobody = Batch(none, none, *[nothing] * 4, None, Limits(normalised=nothing), nothing, nothing)
     for prompt, length in ((30, 20), (200, 150), (1500, 800)):
         request = Described(
-            jnp.float32(prompt), jnp.float32(0.05), jnp.float32(0.0), jnp.ones(6), jnp.full(6, length, jnp.float32)
+            prompt_tokens=jnp.float32(prompt),
+            limits=Limits(normalised=jnp.float32(0.05)),
+            age=jnp.float32(0.0),
+            predicted_quality=jnp.ones(6),
+            predicted_output_tokens=jnp.full(6, length, jnp.float32),
         )
         _, impact = estimate(params.site, exact, nobody, request)
         apart = simulate(site, 1e3 * np.arange(6), np.full(6, prompt), np.full(6, length), np.arange(6))
@@ -218,7 +240,7 @@ def test_more_load_is_worse(more):
     requests = [more(e) for e in range(NUM_EXPERTS) for _ in range(e)]
     for changes in ({}, {"max_num_seqs": 5}, {"weight_load": 0.1}, {"kv_capacity": 90}):
         experts = {"max_num_seqs": 8} | changes
-        outlook, impact = predict(requests, experts=[experts] * NUM_EXPERTS, requirement=3.0)
+        outlook, impact = predict(requests, experts=[experts] * NUM_EXPERTS, normalised=3.0)
         assert_in_bounds(outlook, impact)
         assert (np.diff(impact.in_time) <= 1e-6).all(), experts
         assert impact.in_time[0] > impact.in_time[-1] + 0.05, experts
@@ -229,7 +251,7 @@ def test_more_load_is_worse(more):
 
 def test_neighbours_lose_most_at_the_edge():
     """At ease, near its limit, hopeless: only the middle one has something to lose."""
-    outlook, impact = predict([in_flight(e, latency_requirement=limit) for e, limit in enumerate((20.0, 1.8, 0.5))])
+    outlook, impact = predict([in_flight(e, normalised=limit) for e, limit in enumerate((20.0, 1.8, 0.5))])
     assert outlook.in_time[0, 0] > 0.99
     assert 0.2 < outlook.in_time[0, 1] < 0.8
     assert outlook.in_time[0, 2] < 0.01
@@ -239,7 +261,7 @@ def test_neighbours_lose_most_at_the_edge():
 
 
 def test_longer_prompts_and_answers_cost_neighbours_more():
-    crowd = [in_flight(0, latency_requirement=2.4) for _ in range(3)]
+    crowd = [in_flight(0, normalised=2.4) for _ in range(3)]
     losses = [predict(crowd, prompt_tokens=p, mean_length=n)[1].qos_loss[0] for p, n in ((1, 4), (64, 4), (64, 40))]
     assert losses[0] < losses[1] < losses[2]
 
@@ -252,8 +274,8 @@ def test_longer_prompts_and_answers_cost_neighbours_more():
         ([in_flight(0, prompt_tokens=1, generated=0, computed=0, age=0.0)], {"prompt_tokens": 1, "mean_length": 1.0}),
         ([in_flight(0, prompt_tokens=990, generated=10) for _ in range(8)], {"prompt_tokens": 999}),
         ([waiting(0, prompt_tokens=999, predicted_output_tokens=1e6) for _ in range(8)], {"mean_length": 1e6}),
-        ([in_flight(0, age=1e6, latency_requirement=1e-6)], {"requirement": 1e-6}),
-        ([in_flight(0, predicted_quality=0.0, latency_requirement=1e6)], {"requirement": 1e6}),
+        ([in_flight(0, age=1e6, normalised=1e-6)], {"normalised": 1e-6}),
+        ([in_flight(0, predicted_quality=0.0, normalised=1e6)], {"normalised": 1e6}),
     ],
     ids=["runaway", "shorter than a token", "single tokens", "full memory", "long queue", "hopeless", "no limit"],
 )
@@ -267,7 +289,7 @@ slot = st.fixed_dictionaries(
         "prompt_tokens": st.integers(1, 4000),
         "generated": st.integers(0, 5000),
         "age": st.floats(0, 1000),
-        "latency_requirement": st.floats(1e-3, 10),
+        "normalised": st.floats(1e-3, 10),
         "predicted_quality": st.floats(0, 1),
         "predicted_output_tokens": st.floats(1e-2, 5000),
     }

@@ -160,4 +160,4 @@ def test_planners_route_in_an_evaluation():
     assert qos["clairvoyant"] > qos["random"]
     assert qos["lookahead"] > qos["random"]
     # Rejected everywhere or not, the same requests came.
-    np.testing.assert_array_equal(records["random"].latency_requirement, records["lookahead"].latency_requirement)
+    np.testing.assert_array_equal(records["random"].limits.normalised, records["lookahead"].limits.normalised)

@@ -264,7 +264,7 @@ def arbitrary():
         observation(),
     )
     available = (np.arange(count)[:, None] >> np.arange(NUM_EXPERTS)) % 2 == 1
-    arrival = numbers.arrival._replace(latency_requirement=numbers.arrival.latency_requirement + 1e-3)
+    arrival = numbers.arrival._replace(limits=jax.tree.map(lambda limit: limit + 1e-3, numbers.arrival.limits))
     positive = ("max_num_seqs", "kv_capacity", "weight_load", "iteration_time")
     experts = numbers.experts._replace(**{name: getattr(numbers.experts, name) + 1e-3 for name in positive})
     obs = numbers._replace(arrival=arrival, experts=experts._replace(available=jnp.asarray(available)))

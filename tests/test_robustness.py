@@ -26,6 +26,7 @@ from jaxroute.env.environment import best_net
 from jaxroute.networks.features import features_of
 from jaxroute.serving import Site, SlotStatus
 from jaxroute.workloads.arrivals import ArrivalParams, Pattern, mixed, poisson
+from jaxroute.workloads.limits import Limits
 
 pytestmark = pytest.mark.slow
 
@@ -85,9 +86,20 @@ class Draws:
         return jnp.clip(jnp.round(self.between(low, high, shape)), low, high).astype(jnp.int32)
 
 
+def draw_limits(draws: Draws) -> Limits:
+    """Each class of service has about half of the limits."""
+    shape = (NUM_CLASSES,)
+    return Limits(
+        *(
+            jnp.where(draws.uniform(shape) < 0.5, draws.between(low, high, shape), jnp.inf)
+            for low, high in ((1e-2, 1e2), (1e-3, 1.0), (1e-1, 1e3), (1e-3, 10.0))
+        )
+    )
+
+
 def draw_params(key: jax.Array, env: EdgeRouting, rates: jax.Array, most_tokens: jax.Array) -> EnvParams:
     """Any scenario of these shapes; prompts and answers have at most so many tokens each."""
-    draws, n = Draws(key, 64 + 80 * env.num_experts), (env.num_experts,)
+    draws, n = Draws(key, 96 + 80 * env.num_experts), (env.num_experts,)
     per_prompt = (NUM_PROMPTS, *n)
     max_num_seqs = draws.count_between(1.0, env.num_slots - 1.0, n)
     site = Site(
@@ -125,12 +137,13 @@ def draw_params(key: jax.Array, env: EdgeRouting, rates: jax.Array, most_tokens:
             shape=jnp.float32(1.0), gaps=jnp.ones(1), burst_share=draws.between(0.01, 0.9), pattern=twice
         ),
         rate=jnp.sort(draws.between(rates[0], rates[1], (2,))),
-        requirement=draws.between(1e-3, 10.0, (NUM_CLASSES,)),
+        limits=draw_limits(draws),
         share=share / share.sum(),
         reward=RewardParams(
             accelerator_price=jnp.broadcast_to(draws.or_zero(0.01, 1.0, ()), 2),
             cloud_price=jnp.ones(2),
             shaping=jnp.round(draws.uniform()),
+            seat_price=draws.or_zero(0.1, 10.0, ()),
         ),
         # From a failure in almost every gap to hardly any.
         outages=OutageParams(
@@ -175,14 +188,18 @@ def wrong(
     rounding = 1e-6 * (1 + gap + jnp.abs(before.site.clock) + jnp.where(working, state.duration, 0.0))
     head_ready = jnp.where(active & ~running, slots.ready, jnp.inf).min(0)
     ended, latency = info["ended"], info["latency"]
-    normalised = latency / jnp.maximum(info["output_tokens"], 1)
+    tokens, limits = info["output_tokens"], info["limits"]
+    in_time = (info["ttft"] <= limits.ttft) & (latency <= limits.e2e)
+    in_time &= (latency - info["ttft"]) / jnp.maximum(tokens - 1, 1) <= limits.tpot
+    in_time &= latency / jnp.maximum(tokens, 1) <= limits.normalised
     impact = obs.candidates.impact
     chances, _ = ravel_pytree((impact.in_time, impact.qos, obs.candidates.predicted_quality, obs.in_flight.in_time))
     # A net value may be below 0: others lose more than the request gains.
     recent = obs.arrival.recent
     nets, _ = ravel_pytree((recent.net, best_net(obs)))
-    arrival = obs.arrival._replace(recent=recent._replace(net=recent.net_square))
-    seen, _ = ravel_pytree((arrival, obs.experts, obs.candidates, obs.in_flight))
+    # A limit that does not hold is infinite.
+    arrival = obs.arrival._replace(recent=recent._replace(net=recent.net_square), limits=())
+    seen, _ = ravel_pytree((arrival, obs.experts, obs.candidates, obs.in_flight._replace(limits=())))
     features, _ = ravel_pytree(features_of(obs))
     return {
         "an action that does not exist is carried out": ((action < 0) | (action >= env.num_actions))
@@ -205,7 +222,7 @@ def wrong(
         "an outcome is not finite": ended & ~(jnp.isfinite(latency) & jnp.isfinite(info["ttft"])),
         "the last token comes before the first": ended & (info["ttft"] > latency),
         "an answer comes before its way there and back": ended & (info["ttft"] < 2 * site.network_delay * (1 - 1e-6)),
-        "in time or not": info["in_time"] != ended & (normalised <= info["latency_requirement"]),
+        "in time or not": info["in_time"] != ended & in_time,
         "QoS": info["qos"] != jnp.where(info["in_time"], info["quality"], 0.0),
         "number of completed": info["num_completed"] != ended.sum(),
         "number of late": info["num_late"] != (ended & ~info["in_time"]).sum(),
@@ -249,7 +266,7 @@ def wrong_sums(
     given_back = after.request.age > 0
     # The request that waits for its expert has arrived already if it was given back, and so have those marked.
     pending = given_back + (0 if after.retries is None else after.retries.marked.sum())
-    scale = 1 + after.potential + before.potential + info["num_late"]
+    scale = 1 + jnp.abs(after.potential) + jnp.abs(before.potential) + info["num_late"]
     return {
         "requests are not conserved": after.step + given_back
         != sums["completed"] + sums["rejected"] + sums["declined"] + sums["lost"] + in_flight + pending,

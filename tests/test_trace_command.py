@@ -25,7 +25,9 @@ def run(capsys, *argv):
 
 
 def drawn(options, num_requests):
-    config = WorkloadConfig(name="mine", rate=RATE, requirements=[RequirementConfig("only", 0.05, 1.0)], **options)
+    config = WorkloadConfig(
+        name="mine", rate=RATE, requirements=[RequirementConfig("only", share=1.0, normalised=0.05)], **options
+    )
     return synthetic_times(build_workload(config, None), num_requests)
 
 

@@ -342,7 +342,7 @@ def test_records_are_on_the_host(judged):
 def test_common_random_numbers(judged):
     """Every policy meets the same requests at the same times; what differs is where they go."""
     a, b = judged[0]["random"], judged[0]["shortest_queue"]
-    np.testing.assert_array_equal(a.latency_requirement, b.latency_requirement)
+    np.testing.assert_array_equal(a.limits.normalised, b.limits.normalised)
     np.testing.assert_array_equal(a.duration, b.duration)
     same = a.expert == b.expert
     assert same.any()
@@ -350,14 +350,14 @@ def test_common_random_numbers(judged):
     np.testing.assert_array_equal(a.quality[same], b.quality[same])
     np.testing.assert_array_equal(a.output_tokens[same], b.output_tokens[same])
     assert (a.output_tokens[~same] != b.output_tokens[~same]).mean() > 0.9
-    assert (a.latency_requirement[0] != a.latency_requirement[1]).any(), "seeds differ"
+    assert (a.limits.normalised[0] != a.limits.normalised[1]).any(), "seeds differ"
 
 
 def test_another_rate_brings_the_same_requests_faster(scenario):
     # One seed at two rates is as many episodes as two seeds at one rate: the same program.
     records = judge(scenario, rates=(5.0, 20.0), episodes=1)
     slow, fast = records[5.0]["random"], records[20.0]["random"]
-    np.testing.assert_array_equal(slow.latency_requirement, fast.latency_requirement)
+    np.testing.assert_array_equal(slow.limits.normalised, fast.limits.normalised)
     np.testing.assert_allclose(slow.duration, 4 * fast.duration, rtol=1e-5)
 
 

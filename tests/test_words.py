@@ -134,7 +134,7 @@ def test_one_value_or_several_with_commas_make_a_list(option, item):
 
 
 def test_one_group_of_options_makes_a_list():
-    config = load_config(["bank=zeroeval", "site=edge3", "workload.requirements={name: a, latency: 1, share: 1}"])
+    config = load_config(["bank=zeroeval", "site=edge3", "workload.requirements={name: a, normalised: 1, share: 1}"])
     assert [requirement.name for requirement in config.workload.requirements] == ["a"]
 
 

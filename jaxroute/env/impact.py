@@ -280,7 +280,8 @@ def estimate_impact(
         ttft=predicted.ttft,
         tpot=predicted.tpot,
         normalised_latency=predicted.normalised,
-        relative_latency=request.limits.relative(predicted),
+        # Back at the router, which is where limits hold.
+        relative_latency=request.limits.relative(predicted._replace(ttft=predicted.ttft + site.network_delay)),
         in_time=in_time,
         in_time_each=each,
         qos=request.predicted_quality * in_time,

@@ -43,14 +43,17 @@ class Limits(NamedTuple):
         return _combined(ratios, lambda one, other: jnp.maximum(one, other))
 
     def per_token(self, tokens: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """Return the time per token of an answer of `tokens` tokens that is just within all limits, s; inf for none."""
+        """Return the time per token of an answer of `tokens` tokens that is just within all limits, s; inf for none.
+
+        With a limit on TPOT and none on TTFT, the first token may take as long as another.
+        """
         allowed = [] if self.normalised is None else [self.normalised]
         if self.e2e is not None:
             allowed.append(self.e2e / tokens)
         if self.tpot is not None:
-            # The first token may take its own time.
-            first = self.tpot if self.ttft is None else jnp.minimum(self.ttft, 1e6)
-            allowed.append((first + self.tpot * (tokens - 1)) / tokens)
+            first = self.tpot if self.ttft is None else jnp.where(jnp.isinf(self.ttft), self.tpot, self.ttft)
+            # Without a limit on TPOT, a single token would be inf times 0.
+            allowed.append(jnp.where(jnp.isinf(self.tpot), jnp.inf, (first + self.tpot * (tokens - 1)) / tokens))
         elif self.ttft is not None and not allowed:
             allowed.append(jnp.full_like(self.ttft, jnp.inf))
         return _combined(allowed, lambda one, other: jnp.minimum(one, other))
