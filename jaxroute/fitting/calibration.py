@@ -37,7 +37,7 @@ _TRIED = _SHORTER + _DRAWN
 # Weight of the guess: little, and enough where the residuals say nothing.
 _PULL = 1e-5
 # First tokens of one iteration reach a log within this time, s.
-_TOGETHER = 1e-4
+_SAME_ITERATION = 1e-4
 # A coefficient is said to be undetermined from this relative standard error on.
 _UNCERTAIN = 0.25
 _FEWEST_SLOTS = 32
@@ -245,8 +245,8 @@ def _circumstances(log: ServingLog, window: Window) -> _Circumstances:
     overlap = decoding[compared] * width
     overlap /= np.maximum(overlap.sum(1, keepdims=True), 1e-9)
     # Prompts whose first tokens come together were prefilled together, in chunks.
-    moments, which = np.unique(np.round(first / _TOGETHER), return_inverse=True)
-    moments, prefilled = moments * _TOGETHER, np.bincount(which, log.prompt_tokens)
+    moments, which = np.unique(np.round(first / _SAME_ITERATION), return_inverse=True)
+    moments, prefilled = moments * _SAME_ITERATION, np.bincount(which, log.prompt_tokens)
     first_of, last_of, arrival_of = (column[compared, None] for column in (first, last, log.arrival_time))
     others = (log.arrival_time < first_of) & (last > arrival_of)
     return _Circumstances(
@@ -257,7 +257,7 @@ def _circumstances(log: ServingLog, window: Window) -> _Circumstances:
         mean_batch=overlap @ decoding.sum(0),
         mean_context=overlap @ context,
         prefilled=prefilled,
-        meanwhile=(moments > first_of + _TOGETHER) & (moments <= last_of + _TOGETHER),
+        meanwhile=(moments > first_of + _SAME_ITERATION) & (moments <= last_of + _SAME_ITERATION),
         alone=others.sum(1) == 1,
     )
 
