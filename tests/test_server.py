@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxroute
-from jaxroute.fitting import Limits, ServingLog
+from jaxroute.fitting import Limits, ServingLog, calibrate
 from jaxroute.fitting.calibration import _corrected, _most_held, _Replay
 from jaxroute.fitting.server import serve
 from jaxroute.fitting.windows import choose_windows, most_decoding
@@ -106,6 +106,14 @@ def test_a_guess_is_corrected_by_how_far_it_is_off_on_a_replay():
     # Corrections that lead nowhere are not taken.
     kept = _corrected(guess, memory, lambda at: at[:4] + 1.0, loss=lambda at: np.square(at - true).sum(1))
     np.testing.assert_array_equal(kept, guess)
+
+
+@pytest.mark.slow
+def test_the_server_of_a_long_overloaded_log_is_found(long_log):
+    fit = calibrate(long_log, LIMITS, share=0.9)
+    assert fit.num_compared < fit.num_fitted
+    for name, value in TIMES.items():
+        assert fit.coefficients[name] == pytest.approx(value, rel=0.02), name
 
 
 @pytest.mark.parametrize("rate", [4.0, 1e9])
