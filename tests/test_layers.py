@@ -19,7 +19,8 @@ PACKAGE = Path(jaxroute.__file__).parent
 # From the bottom to the top. A package or module may import those of the lines above its own, and nothing else.
 LAYERS = (
     ("errors",),
-    ("files", "devices", "plotting", "progress"),
+    ("files",),
+    ("devices", "plotting", "progress"),
     ("tables",),
     ("serving",),
     ("banks", "workloads"),
