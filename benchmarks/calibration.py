@@ -1,7 +1,7 @@
 """Calibration by the length of the log: time, peak memory, and how far the coefficients are from the true ones.
 
-`python -m benchmarks.calibration [--quick]` lets the simulator serve synthetic requests, quiet and busy by turns, and
-fits an expert to each log in a process of its own; it writes outputs/benchmarks/calibration.json.
+`python -m benchmarks.calibration [--quick] [--rates QUIET BUSY]` lets the simulator serve synthetic requests, quiet and
+busy by turns, and fits an expert to each log in a process of its own; it writes outputs/benchmarks/calibration.json.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ LENGTHS = (300, 20_000, 200_000)
 RATES = (2.0, 6.0)  # requests/s: an idle and a busy server
 
 
-def serving_log(num_requests: int, limits: Limits, seed: int = 0) -> ServingLog:
+def serving_log(num_requests: int, limits: Limits, rates: tuple[float, float]) -> ServingLog:
     """Draw requests, and let the true server serve them."""
-    rng = np.random.default_rng(seed)
-    rate = np.array(RATES)[np.arange(num_requests) // SPELL % 2]
+    rng = np.random.default_rng(0)
+    rate = np.array(rates)[np.arange(num_requests) // SPELL % 2]
     arrival = np.cumsum(rng.exponential(size=num_requests) / rate)
     prompt = np.clip(rng.lognormal(6.0, 1.0, num_requests), 8, 4000).astype(np.int32)
     output = np.clip(rng.lognormal(5.0, 0.8, num_requests), 1, 2000).astype(np.int32)
@@ -54,10 +54,10 @@ def serving_log(num_requests: int, limits: Limits, seed: int = 0) -> ServingLog:
     return ServingLog(arrival, arrival + ttft, arrival + latency, prompt.astype(np.int64), output.astype(np.int64))
 
 
-def measure(num_requests: int) -> dict[str, float]:
+def measure(num_requests: int, rates: tuple[float, float]) -> dict[str, float]:
     """Fit to a log of this length."""
     limits = Limits()
-    log = serving_log(num_requests, limits)
+    log = serving_log(num_requests, limits, rates)
     started = time.perf_counter()
     fit = calibrate(log, limits)
     seconds = time.perf_counter() - started
@@ -70,8 +70,13 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a short log only")
+    parser.add_argument(
+        "--rates", nargs=2, type=float, default=RATES, metavar=("QUIET", "BUSY"), help="requests/s; 3 9 is an overload"
+    )
     options = parser.parse_args()
-    rows = {length: in_own_process(measure, length) for length in (LENGTHS[:1] if options.quick else LENGTHS)}
+    rates = tuple(options.rates)
+    lengths = LENGTHS[:1] if options.quick else LENGTHS
+    rows = {length: in_own_process(measure, length, rates) for length in lengths}
     table = Table("requests", "compared", "s", "peak memory, MB", *TRUE, "mean TTFT", "mean E2E")
     for length, row in rows.items():
         off = [f"{row[name]:.1%}" for name in (*TRUE, "mean TTFT", "mean E2E")]
@@ -81,7 +86,7 @@ def main() -> None:
     figures = {}
     for length, row in rows.items():
         figures |= {f"{length} requests, s": row["seconds"], f"{length} requests, MB": row["memory"] / 1e6}
-    publish("calibration", table, {"rows": rows}, figures, remember=not options.quick)
+    publish("calibration", table, {"rows": rows}, figures, remember=not options.quick and rates == RATES)
 
 
 if __name__ == "__main__":

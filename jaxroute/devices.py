@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
+
+from jaxroute.files import try_to_write
 
 
 def use_compilation_cache() -> None:
@@ -25,8 +26,7 @@ def use_compilation_cache() -> None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(home) / "jaxroute" / "xla"
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # permissions say little: root has all, a file system may have none
-            pass
+        try_to_write(folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: no home folder is known
         print(
             f"warning: compiled programs are not kept, so that every start compiles again ({error}); "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -55,6 +56,22 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
     return path
 
 
+@contextmanager
+def without_pattern(folder: Path) -> Iterator[Path]:
+    """Give a name of an existing folder for libraries that take [, * and ? in a name for a pattern.
+
+    It is absolute, and a link for the time being if the folder's own name has any of them.
+    """
+    folder = folder.resolve()
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        link = Path(scratch) / "folder"
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
+
+
 def check_writable(folder: Path, option: str) -> None:
     """Check that files can be written into a folder, which need not exist yet and is not made.
 
@@ -68,7 +85,7 @@ def check_writable(folder: Path, option: str) -> None:
     with _writing(folder, f"name another folder by {option}=..."):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; name a folder by {option}=...")
-        _try_to_write(folder)
+        try_to_write(folder)
 
 
 def check_new(path: Path, option: str, what: str = "folder") -> None:
@@ -85,10 +102,15 @@ def check_new(path: Path, option: str, what: str = "folder") -> None:
     with _writing(path, f"name another {what} by {option}=..."):
         if path.exists():
             raise UserError(f"{path} exists already: name another {what} by {option}=..., or remove it")
-        _try_to_write(path)
+        try_to_write(path)
 
 
-def _try_to_write(path: Path) -> None:
+def try_to_write(path: Path) -> None:
+    """Write a file that leaves no trace, in a folder or in what exists of those above it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     with tempfile.TemporaryFile(dir=there):  # permissions say little: root has all, a file system may have none
         pass

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float32, Int
 from jaxroute.config import Config, config_yaml, read_config
 from jaxroute.env import EdgeRouting, EnvParams, Observation
 from jaxroute.errors import UserError, did_you_mean
-from jaxroute.files import complete_folder, write_file
+from jaxroute.files import complete_folder, without_pattern, write_file
 from jaxroute.networks import build_network
 from jaxroute.policies import Policy, learned_policy
 
@@ -95,10 +95,11 @@ def seed_runs(run: Path, config: Config) -> dict[Path, Config]:
 
 def save_params(run: Path, step: int, params: Any) -> Path:
     """Save parameters under `checkpoints/<step>`; Orbax makes the folder appear only once it is complete."""
-    path = (run / CHECKPOINTS / str(step)).resolve()
-    with _checkpointer() as checkpointer:
-        checkpointer.save(path, params, force=True)
-    return path
+    folder = (run / CHECKPOINTS).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    with without_pattern(folder) as name, _checkpointer() as checkpointer:
+        checkpointer.save(name / str(step), params, force=True)
+    return folder / str(step)
 
 
 def load_policy(path: str | Path, env: EdgeRouting, env_params: EnvParams) -> TrainedPolicy:
@@ -197,8 +198,8 @@ def restore(checkpoint: Path) -> Any:
             report(unraisable)
 
     sys.unraisablehook = report_others
-    with _checkpointer() as checkpointer:
-        restored = checkpointer.restore(checkpoint.resolve())
+    with without_pattern(checkpoint) as name, _checkpointer() as checkpointer:
+        restored = checkpointer.restore(name)
     sys.unraisablehook = report
     return restored
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,8 @@ PACKAGE = Path(jaxroute.__file__).parent
 # From the bottom to the top. A package or module may import those of the lines above its own, and nothing else.
 LAYERS = (
     ("errors",),
-    ("files", "devices", "plotting", "progress"),
+    ("files",),
+    ("devices", "plotting", "progress"),
     ("tables",),
     ("serving",),
     ("banks", "workloads"),
@@ -119,6 +121,53 @@ def test_every_package_has_its_layer_and_no_file_lies_about():
     packages = {path.name for path in PACKAGE.iterdir() if path.is_dir()} - NOT_CODE
     assert files == LOOSE_FILES
     assert packages | files == set(LEVEL)
+
+
+def shapes(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where the shapes of jaxtyping begin and end: the string in `Float[Array, "lane"]`; row and column from 1."""
+    pairs = [
+        node.slice.elts
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple) and len(node.slice.elts) == 2
+    ]
+    return [
+        ((shape.lineno, shape.col_offset + 1), (shape.end_lineno, shape.end_col_offset + 1))
+        for _, shape in pairs
+        if isinstance(shape, ast.Constant) and isinstance(shape.value, str)
+    ]
+
+
+def undefined(*places: Path) -> list[str]:
+    """Names that are used and nowhere defined. Ruff's rule is off elsewhere, as it takes shapes for names."""
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F821", "--output-format=json"]
+    done = subprocess.run([*ruff, *places], capture_output=True, text=True, timeout=60)
+    assert done.returncode in (0, 1), done.stderr
+    found = json.loads(done.stdout)
+    apart = {path: shapes(Path(path).read_text()) for path in {name["filename"] for name in found}}
+    return [
+        f"{Path(name['filename']).name}:{name['location']['row']}: {name['message']}"
+        for name in found
+        if not any(
+            begin <= (name["location"]["row"], name["location"]["column"]) < end
+            for begin, end in apart[name["filename"]]
+        )
+    ]
+
+
+def test_every_name_is_defined():
+    root = Path(__file__).parents[1]
+    assert not undefined(PACKAGE, root / "tests", root / "benchmarks")
+
+
+def test_an_undefined_name_is_seen_and_a_shape_is_none(tmp_path):
+    (tmp_path / "lost.py").write_text(
+        "from __future__ import annotations\n"
+        'def f(x: Float[Array, "lane"], y: "Site") -> None:\n'
+        '    return g(x, {"a": 1}["a"])\n'
+    )
+    assert [found.partition("name ")[2] for found in undefined(tmp_path)] == [
+        f"`{n}`" for n in ("Float", "Array", "Site", "g")
+    ]
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -109,7 +109,7 @@ def stopped(tmp_path, monkeypatch):
             if metrics["steps"] == steps:
                 happens()
 
-        run = tmp_path / "stopped"
+        run = tmp_path / "stopped[1]*?"  # Orbax takes such a name for a pattern
         with monkeypatch.context() as patch:
             patch.setattr(Tracker, "log", log_and_stop)
             with pytest.raises((SystemExit, OSError)) as raised:

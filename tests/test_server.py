@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import jaxroute
-from jaxroute.fitting import Limits, ServingLog
-from jaxroute.fitting.calibration import _most_held, _Replay
+from jaxroute.fitting import Limits, ServingLog, calibrate
+from jaxroute.fitting.calibration import _corrected, _most_held, _Replay
 from jaxroute.fitting.server import serve
 from jaxroute.fitting.windows import choose_windows, most_decoding
 from jaxroute.serving.engine import SlotStatus, idle_site
 from jaxroute.serving.site import check_site
 
 NUM_REQUESTS = 200
-LIMITS = Limits(max_num_seqs=16, max_num_batched_tokens=1024, kv_capacity=7000)
+LIMITS = Limits(max_num_seqs=16, max_num_batched_tokens=1024, iteration_overhead=0.001, kv_capacity=7000)
+TIMES = {"weight_load": 0.012, "compute_per_token": 8e-5, "decode_per_seq": 4e-4, "attention_per_token": 1.5e-6}
 
 
 def server(num_requests):
-    values = {
-        "iteration_overhead": 0.001, "weight_load": 0.012, "compute_per_token": 8e-5, "decode_per_seq": 4e-4,
-        "attention_per_token": 1.5e-6, "max_num_seqs": 16, "max_num_batched_tokens": 1024, "max_waiting": num_requests,
-        "kv_capacity": 7000, "network_delay": 0.0,
-    }  # fmt: skip
+    values = TIMES | dataclasses.asdict(LIMITS) | {"max_waiting": num_requests, "network_delay": 0.0}
     return check_site(jaxroute.Site(**{name: np.array([value]) for name, value in values.items()}))
 
 
@@ -90,6 +89,31 @@ def test_a_window_goes_on_as_the_log_did(long_log):
     for simulated, measured in ((outcomes.ttft, long_log.ttft), (outcomes.latency, long_log.latency)):
         measured = measured[window.requests][compared]
         np.testing.assert_allclose(np.asarray(simulated)[compared, 0], measured, rtol=0.03)
+
+
+def test_a_guess_is_corrected_by_how_far_it_is_off_on_a_replay():
+    """A toy's guess is off by some percent, by more the farther the coefficients are from the true ones."""
+    true, memory = np.array([-4.0, -9.0, -8.0, -15.0, 10.6]), np.arange(5) == 4
+
+    def guess_again(at):
+        off = at[:4] - true[:4]
+        return at[:4] + np.array([0.02, -0.03, 0.07, -0.05]) + 0.1 * off + 0.05 * np.roll(off, 1)
+
+    guess = np.append(guess_again(true), 10.7)
+    found = _corrected(guess, memory, guess_again, loss=lambda at: np.square(at - true).sum(1))
+    np.testing.assert_allclose(found[:4], true[:4], atol=1e-4)
+    assert found[4] == 10.7  # memory stays
+    # Corrections that lead nowhere are not taken.
+    kept = _corrected(guess, memory, lambda at: at[:4] + 1.0, loss=lambda at: np.square(at - true).sum(1))
+    np.testing.assert_array_equal(kept, guess)
+
+
+@pytest.mark.slow
+def test_the_server_of_a_long_overloaded_log_is_found(long_log):
+    fit = calibrate(long_log, LIMITS, share=0.9)
+    assert fit.num_compared < fit.num_fitted
+    for name, value in TIMES.items():
+        assert fit.coefficients[name] == pytest.approx(value, rel=0.02), name
 
 
 @pytest.mark.parametrize("rate", [4.0, 1e9])

@@ -241,7 +241,7 @@ def awkward_run(tmp_path, monkeypatch):
     from jaxroute.scenarios import build_env
 
     monkeypatch.chdir(tmp_path)
-    run = Path("a b(1){x}=#ä'q")
+    run = Path("a b(1){x}[2]*?=#ä'q")
     run.mkdir()
     config = load_config(["site=edge3", "network.hidden=8", f"output_dir={run}", "seed=5"])
     env, params = build_env(config)
@@ -266,14 +266,6 @@ def test_the_advice_to_judge_runs_as_it_is_printed(awkward_run, monkeypatch):
     # The command in the results can be pasted as well.
     words = shlex.split(results["provenance"]["command"])
     assert f"checkpoint={awkward_run}" in words
-
-
-@pytest.mark.parametrize("name", ["a[1]", "a[1]/b"])
-def test_a_training_that_could_not_be_saved_is_refused(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert jaxroute_main(["train", "site=edge3", "train.evaluate=false", f"output_dir={name}"]) == 2
-    assert f"/{name} has [ in its name, and a training cannot be saved there" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -49,12 +49,6 @@ def _train(config: Config, console: Console, argv: Sequence[str]) -> None:
         check_writable(run, "resume")
     else:
         run = new_run(config, f"train-{config.workload.name}-seed{config.seed}")
-    # Orbax takes brackets for a pattern, and would leave checkpoints that cannot be read.
-    if "[" in str(run.resolve()):
-        raise UserError(
-            f"{run.resolve()} has [ in its name, and a training cannot be saved there: name another folder by "
-            "output_dir=..."
-        )
 
     def judge() -> dict[str, float]:
         say(console, f"Run directory: {run}")

@@ -31,13 +31,15 @@ _STEP = 0.01
 # Memory is tried between two factors of the best so far, ever closer; each time so many rounds of steps follow.
 _MEMORY = ((0.5, 1.2), (0.9, 1.1), (0.97, 1.03))
 _ROUNDS = 6
+# Rounds in which the first guess of a long log is corrected, each time by at most a factor of e.
+_CORRECTIONS, _MOST_CORRECTED = 4, 1.0
 # Steps tried in a round: some shorter than the linear one, some drawn around it.
 _SHORTER, _DRAWN = 4, 12
 _TRIED = _SHORTER + _DRAWN
 # Weight of the guess: little, and enough where the residuals say nothing.
 _PULL = 1e-5
 # First tokens of one iteration reach a log within this time, s.
-_TOGETHER = 1e-4
+_SAME_ITERATION = 1e-4
 # A coefficient is said to be undetermined from this relative standard error on.
 _UNCERTAIN = 0.25
 _FEWEST_SLOTS = 32
@@ -124,13 +126,13 @@ def calibrate(log: ServingLog, limits: Limits = Limits(), share: float = 1 / 3) 
     else:
         # Without a queue nobody is preempted: how long answers took is smooth there, and memory does not matter.
         guess = _first_guess(log, limits, names, windows, calm)
-
-        def of_calm(times: Float[np.ndarray, "candidate coefficient"]) -> Float[np.ndarray, "candidate residual"]:
-            candidates = np.tile(guess, (len(times), 1))
-            candidates[:, ~memory] = times
-            return residuals(candidates)[:, np.concatenate([np.zeros_like(calm), calm])]
-
-        guess[~memory] = _search(of_calm, guess[~memory], memory[~memory], rounds=_ROUNDS // 2)
+        of_calm, times = np.concatenate([calm, calm]), [name for name in names if name != "kv_capacity"]
+        guess = _corrected(
+            guess,
+            memory,
+            guess_again=lambda at: _first_guess(replay.log_of(windows, at), limits, times, windows, calm),
+            loss=lambda at: np.square(residuals(at)[:, of_calm]).sum(1),
+        )
         guess = _scan_memory(lambda at: np.square(residuals(at)).sum(1), guess, memory, _MEMORY)
         best = _search(residuals, guess, memory, scans=_MEMORY[-1:])
     error, jacobian = _linearised(residuals, best)
@@ -193,6 +195,15 @@ class _Replay:
         ttft, latency = (np.asarray(column, np.float64).T for column in (outcomes.ttft, outcomes.latency))
         return ttft[: len(candidates)], latency[: len(candidates)]
 
+    def log_of(self, windows: list[Window], candidate: Float[np.ndarray, "coefficient"]) -> ServingLog:
+        """Return the log with the times that the requests of the windows would have had by the candidate."""
+        first, last = self.log.first_token_time.copy(), self.log.last_token_time.copy()
+        for window in windows:
+            arrival = self.log.arrival_time[window.requests]
+            ttft, latency = (column[0] for column in self(window, candidate[None], _TRIED))
+            first[window.requests], last[window.requests] = arrival + ttft, arrival + latency
+        return self.log._replace(first_token_time=first, last_token_time=last)
+
     def _site(self, log_values: Float[np.ndarray, "candidate coefficient"]) -> Site:
         values = dict(zip(self.names, jnp.exp(log_values).T, strict=True))
         number, limits = len(log_values), self.limits
@@ -245,8 +256,8 @@ def _circumstances(log: ServingLog, window: Window) -> _Circumstances:
     overlap = decoding[compared] * width
     overlap /= np.maximum(overlap.sum(1, keepdims=True), 1e-9)
     # Prompts whose first tokens come together were prefilled together, in chunks.
-    moments, which = np.unique(np.round(first / _TOGETHER), return_inverse=True)
-    moments, prefilled = moments * _TOGETHER, np.bincount(which, log.prompt_tokens)
+    moments, which = np.unique(np.round(first / _SAME_ITERATION), return_inverse=True)
+    moments, prefilled = moments * _SAME_ITERATION, np.bincount(which, log.prompt_tokens)
     first_of, last_of, arrival_of = (column[compared, None] for column in (first, last, log.arrival_time))
     others = (log.arrival_time < first_of) & (last > arrival_of)
     return _Circumstances(
@@ -257,7 +268,7 @@ def _circumstances(log: ServingLog, window: Window) -> _Circumstances:
         mean_batch=overlap @ decoding.sum(0),
         mean_context=overlap @ context,
         prefilled=prefilled,
-        meanwhile=(moments > first_of + _TOGETHER) & (moments <= last_of + _TOGETHER),
+        meanwhile=(moments > first_of + _SAME_ITERATION) & (moments <= last_of + _SAME_ITERATION),
         alone=others.sum(1) == 1,
     )
 
@@ -315,6 +326,25 @@ def _first_guess(
     ]
     values = dict(zip(COEFFICIENTS, min(fits, key=lambda fit: fit.cost).x, strict=False))
     return np.array([values.get(name, math.log(_most_held(log))) for name in names])
+
+
+def _corrected(
+    guess: Float[np.ndarray, "coefficient"],
+    memory: Bool[np.ndarray, "coefficient"],
+    guess_again: Callable[[np.ndarray], np.ndarray],
+    loss: Callable[[np.ndarray], np.ndarray],
+) -> Float[np.ndarray, "coefficient"]:
+    """Return the coefficients by whose replay one guesses the same times as from the log; memory stays.
+
+    A guess errs, but from a replay as much as from the log (indirect inference: Gouriéroux, Monfort and Renault, 1993).
+    Of all rounds, the one of least loss counts.
+    """
+    tried = [guess]
+    for _ in range(_CORRECTIONS):
+        corrected = tried[-1].copy()
+        corrected[~memory] += np.clip(guess[~memory] - guess_again(corrected), -_MOST_CORRECTED, _MOST_CORRECTED)
+        tried.append(corrected)
+    return tried[loss(np.array(tried)).argmin()]
 
 
 def _most_held(log: ServingLog) -> float:

@@ -14,7 +14,7 @@ from jaxroute.serving.engine import SiteState, SlotStatus, idle_site
 # Requests of a window, at the least and in multiples of the most that decode at once: a window may end in the middle of
 # so many answers, which tell nothing. Together, windows have at most so many requests.
 _WINDOW, _PER_DECODING = 1024, 4
-_TOGETHER = 2048
+_MOST_REPLAYED = 2048
 
 
 class Window(NamedTuple):
@@ -99,7 +99,7 @@ def choose_windows(log: ServingLog, num_fitted: int) -> list[Window]:
     # At a first token an iteration has just ended.
     moments = np.sort(first[:num_fitted])
     in_flight = np.searchsorted(log.arrival_time, moments, side="right") - np.searchsorted(np.sort(last), moments)
-    number = max(1, min(_TOGETHER, num_fitted) // length)
+    number = max(1, min(_MOST_REPLAYED, num_fitted) // length)
     windows = [_window(log, float(log.arrival_time[0]), length, num_fitted)]
     for stretch in np.array_split(np.arange(max(num_fitted - length, 1)), number)[1:]:
         begin = float(moments[stretch[in_flight[stretch].argmin()]])

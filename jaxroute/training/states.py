@@ -8,7 +8,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxroute.errors import UserError
+from jaxroute.files import without_pattern
 from jaxroute.learning import PPOState
 from jaxroute.runs import read_policy, restore
 
@@ -50,8 +51,11 @@ class StateWriter:
         # Without best_fn, Orbax would not write the metrics.
         options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=score)
         self._folder = run / STATES
+        self._named = ExitStack()
         with disk_advice(self._folder):
-            self._manager = ocp.CheckpointManager(self._folder.resolve(), options=options)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            name = self._named.enter_context(without_pattern(self._folder))
+            self._manager = ocp.CheckpointManager(name, options=options)
 
     def save(self, steps: int, state: PPOState, metrics: Mapping[str, float]) -> None:
         """Start to write a copy of the state, so that training can go on at once.
@@ -84,7 +88,7 @@ class StateWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with disk_advice(self._folder):
+            with self._named, disk_advice(self._folder):
                 self._manager.close()  # waits for what is being written
         finally:
             _ORBAX_LOG.setLevel(self._level)
