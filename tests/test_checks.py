@@ -201,7 +201,7 @@ def test_an_environment_takes_every_kind_of_rate():
 @pytest.mark.parametrize("kind", [*BAD, *NOT_WHOLE, "beyond", "negative", "array"])
 def test_a_step_refuses_an_action(kind):
     env, params = scenario()
-    more = {"beyond": 3, "negative": -1, "array": np.array([1])}
+    more = {"beyond": 4, "negative": -1, "array": np.array([1])}
     state = jax.eval_shape(env.reset, jax.random.key(0), params)[1]
     # Nothing is computed before it is refused, so that shapes do for a state.
     refused(lambda: env.step(jax.random.key(0), state, (KINDS | more)[kind], params), "action")
@@ -223,7 +223,7 @@ def test_adapters_refuse_an_action(kind):
     pytest.importorskip("gymnasium")
     from jaxroute.adapters.gymnasium import GymnasiumEnv, GymnasiumVectorEnv
 
-    value = (KINDS | {"beyond": 3, "negative": -1, "too few": [1, 1]})[kind]
+    value = (KINDS | {"beyond": 4, "negative": -1, "too few": [1, 1]})[kind]
     one, several = GymnasiumEnv(*scenario()), GymnasiumVectorEnv(*scenario(), 3)
     # As if it had been reset, which would compile.
     one._envs._state = several._state = object()
@@ -239,7 +239,7 @@ def test_adapters_refuse_an_action(kind):
 
 def router():
     expert = ExpertConfig("m", "a", **{name: values[0].item() for name, values in SITE.items()})
-    gateway = Router(SiteConfig("s", [expert, expert]), [0.5, 0.5], 4, 2.0, lambda *_: (0, np.zeros(2)))
+    gateway = Router(SiteConfig("s", [expert, expert]), [0.5, 0.5], 4, 2.0, lambda *_: (0, np.zeros(2), 0.0))
     route(gateway, "a")
     return gateway
 
@@ -255,6 +255,7 @@ CALLS = {
     ("route", "prompt_tokens"): lambda gateway, value: route(gateway, prompt_tokens=value),
     ("route", "latency_requirement"): lambda gateway, value: route(gateway, latency_requirement=value),
     ("route", "arrived"): lambda gateway, value: route(gateway, arrived=value),
+    ("route", "accelerator_price"): lambda gateway, value: route(gateway, accelerator_price=value),
     ("route", "predicted_quality"): lambda gateway, value: route(gateway, predicted_quality=[0.5, value]),
     ("route", "predicted_output_tokens"): lambda gateway, value: route(gateway, predicted_output_tokens=[9, value]),
     ("first_token", "now"): lambda gateway, value: gateway.first_token("a", now=value),
@@ -267,7 +268,7 @@ CALLS = {
     ("expert_up", "expert"): lambda gateway, value: gateway.expert_up(value),
 }
 COUNTS = {"prompt_tokens", "generated", "kv_tokens", "output_tokens", "expert"}
-OPTIONAL = {"arrived", "kv_tokens"}
+OPTIONAL = {"arrived", "kv_tokens", "accelerator_price"}
 PREDICTIONS = {"predicted_quality", "predicted_output_tokens"}
 
 

@@ -20,8 +20,10 @@ from jaxroute.env.types import Batch, Recent
 from jaxroute.errors import UserError
 from jaxroute.serving import Site
 
-FORMAT, FORMAT_VERSION = "jaxroute-router", 1
+FORMAT, FORMAT_VERSION = "jaxroute-router", 2
 MANIFEST, DECIDE, PREDICTOR = "manifest.json", "decide.jax_export", "predictor"
+
+CLOUD_FIELDS = ("to_cloud", "cloud_predicted_quality", "cloud_predicted_output_tokens")
 
 # The arguments of the exported function: four float32 arrays, with the fields along the first axis.
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -35,7 +37,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
         *Recent._fields,
         "accelerator_price",
         "cloud_price",
-    ),  # (field,)
+        *CLOUD_FIELDS,
+    ),  # (field,); to_cloud is 0 or 1, and the last three are 0 where there is no cloud
 }
 
 

@@ -158,7 +158,7 @@ class Belief:
         """Return slot and expert of a request."""
         expert = self._expert.get(request_id)
         if expert is None:
-            raise UserError(f"request {request_id!r} is at no expert; it has ended, or was never routed")
+            raise UserError(f"request {request_id!r} is at no expert; it has ended, was sent away, or was never routed")
         return self._queues[expert].index(request_id), expert
 
     # --- What is inferred -----------------------------------------------------------------------------------
