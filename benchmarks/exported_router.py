@@ -31,7 +31,7 @@ from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.errors import UserError
 from jaxroute.evaluation.episodes import episode_keys, keys_of_episode, keys_of_step
 from jaxroute.evaluation.statistics import mean_ci95, paired_difference
-from jaxroute.gateway import Router
+from jaxroute.gateway import CLOUD, DECLINED, Router
 from jaxroute.networks import build_network
 from jaxroute.runs import CONFIG_FILE, TrainedPolicy, load_policy, run_of, save_params, write_config
 from jaxroute.scenarios import build_env, on_test_prompts
@@ -53,11 +53,12 @@ class Played(NamedTuple):
     again: Bool[np.ndarray, "step episode"]
     """A request that a failed expert has given back. The environment counts the arrival that comes next already."""
     chosen: Int[np.ndarray, "step episode"]
+    """The action: an expert, or one more than the last for away."""
     preferred: Int[np.ndarray, "step episode"]
     """What the policy in the environment would have chosen there."""
-    logits: Float[np.ndarray, "step episode expert"]
+    logits: Float[np.ndarray, "step episode action"]
     """Of the exported router; nan where the policy drives."""
-    policy_logits: Float[np.ndarray, "step episode expert"]
+    policy_logits: Float[np.ndarray, "step episode action"]
     seconds: Float[np.ndarray, "step episode"]
     """Time of `Router.route`; nan where the policy drives."""
     qos: Float[np.ndarray, "episode request"]
@@ -94,7 +95,7 @@ def play(
     reset_keys, step_keys = jax.vmap(lambda key: keys_of_episode(key, requests))(episode_keys(seed, episodes))
     params_of_policy = policy.params
     carry, seen = _begin(env, policy.network, params, params_of_policy, reset_keys)
-    gateways = [_Gateway(router, np.asarray(params.site.network_delay), told) for router in routers or []]
+    gateways = [_Gateway(router, params, told) for router in routers or []]
     qos = np.full((episodes, requests), np.nan)
     rows = []
     while True:
@@ -121,18 +122,27 @@ def play(
                 qos[e, routed[e]] = 0
                 if gateways:
                     gateways[e].router.rejected(int(routed[e]))
+            if of_episode["declined"]:
+                qos[e, routed[e]] = 0
+            elif "cloud" in of_episode and of_episode["cloud"].sent:
+                qos[e, routed[e]] = of_episode["cloud"].qos
     return Played(*(np.stack(column) for column in zip(*rows, strict=True)), qos)
 
 
 class _Gateway:
     """Tells a router what a gateway would learn of one episode, when it would."""
 
-    def __init__(self, router: Router, network_delay: Float[np.ndarray, "expert"], told: str) -> None:
-        self.router, self.network_delay, self.told = router, network_delay, told
+    def __init__(self, router: Router, params: EnvParams, told: str) -> None:
+        self.router, self.told = router, told
+        self.network_delay = np.asarray(params.site.network_delay)
+        cloud = params.cloud
+        self.cloud = cloud and np.stack([cloud.predicted_quality, cloud.predicted_output_tokens])
+        """Its columns of the bank's predictions, (2, prompt)."""
         self.now = 0.0
         self.arrival: dict[int, float] = {}
         self.routed: dict[int, float] = {}
         self.in_flight: set[int] = set()
+        self.at_cloud: set[int] = set()
         self.first_token_known: set[int] = set()
         self.up = np.ones(len(router.experts), bool)
         self.coming: list[tuple[float, int, int]] = []
@@ -148,20 +158,32 @@ class _Gateway:
         again = float(request.age) > 0
         self.arrival.setdefault(number, self.now)
         self.routed[number] = self.now
+        predictions = np.stack([request.predicted_quality, request.predicted_output_tokens])
+        if self.cloud is not None:
+            predictions = np.concatenate([predictions, self.cloud[:, request.row][:, None]], axis=1)
         started = time.perf_counter()
-        expert = self.router.route(
+        where = self.router.route(
             number,
             now=self.now,
             prompt_tokens=int(request.prompt_tokens),
-            latency_requirement=float(request.latency_requirement),
-            predicted_quality=request.predicted_quality,
-            predicted_output_tokens=request.predicted_output_tokens,
+            **{
+                name: float(limit)
+                for name, limit in request.limits._asdict().items()
+                if limit is not None and limit < np.inf
+            },
+            predicted_quality=predictions[0],
+            predicted_output_tokens=predictions[1],
             arrived=self.arrival[number] if again else None,
+            local_only=bool(request.local_only),
         )
         seconds = time.perf_counter() - started
-        self.in_flight.add(number)
         self.first_token_known.discard(number)
-        return expert, seconds
+        if where == CLOUD:
+            self.at_cloud.add(number)
+        elif where != DECLINED:
+            self.in_flight.add(number)
+        self.latest = number
+        return where if where >= 0 else len(self.router.experts), seconds
 
     def _listen(self, seen: _Seen) -> None:
         info, slots = seen.info, seen.slots
@@ -175,11 +197,22 @@ class _Gateway:
             self._first_token(number, self.arrival[number] + float(info["ttft"][slot, expert]))
             came = self.arrival[number] + float(info["latency"][slot, expert])
             heapq.heappush(self.coming, (came, number, int(info["output_tokens"][slot, expert])))
+        if "cloud" in info and info["cloud"].sent:
+            came = self.arrival[self.latest] + float(info["cloud"].latency)
+            heapq.heappush(self.coming, (came, self.latest, int(info["cloud"].output_tokens)))
         if self.told == EVERYTHING:
-            self.coming = [(min(came, self.now), number, tokens) for came, number, tokens in self.coming]
+            # At once what an expert has said; the cloud tells no more than its end.
+            self.coming = [
+                (came if number in self.at_cloud else min(came, self.now), number, tokens)
+                for came, number, tokens in self.coming
+            ]
             heapq.heapify(self.coming)
         while self.coming and self.coming[0][0] <= self.now:
             came, number, tokens = heapq.heappop(self.coming)
+            if number in self.at_cloud:
+                self.router.finished(number, now=came, output_tokens=tokens)
+                self.at_cloud.discard(number)
+                continue
             if number not in self.in_flight:
                 continue  # of an expert that has failed since
             if tokens:
@@ -277,7 +310,7 @@ def fresh_run(run: Path, overrides: tuple[str, ...]) -> None:
     """Write a run as training would, of a network that has learned nothing: it follows the impact estimator."""
     config = load_config(overrides)
     env, params = build_env(config)
-    network, key = build_network(config.network), jax.random.key(0)
+    network, key = build_network(config.network, config.env.away), jax.random.key(0)
     initialise = jax.jit(lambda key: network.init(key, network.prepare(env.reset(key, params)[0])))
     run.mkdir(parents=True)
     write_config(run, config)

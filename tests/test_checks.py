@@ -201,7 +201,7 @@ def test_an_environment_takes_every_kind_of_rate():
 @pytest.mark.parametrize("kind", [*BAD, *NOT_WHOLE, "beyond", "negative", "array"])
 def test_a_step_refuses_an_action(kind):
     env, params = scenario()
-    more = {"beyond": 3, "negative": -1, "array": np.array([1])}
+    more = {"beyond": 4, "negative": -1, "array": np.array([1])}
     state = jax.eval_shape(env.reset, jax.random.key(0), params)[1]
     # Nothing is computed before it is refused, so that shapes do for a state.
     refused(lambda: env.step(jax.random.key(0), state, (KINDS | more)[kind], params), "action")
@@ -223,7 +223,7 @@ def test_adapters_refuse_an_action(kind):
     pytest.importorskip("gymnasium")
     from jaxroute.adapters.gymnasium import GymnasiumEnv, GymnasiumVectorEnv
 
-    value = (KINDS | {"beyond": 3, "negative": -1, "too few": [1, 1]})[kind]
+    value = (KINDS | {"beyond": 4, "negative": -1, "too few": [1, 1]})[kind]
     one, several = GymnasiumEnv(*scenario()), GymnasiumVectorEnv(*scenario(), 3)
     # As if it had been reset, which would compile.
     one._envs._state = several._state = object()
@@ -239,13 +239,13 @@ def test_adapters_refuse_an_action(kind):
 
 def router():
     expert = ExpertConfig("m", "a", **{name: values[0].item() for name, values in SITE.items()})
-    gateway = Router(SiteConfig("s", [expert, expert]), [0.5, 0.5], 4, 2.0, lambda *_: (0, np.zeros(2)))
+    gateway = Router(SiteConfig("s", [expert, expert]), [0.5, 0.5], 4, 2.0, lambda *_: (0, np.zeros(2), 0.0))
     route(gateway, "a")
     return gateway
 
 
 def route(gateway, request_id="b", **changes):
-    known = {"now": 1.0, "prompt_tokens": 8, "latency_requirement": 0.1}
+    known = {"now": 1.0, "prompt_tokens": 8, "normalised": 0.1}
     predictions = {"predicted_quality": [0.5, 0.5], "predicted_output_tokens": [9, 9]}
     return gateway.route(request_id, **(known | predictions | changes))
 
@@ -253,8 +253,12 @@ def route(gateway, request_id="b", **changes):
 CALLS = {
     ("route", "now"): lambda gateway, value: route(gateway, now=value),
     ("route", "prompt_tokens"): lambda gateway, value: route(gateway, prompt_tokens=value),
-    ("route", "latency_requirement"): lambda gateway, value: route(gateway, latency_requirement=value),
+    ("route", "ttft"): lambda gateway, value: route(gateway, ttft=value),
+    ("route", "tpot"): lambda gateway, value: route(gateway, tpot=value),
+    ("route", "e2e"): lambda gateway, value: route(gateway, e2e=value),
+    ("route", "normalised"): lambda gateway, value: route(gateway, normalised=value),
     ("route", "arrived"): lambda gateway, value: route(gateway, arrived=value),
+    ("route", "accelerator_price"): lambda gateway, value: route(gateway, accelerator_price=value),
     ("route", "predicted_quality"): lambda gateway, value: route(gateway, predicted_quality=[0.5, value]),
     ("route", "predicted_output_tokens"): lambda gateway, value: route(gateway, predicted_output_tokens=[9, value]),
     ("first_token", "now"): lambda gateway, value: gateway.first_token("a", now=value),
@@ -267,7 +271,7 @@ CALLS = {
     ("expert_up", "expert"): lambda gateway, value: gateway.expert_up(value),
 }
 COUNTS = {"prompt_tokens", "generated", "kv_tokens", "output_tokens", "expert"}
-OPTIONAL = {"arrived", "kv_tokens"}
+OPTIONAL = {"ttft", "tpot", "e2e", "arrived", "kv_tokens", "accelerator_price"}
 PREDICTIONS = {"predicted_quality", "predicted_output_tokens"}
 
 
@@ -301,7 +305,12 @@ def test_a_router_refuses_ids_flags_and_prompts():
 
 def test_a_router_takes_every_kind_of_number():
     gateway = router()
-    numbers = {"now": np.float32(1.5), "prompt_tokens": np.int64(8), "latency_requirement": Fraction(1, 10)}
+    numbers = {
+        "now": np.float32(1.5),
+        "prompt_tokens": np.int64(8),
+        "normalised": Fraction(1, 10),
+        "e2e": np.float32(9),
+    }
     assert route(gateway, **numbers, predicted_quality=np.array([0, 1]), arrived=np.int32(1)) == 0
     gateway.progress("b", now=jnp.float32(2.0), generated=np.uint8(3), kv_tokens=10.0)
     gateway.finished("b", now=Decimal("2.5"), output_tokens=np.float64(4))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,14 +15,14 @@ import pytest
 from benchmarks.exported_router import ENDS, EVERYTHING, STREAMING, play
 from jaxroute.commands.export import main
 from jaxroute.config import load_config
-from jaxroute.env.types import Batch
+from jaxroute.env.types import Prices
 from jaxroute.errors import UserError
-from jaxroute.gateway import Router
-from jaxroute.gateway.artefact import FIELDS
+from jaxroute.gateway import CLOUD, DECLINED, Router
+from jaxroute.gateway.artefact import FIELDS, LIMIT_FIELDS
 from jaxroute.networks import build_network
 from jaxroute.runs import load_policy, save_params, write_config
 from jaxroute.scenarios import build_env
-from jaxroute.serving import ExpertConfig, SiteConfig
+from jaxroute.serving import CloudConfig, ExpertConfig, SiteConfig
 from jaxroute.training.export import export_router
 
 pytestmark = pytest.mark.slow
@@ -39,13 +41,19 @@ OPTIONS = ["site=edge3", "workload.rate=5", "bank.num_prompts=200", "network.hid
 CALM = ["dynamics.outages=retried", "dynamics.mean_uptime=3e10"]
 FAILING = ["dynamics.outages=retried", "dynamics.mean_uptime=10", "dynamics.mean_downtime=3"]
 EPISODES, REQUESTS = 2, 250
+# Few places, slow answers, and some requests that may not go there.
+WITH_CLOUD = [
+    "site.cloud={model: gemma-2-27b-it, ttft: 0.4, tpot: 0.02, price_per_request: 0.05, price_per_1000_tokens: 0.1, "
+    "slow_share: 0.2, max_in_flight: 3}",
+    "workload.local_only=0.3",
+]
 
 
-def write_run(run, seed):
+def write_run(run, seed, options=OPTIONS):
     """What a training would have written, of a network that has opinions of its own."""
-    config = load_config(OPTIONS)
+    config = load_config(options)
     env, params = build_env(config)
-    network = build_network(config.network)
+    network = build_network(config.network, config.env.away)
     shapes = jax.eval_shape(
         lambda key: network.init(key, network.prepare(env.reset(key, params)[0])), jax.random.key(0)
     )
@@ -71,6 +79,14 @@ def exported(run):
     return folder
 
 
+@pytest.fixture(scope="module")
+def with_cloud(run):
+    """The same network, where requests may go to a cloud."""
+    folder = run.parent / "with_cloud"
+    export_router(run, folder, overrides=WITH_CLOUD)
+    return folder
+
+
 def played(run, exported, told, options=CALM):
     env, params = build_env(load_config([*OPTIONS, *options]))
     routers = None if told is None else [Router.load(exported) for _ in range(EPISODES)]
@@ -89,24 +105,40 @@ def undecided(tmp_path_factory):
 # --- It decides as the policy does -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [CALM, FAILING], ids=["calm", "failing"])
-def test_told_everything_it_decides_as_the_policy_in_the_environment(run, exported, options):
-    episodes = played(run, exported, EVERYTHING, options)
+@pytest.mark.parametrize("options", [CALM, FAILING, [*CALM, *WITH_CLOUD]], ids=["calm", "failing", "cloud"])
+def test_told_everything_it_decides_as_the_policy_in_the_environment(run, exported, with_cloud, options):
+    episodes = played(run, with_cloud if WITH_CLOUD[0] in options else exported, EVERYTHING, options)
     counts = episodes.counts
     # Retries take decisions of their own.
     assert (counts.sum() > EPISODES * REQUESTS) == episodes.again[counts].any() == (options is FAILING)
-    assert len(np.unique(episodes.chosen[counts])) == 3
+    # All three experts, and away.
+    assert (np.bincount(episodes.chosen[counts], minlength=4) > 10).all()
     eligible = episodes.policy_logits > -1e8
-    assert (eligible.sum(-1)[counts] < 3).mean() > 0.02
+    assert (eligible.sum(-1)[counts] < 4).mean() > 0.02
     np.testing.assert_array_equal((episodes.logits > -1e8)[counts], eligible[counts])
     difference = np.abs(np.where(eligible, episodes.logits - episodes.policy_logits, 0)).max(-1)
     assert difference[counts & ~episodes.again].max() < 1e-4  # sums come in another order
     assert np.quantile(difference[counts], 0.9) < 1e-4
-    assert difference[counts].max() < 0.1
+    # For those that were given back, the environment's rates count one gap more.
+    assert difference[counts].max() < 1
     best, second = np.sort(np.where(eligible, episodes.policy_logits, -1e9))[..., [-1, -2]].T
-    for sure in (counts & ~episodes.again & ((best - second).T > 1e-3), counts & ((best - second).T >= 0.1)):
+    for sure in (counts & ~episodes.again & ((best - second).T > 1e-3), counts & ((best - second).T >= 2)):
         np.testing.assert_array_equal(episodes.chosen[sure], episodes.preferred[sure])
-    assert (episodes.chosen == episodes.preferred)[counts].mean() > 0.995
+    assert (episodes.chosen == episodes.preferred)[counts].mean() > 0.99
+
+
+def test_a_run_that_must_not_send_away(tmp_path):
+    """Its export has no such action, and no cloud, whatever the site says."""
+    write_run(tmp_path / "run", seed=2, options=[*OPTIONS, "env.away=false"])
+    manifest = export_router(tmp_path / "run", tmp_path / "router", overrides=WITH_CLOUD)
+    assert manifest["away"] is False
+    router = Router.load(tmp_path / "router")
+    chosen = [arrive(router, number, 0.01 * number, predictions=3) for number in range(40)]
+    assert set(chosen) <= {0, 1, 2}
+    assert router.logits.shape == (3,)
+    assert router.reason == f"expert {chosen[-1]} scores {router.logits.max():.2f}, the best"
+    with pytest.raises(UserError, match="cloud_price=1 is given, and the exported site has no cloud"):
+        arrive(router, "a", 1.0, predictions=3, cloud_price=1)
 
 
 @pytest.mark.parametrize("told", [STREAMING, ENDS])
@@ -127,17 +159,23 @@ EXPERT = ExpertConfig(
 )  # fmt: skip
 
 
+CLOUD_CONFIG = CloudConfig(
+    model="m", ttft=0.5, tpot=0.02, price_per_request=0.05, price_per_1000_tokens=0.1, max_in_flight=2
+)
+
+
 class Recorder:
     """Stands for the exported function: keeps what it is given, and chooses what it is told to."""
 
     def __init__(self):
-        self.choice = 0
+        self.choice, self.net = 0, 0.25
+        self.logits = [3.0, 1.0]
 
     def __call__(self, batch, experts, arrival):
-        self.batch = Batch(*batch.copy())
+        self.batch = SimpleNamespace(**dict(zip(FIELDS["batch"], batch.copy(), strict=True)))
         self.experts = dict(zip(FIELDS["experts"], experts.copy(), strict=True))
         self.arrival = dict(zip(FIELDS["arrival"], arrival.tolist(), strict=True))
-        return np.int32(self.choice), np.zeros(experts.shape[1])
+        return np.int32(self.choice), np.float32(self.logits), np.float32(self.net)
 
 
 @pytest.fixture
@@ -150,9 +188,18 @@ def router(seen):
     return Router(SiteConfig("s", [EXPERT, EXPERT]), [0.5, 0.5], 5, 2.0, seen)
 
 
-def arrive(router, request_id, now, prompt_tokens=100, **options):
-    predictions = {"predicted_quality": [0.25, 0.5], "predicted_output_tokens": [40, 80]}
-    options = {"latency_requirement": 0.05, **predictions, **options}
+@pytest.fixture
+def away(seen):
+    """One that may send away, to a cloud with two places."""
+    seen.logits = [3.0, 1.0, 2.5]
+    site = SiteConfig("s", [EXPERT, EXPERT], cloud=CLOUD_CONFIG)
+    return Router(site, [0.5, 0.5], 5, 2.0, seen, prices=Prices(0.02, 1.0), away=True)
+
+
+def arrive(router, request_id, now, prompt_tokens=100, predictions=2, **options):
+    quality, length = [0.25, 0.5, 0.75, 1.0][:predictions], [40, 80, 120, 160][:predictions]
+    given = {"predicted_quality": quality, "predicted_output_tokens": length}
+    options = {"normalised": 0.05, **given, **options}
     return router.route(request_id, now=now, prompt_tokens=prompt_tokens, **options)
 
 
@@ -160,17 +207,25 @@ def look(router, seen, now):
     """What the router knows of expert 0 at `now`, by way of a request that is taken back."""
     arrive(router, "look", now)
     router.rejected("look")
-    return Batch(*(column[:, 0].tolist() for column in seen.batch))
+    return at_expert(seen, 0)
+
+
+def at_expert(seen, expert):
+    """The slots of an expert, by field."""
+    return SimpleNamespace(**{name: column[:, expert].tolist() for name, column in vars(seen.batch).items()})
 
 
 def test_a_request_is_where_it_was_sent(router, seen):
     seen.choice = 1
-    assert arrive(router, "a", 0.0, latency_requirement=0.25) == 1
+    assert arrive(router, "a", 0.0, normalised=None, ttft=0.25, e2e=8) == 1
+    assert [seen.arrival[name] for name in LIMIT_FIELDS] == [0.25, math.inf, 8, math.inf]
     arrive(router, "b", 1.5)
-    batch = Batch(*(column[0].tolist() for column in seen.batch))
-    assert (batch.running, batch.waiting) == ([0, 1], [0, 0])
-    assert (batch.prompt_tokens[1], batch.latency_requirement[1], batch.age[1]) == (100, 0.25, 1.5)
-    assert (batch.predicted_quality[1], batch.predicted_output_tokens[1]) == (0.5, 80)
+    assert [seen.arrival[name] for name in LIMIT_FIELDS[:3]] == [math.inf] * 3
+    first, batch = at_expert(seen, 0), at_expert(seen, 1)
+    assert (first.running[0], first.waiting[0], batch.running[0], batch.waiting[0]) == (0, 0, 1, 0)
+    assert (batch.prompt_tokens[0], batch.age[0]) == (100, 1.5)
+    assert [getattr(batch, name)[0] for name in LIMIT_FIELDS] == [0.25, math.inf, 8, math.inf]
+    assert (batch.predicted_quality[0], batch.predicted_output_tokens[0]) == (0.5, 80)
 
 
 def test_first_come_first_served_into_seats(router, seen):
@@ -191,6 +246,28 @@ def test_memory_bounds_the_batch(router, seen):
     arrive(router, "b", 0.0, prompt_tokens=500)
     arrive(router, "c", 0.0, prompt_tokens=10)  # would fit, but is behind
     assert look(router, seen, 1.0).running == [1, 0, 0, 0, 0]
+
+
+def test_the_first_token_is_as_late_as_it_came(router, seen):
+    for number in range(3):
+        arrive(router, number, 0.25 * number)
+    router.first_token(0, now=0.75)
+    router.first_token(1, now=1.0)
+    batch = look(router, seen, 1.5)
+    assert batch.first_token[:2] == [0.75, 0.75]
+    # The third still waits for a seat. As others leave, each keeps its own.
+    assert (batch.first_token[2], batch.generated[2]) == (0, 0)
+    router.finished(0, now=1.5, output_tokens=30)
+    assert look(router, seen, 1.5).first_token[:2] == [0.75, 0]
+    # It has a token already, sooner than expected, and 4 ms to go.
+    router.progress(2, now=1.5, generated=1, running=True)
+    assert look(router, seen, 1.5).first_token[1] == pytest.approx(1.004)
+    # Given back by an expert that fails, a request starts anew, and is as old as it is.
+    router.expert_down(0)
+    router.expert_up(0)
+    arrive(router, 1, 2.0, arrived=0.25)
+    router.first_token(1, now=2.25)
+    assert look(router, seen, 2.5).first_token[0] == 2.0
 
 
 def test_on_the_network_a_request_waits(router, seen):
@@ -226,6 +303,7 @@ def test_without_word_of_a_first_token_it_is_expected(router, seen):
     assert look(router, seen, 0.061).generated[0] == 0
     batch = look(router, seen, 0.063)
     assert (batch.generated[0], batch.computed[0]) == (1, 500)
+    assert batch.first_token[0] == pytest.approx(0.062 + 0.004)
     assert look(router, seen, 0.2).generated[0] > 5
 
 
@@ -246,12 +324,14 @@ def test_what_is_told_is_believed(router, seen):
 
 def test_recent_latency_and_rate_are_those_of_the_environment(router, seen):
     arrive(router, "a", 10.0)
-    assert seen.arrival["mean_gap"] == 0.5
+    assert seen.arrival["gap"] == seen.arrival["slow_gap"] == 0.5
     arrive(router, "b", 10.2)
-    assert seen.arrival["mean_gap"] == pytest.approx(0.5 - 0.3 / 32)
+    assert seen.arrival["gap"] == pytest.approx(0.5 - 0.3 / 32)
+    assert seen.arrival["slow_gap"] == pytest.approx(0.5 - 0.3 / 512)
     router.finished("a", now=11.0, output_tokens=20)
     arrive(router, "c", 12.2)
-    assert seen.arrival["mean_gap"] == pytest.approx((0.5 - 0.3 / 32) * 31 / 32 + 2 / 32)
+    assert seen.arrival["gap"] == pytest.approx((0.5 - 0.3 / 32) * 31 / 32 + 2 / 32)
+    assert seen.arrival["slow_gap"] == pytest.approx((0.5 - 0.3 / 512) * 511 / 512 + 2 / 512)
     np.testing.assert_allclose(seen.experts["recent_latency"], [0.05, 0], rtol=1e-6)
     router.finished("b", now=42.2, output_tokens=100)
     arrive(router, "d", 72.2)
@@ -260,16 +340,115 @@ def test_recent_latency_and_rate_are_those_of_the_environment(router, seen):
     np.testing.assert_allclose(seen.experts["recent_latency"], [mean, 0], rtol=1e-6)
 
 
+def test_net_values_and_the_latest_gap_are_remembered(router, seen):
+    arrive(router, "a", 10.0)
+    assert [seen.arrival[name] for name in ("net", "net_square", "latest_gap")] == [0, 0, 0]
+    seen.net = -0.5
+    arrive(router, "b", 10.5)
+    # What the decision before offered at best, 0.25, counts a 32nd.
+    assert seen.arrival["net"] == pytest.approx(0.25 / 32)
+    assert seen.arrival["net_square"] == pytest.approx(0.25**2 / 32)
+    assert seen.arrival["latest_gap"] == 0.5
+    arrive(router, "c", 12.0)
+    assert seen.arrival["net"] == pytest.approx(0.25 / 32 * 31 / 32 - 0.5 / 32)
+    assert seen.arrival["net_square"] == pytest.approx(0.25**2 / 32 * 31 / 32 + 0.25 / 32)
+    assert seen.arrival["latest_gap"] == 1.5
+
+
+def test_prices_are_the_configured_ones_unless_given(away, seen):
+    def prices():
+        return [round(seen.arrival[name], 6) for name in ("accelerator_price", "cloud_price")]
+
+    arrive(away, "a", 0.0, predictions=3)
+    assert prices() == [0.02, 1.0]
+    arrive(away, "b", 0.0, predictions=3, accelerator_price=0.5, cloud_price=0)
+    assert prices() == [0.5, 0.0]
+    arrive(away, "c", 0.0, predictions=3)
+    assert prices() == [0.02, 1.0]
+
+
+def test_what_is_declined_is_nowhere(away, seen):
+    assert away.reason == "no decision yet"
+    seen.choice = 2
+    assert arrive(away, "a", 0.0, predictions=3, local_only=True) == DECLINED
+    assert seen.arrival["to_cloud"] == 0
+    assert away.reason == "declined: away scores 2.50, and expert 0 scores 3.00, the best expert"
+    with pytest.raises(UserError, match="'a' is at no expert; it has ended, was sent away, or was never routed"):
+        away.finished("a", now=1.0, output_tokens=5)
+    seen.choice = 0
+    assert arrive(away, "a", 1.0, predictions=3) == 0
+    assert seen.batch.waiting.sum() == seen.batch.running.sum() == 0
+    assert away.reason == "expert 0 scores 3.00, and away scores 2.50"
+
+
+def test_whoever_may_not_go_away_goes_to_the_best_expert(away, seen):
+    seen.choice, seen.logits = 2, [-1e9, 1.0, 2.5]
+    assert arrive(away, "a", 0.0, predictions=3, may_go_away=False) == 1
+    words = "expert 1 scores 1.00, the best expert; away scores 2.50, but the request must go to an expert"
+    assert away.reason == words
+    assert arrive(away, "b", 0.0, predictions=3) == CLOUD
+    assert away.reason == "to the cloud: away scores 2.50, and expert 1 scores 1.00, the best expert"
+
+
+def test_the_cloud_has_so_many_places(away, seen):
+    seen.choice = 2
+    assert [arrive(away, number, 0.0, predictions=3) for number in range(3)] == [CLOUD, CLOUD, DECLINED]
+    assert seen.arrival["to_cloud"] == 0
+    with pytest.raises(UserError, match="request 0 is in the cloud already; report its end first"):
+        arrive(away, 0, 0.5, predictions=3)
+    away.first_token(0, now=1.0)
+    for number, end in enumerate(
+        (
+            lambda: away.finished(0, now=2.0, output_tokens=9),
+            lambda: away.failed(1),
+            lambda: away.rejected(3),
+        )
+    ):
+        assert arrive(away, "full", 2.0, predictions=3) == DECLINED
+        end()
+        assert arrive(away, number + 3, 2.0, predictions=3) == CLOUD
+        told = [seen.arrival[name] for name in ("to_cloud", "cloud_predicted_quality", "cloud_predicted_output_tokens")]
+        assert told == [1, 0.75, 120]
+    # Nothing of it is at an expert, or counts among their latencies.
+    assert seen.batch.waiting.sum() == seen.batch.running.sum() == 0
+    assert (seen.experts["recent_latency"] == 0).all()
+    np.testing.assert_array_equal(seen.experts["predicted_quality"], [0.25, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accelerator_price": -0.1}, "request 'b': accelerator_price=-0.1 must not be negative, and finite"),
+        ({"accelerator_price": float("nan")}, "accelerator_price=nan must not be negative, and finite"),
+        ({"cloud_price": float("inf")}, "cloud_price=inf must not be negative, and finite"),
+        ({"cloud_price": "dear"}, "cloud_price is 'dear'; give a number"),
+        ({"may_go_away": None}, "may_go_away=None must be True or False"),
+        ({"local_only": 1}, "local_only=1 must be True or False"),
+        ({"predictions": 2}, "give a value for each of the 2 experts, and one more for the cloud"),
+        ({"predictions": 4}, "give a value for each of the 2 experts, and one more for the cloud"),
+    ],
+    ids=str,
+)
+def test_mistakes_about_away_change_nothing(away, seen, options, message):
+    arrive(away, "a", 1.0, predictions=3)
+    with pytest.raises(UserError, match=message) as caught:
+        arrive(away, "b", 2.0, **{"predictions": 3} | options)
+    assert "\n" not in str(caught.value)
+    arrive(away, "b", 2.0, predictions=3)
+    assert seen.arrival["latest_gap"] == 1.0
+
+
 def test_an_expert_that_fails_gives_its_requests_back(router, seen):
     arrive(router, "a", 0.0)
     arrive(router, "b", 0.1)
-    mean_gap = router._mean_gap
+    gap = seen.arrival["gap"]
     assert router.expert_down(0) == ["a", "b"]
     seen.choice = 1
     arrive(router, "a", 0.3, arrived=0.0)
     assert seen.experts["up"].tolist() == [0, 1]
     assert seen.arrival["age"] == pytest.approx(0.3)
-    assert router._mean_gap == mean_gap
+    assert seen.arrival["gap"] == gap
+    assert seen.arrival["latest_gap"] == pytest.approx(0.2)
     with pytest.raises(UserError, match="'b' is at no expert"):
         router.finished("b", now=0.4, output_tokens=1)
     router.expert_up(0)
@@ -302,9 +481,13 @@ def test_more_requests_than_the_site_lets_in(router, seen):
             "prompt_tokens=0 must be a whole number, at least 1",
         ),
         (
-            lambda router: arrive(router, "b", 2.0, latency_requirement=0),
-            "latency_requirement=0 must be above 0 s per token",
+            lambda router: arrive(router, "b", 2.0, normalised=None),
+            "request 'b': it limits nothing; give one of ttft, tpot, e2e, normalised, in s",
         ),
+        (lambda router: arrive(router, "b", 2.0, normalised=0), "request 'b': normalised=0 must be above 0 s, and fin"),
+        (lambda router: arrive(router, "b", 2.0, ttft=-1), "ttft=-1 must be above 0 s, and finite"),
+        (lambda router: arrive(router, "b", 2.0, tpot=math.nan), "tpot=nan must be above 0 s, and finite"),
+        (lambda router: arrive(router, "b", 2.0, e2e=math.inf), "e2e=inf must be above 0 s, and finite"),
         (lambda router: arrive(router, "b", 2.0, arrived=3.0), "arrived=3.0 must not be later than now=2.0"),
         (lambda router: arrive(router, "b", 2.0, predicted_quality=[0.5]), "give a value for each of the 2 experts"),
         (lambda router: arrive(router, "b", 2.0, predicted_quality=None), "give a value for each of the 2 experts"),
@@ -345,7 +528,9 @@ def test_the_folder_says_what_it_is(run, exported):
     assert manifest["site"] == dataclasses.asdict(config.site)
     assert manifest["network"] == dataclasses.asdict(config.network)
     assert (manifest["slots"], manifest["rate"], manifest["checkpoint"]) == (6, 5.0, "run, 7 steps")
+    assert (manifest["away"], manifest["prices"]) == (True, {"accelerator": 0.02, "cloud": 1.0})
     assert manifest["platforms"] == ["cpu", "cuda"]
+    assert manifest["requirements"] == [dataclasses.asdict(limited) for limited in config.workload.requirements]
     bank = build_env(config)[1].bank
     np.testing.assert_allclose(manifest["log_length_error"], bank.log_length_error)
     assert b".py" not in (exported / "decide.jax_export").read_bytes()
@@ -361,7 +546,7 @@ def test_the_same_network_for_another_site(run, tmp_path, capsys):
     shapes = [aval.shape for aval in jax.export.deserialize(
         bytearray((tmp_path / "router" / "decide.jax_export").read_bytes())
     ).in_avals]  # fmt: skip
-    assert shapes == [(11, 6), (9, 16, 6), (4, 6), (4,)]
+    assert shapes == [(11, 6), (13, 16, 6), (4, 6), (16,)]
 
 
 @pytest.mark.parametrize(
@@ -401,7 +586,8 @@ def edit(folder, **changes):
         (shutil.rmtree, "cannot be read"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "is not an exported router's"),
-        (lambda folder: edit(folder, format_version=2), "format 2, and this jaxroute reads format 1"),
+        (lambda folder: edit(folder, format_version=2), "format 2, and this jaxroute reads format 3; export it again"),
+        (lambda folder: edit(folder, prices={"accelerator": 0.02}), "is damaged"),
         (lambda folder: edit(folder, files={}), "is damaged"),
         (lambda folder: edit(folder, site={"name": "s"}), "is damaged"),
         (lambda folder: edit(folder, slots=7), "is damaged"),
@@ -471,7 +657,7 @@ def test_predictions_from_the_prompt(run, predictor, tmp_path):
     shutil.rmtree(stored)
 
     told, predicting = Router.load(folder), Router.load(folder)
-    common = {"prompt_tokens": 50, "latency_requirement": 0.03}
+    common = {"prompt_tokens": 50, "normalised": 0.03}
     order = [1, 2, 0]
     for number, prompt in enumerate(PROMPTS):
         quality, length = predictor([prompt])

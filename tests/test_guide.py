@@ -66,8 +66,6 @@ def test_the_exported_router_routes_a_prompt(workplace):
     from jaxroute.gateway import Router
 
     router = Router.load(workplace[0] / "router")
-    expert = router.route(
-        "first", now=0.0, prompt="How many apples are left?", prompt_tokens=8, latency_requirement=0.04
-    )
+    expert = router.route("first", now=0.0, prompt="How many apples are left?", prompt_tokens=8, normalised=0.04)
     assert expert in range(3)
     router.finished("first", now=3.0, output_tokens=60)

@@ -104,10 +104,11 @@ def assert_finite(tree):
 
 
 def test_dense_and_segment_agree(obs):
-    dense, segment = HAN(), HAN(dense=False)
+    dense, segment = HAN(away=True), HAN(away=True, dense=False)
     params = anywhere(dense, obs)
     assert shapes(segment, obs) == shapes(dense, obs)
     logits, values, gradient = with_gradient(dense, params, obs)
+    assert logits.shape == (SAMPLES, 7)
     assert np.std(values) > 0.05
     assert np.std(logits[logits > -1e8]) > 0.1
     assert_close(with_gradient(segment, params, obs), (logits, values, gradient))
@@ -144,7 +145,7 @@ def test_graphs_hold_the_observation(obs):
 
 def test_features_are_a_few_units_at_most(obs):
     features = jax.jit(jax.vmap(features_of))(obs)
-    for name in ("arrival", "experts", "candidates", "in_flight"):
+    for name in ("arrival", "experts", "candidates", "in_flight", "away"):
         values = getattr(features, name)
         assert np.isfinite(values).all(), name
         assert np.abs(values).max() <= 5, name
@@ -166,7 +167,8 @@ def test_experts_in_another_order(obs):
     network = HAN()
     params = anywhere(network, obs)
     order = np.array([2, 0, 1, 5, 4, 3])
-    moved = jax.tree.map(lambda leaf: leaf[:, order], obs._replace(arrival=()))._replace(arrival=obs.arrival)
+    of_experts = jax.tree.map(lambda leaf: leaf[:, order], obs._replace(arrival=(), away=None))
+    moved = of_experts._replace(arrival=obs.arrival, away=obs.away)
     logits, values, _ = with_gradient(network, params, obs)
     moved_logits, moved_values, _ = with_gradient(network, params, moved)
     assert_close((moved_logits, moved_values), (logits[:, order], values))
@@ -217,26 +219,41 @@ def test_requests_in_flight_matter(obs):
 # ---- Decisions ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("network", [HAN(), HAN(dense=False), FlatMLP()], ids=["dense", "segment", "mlp"])
+@pytest.mark.parametrize(
+    "network",
+    [HAN(), HAN(dense=False), FlatMLP(), HAN(away=True), FlatMLP(away=True)],
+    ids=["dense", "segment", "mlp", "away", "mlp, away"],
+)
 def test_full_experts_are_ruled_out(obs, network):
     logits, _, _ = with_gradient(network, anywhere(network, obs), obs)
     available = obs.experts.available
     allowed = available | ~available.any(-1, keepdims=True)
+    if network.away:
+        allowed = np.append(allowed, np.ones((SAMPLES, 1), bool), axis=1)
     probabilities = np.asarray(jax.nn.softmax(logits))
     assert (probabilities[~allowed] == 0).all()
     assert (logits[allowed] > -1e6).all()
     np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-5)
 
 
-def test_it_starts_as_the_estimator(obs, smaller):
-    """Before any training the policy is `impact_greedy`, but for near ties."""
-    network = HAN()
+@pytest.mark.parametrize("away", [False, True])
+def test_it_starts_as_the_estimator(obs, smaller, away):
+    """Before any training the policy is `impact_greedy`, less what accelerator time costs, but for near ties.
+
+    With a score for away, what would gain less than nothing is declined.
+    """
+    network = HAN(away=away)
     # These keys compile in half the time.
     params = jax.jit(network.init)(jax.random.key(3, impl="rbg"), first(network, smaller))
     logits, values, _ = with_gradient(network, params, obs)
-    impact = obs.candidates.impact
-    gain = np.where(obs.experts.available, impact.qos - impact.qos_loss, -10.0)
-    some = obs.experts.available.any(-1)
+    impact, experts = obs.candidates.impact, obs.experts
+    batch = np.minimum(experts.num_running + experts.num_waiting + 1, experts.max_num_seqs)
+    cost = 0.1 * obs.candidates.predicted_output_tokens * impact.tpot / batch
+    gain = np.where(experts.available, impact.qos - impact.qos_loss - cost, -10.0)
+    some = experts.available.any(-1)
+    if away:
+        gain = np.append(gain, np.zeros((SAMPLES, 1)), axis=1)
+        assert 3 < (gain.argmax(-1) == 6).sum() < SAMPLES - 3
     agree = logits.argmax(-1) == gain.argmax(-1)
     assert agree[some].mean() > 0.9
     ranked = np.sort(gain, -1)
@@ -277,6 +294,8 @@ def test_configurations_are_built():
     assert build_network(NetworkConfig(kind="mlp", hidden=32)) == FlatMLP(hidden=32)
     config = NetworkConfig(hidden=8, heads=2, semantic_attention=False, use_impact=False)
     assert build_network(config) == ABLATED
+    assert build_network(NetworkConfig(), away=True) == HAN(away=True)
+    assert build_network(NetworkConfig(kind="mlp"), away=True).away
     assert not build_network(NetworkConfig(dense=False)).dense
 
 

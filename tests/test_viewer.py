@@ -25,7 +25,7 @@ from jaxroute.evaluation.viewer.record import (
     view_html,
 )
 from jaxroute.networks import build_network
-from jaxroute.policies import RULES, learned_policy
+from jaxroute.policies import learned_policy, rules_named
 
 pytestmark = pytest.mark.slow
 
@@ -36,21 +36,37 @@ RATE = 6.0
 OUTAGES = ("dynamics.mean_uptime=4", "dynamics.mean_downtime=2")
 
 
-def recorded(outages="none"):
-    env, params = jaxroute.make("edge3-poisson", rate=RATE, overrides=(f"dynamics.outages={outages}", *OUTAGES))
-    policy = RULES["round_robin"]
+# A cloud with few places, for a rule that sends away what is worth little.
+CLOUD = (
+    "site.cloud={model: gemma-2-27b-it, ttft: 0.5, tpot: 0.02, price_per_request: 0.02, price_per_1000_tokens: 0.1, "
+)
+CLOUD += "ttft_spread: 0.8, slow_share: 0.3, max_in_flight: 2}"
+
+
+def recorded(outages="none", rule="round_robin", overrides=()):
+    overrides = (f"dynamics.outages={outages}", *OUTAGES, *overrides)
+    env, params = jaxroute.make("edge3-poisson", rate=RATE, overrides=overrides)
+    (policy,) = rules_named([rule])
     recording = record_episode(env, params, policy, seed=SEED, requests=REQUESTS, warmup=WARMUP)
     content = episode_content(recording, LABELS, first=WARMUP, last=WARMUP + REQUESTS - 1)
     return env, params, policy, recording, content
 
 
-@pytest.fixture(scope="module", params=["none", "lost", "retried"])
+KINDS = {
+    "none": ("none",),
+    "lost": ("lost",),
+    "retried": ("retried",),
+    "cloud": ("none", "round_robin+price", [CLOUD]),
+}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
 def episode(request):
-    return request.param, *recorded(request.param)
+    return request.param, *recorded(*KINDS[request.param])
 
 
 def test_every_request_is_there_and_ends_once(episode):
-    outages, *_, content = episode
+    outages, _, _, policy, _, content = episode
     stays = content["stays"]
     shown = [stay for stay in stays if stay["number"] >= WARMUP]
     assert {stay["number"] for stay in shown} == set(range(WARMUP, WARMUP + REQUESTS))
@@ -58,7 +74,9 @@ def test_every_request_is_there_and_ends_once(episode):
     ends = Counter(stay["number"] for stay in stays if stay["outcome"] != Ending.GIVEN_BACK)
     assert set(ends.values()) == {1}
     outcomes = {stay["outcome"] for stay in stays}
-    assert {Ending.IN_TIME, Ending.LATE, Ending.REJECTED} <= outcomes
+    assert {Ending.IN_TIME, Ending.LATE} <= outcomes
+    assert (Ending.REJECTED in outcomes) or "+" in policy.name
+    assert (Ending.DECLINED in outcomes) == ("+" in policy.name)
     assert (Ending.LOST in outcomes) == (outages == "lost")
     assert (Ending.GIVEN_BACK in outcomes) == (outages == "retried")
     for stay in stays:
@@ -70,12 +88,13 @@ def test_outcomes_are_those_of_an_evaluation(episode):
     _, env, params, policy, _, content = episode
     records = evaluate_policies(env, params, [policy], [RATE], seed=SEED, episodes=1, requests=REQUESTS, warmup=WARMUP)[
         RATE
-    ]["round_robin"]
+    ][policy.name]
     status = {
         Ending.IN_TIME: Outcome.COMPLETED,
         Ending.LATE: Outcome.COMPLETED,
         Ending.REJECTED: Outcome.REJECTED,
         Ending.LOST: Outcome.LOST,
+        Ending.DECLINED: Outcome.DECLINED,
     }
     for stay in content["stays"]:
         number = stay["number"]
@@ -85,11 +104,31 @@ def test_outcomes_are_those_of_an_evaluation(episode):
         assert stay["expert"] == records.expert[0, number]
         assert stay["quality"] == pytest.approx(records.quality[0, number], abs=1e-4)
         if stay["ttft"] is not None:
-            latency, requirement = records.latency[0, number], records.latency_requirement[0, number]
+            latency, limit = records.latency[0, number], records.limits.normalised[0, number]
+            assert stay["limits"] == {"normalised": pytest.approx(limit, abs=1e-5)}
             assert stay["end"] - stay["arrival"] == pytest.approx(latency, abs=1e-3)
             assert stay["ttft"] == pytest.approx(records.ttft[0, number], abs=1e-4)
             assert stay["preemptions"] == records.preemptions[0, number]
-            assert (stay["outcome"] == Ending.IN_TIME) == (latency / stay["output_tokens"] <= requirement)
+            assert (stay["outcome"] == Ending.IN_TIME) == (latency / stay["output_tokens"] <= limit)
+
+
+def test_who_is_sent_away_has_a_stay_of_its_own(episode):
+    """Beyond the last expert: it ends at once if it is declined, and with the answer if the cloud takes it."""
+    kind, *_, content = episode
+    away = [stay for stay in content["stays"] if stay["expert"] == 3]
+    declined = [stay for stay in away if stay["outcome"] == Ending.DECLINED]
+    assert bool(declined) == (kind == "cloud")
+    assert {stay["outcome"] for stay in away if stay not in declined} == (
+        {Ending.IN_TIME, Ending.LATE} if kind == "cloud" else set()
+    )
+    assert all(stay["end"] == stay["routed"] and stay["quality"] == 0 for stay in declined)
+    assert not any(stay["samples"]["phase"] for stay in away)
+    decisions = content["decisions"]
+    places = np.sum(decisions["expert"] == 3)
+    assert places == sum(stay["routed"] >= 0 for stay in away)
+    # What away was worth to each request, as the router saw it.
+    assert (decisions["away_cost"] > 0).any() == (kind == "cloud")
+    np.testing.assert_array_equal(decisions["away_cost"] > 0, decisions["away_to_cloud"])
 
 
 def test_samples_are_of_the_time_at_the_expert(episode):
@@ -125,11 +164,12 @@ def test_samples_are_of_the_time_at_the_expert(episode):
 
 def test_probabilities_are_those_of_the_network():
     env, params = jaxroute.make("edge3-poisson", rate=RATE)
-    network = build_network(load_config().network)
+    network = build_network(load_config().network, away=True)
     obs, _ = env.reset(jax.random.key(0), params)
     policy = learned_policy(network, network.init(jax.random.key(1), network.prepare(obs)))
     recording = record_episode(env, params, policy, seed=SEED, requests=10, warmup=0, network=network)
     probability = recording.decisions.probability
+    assert probability.shape == (10, 4)
     assert np.allclose(probability.sum(1), 1, atol=1e-5)
     assert (probability.argmax(1) == recording.decisions.expert).all()
 
@@ -142,7 +182,7 @@ def page_json(page):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("viewer")
-    arguments = ["view=slo_headroom", "site=edge3", "workload.rate=4", "eval.requests=30", "eval.warmup=5"]
+    arguments = ["view=impact_greedy+decline", "site=edge3", "workload.rate=12", "eval.requests=30", "eval.warmup=5"]
     assert eval_main([*arguments, f"output_dir={folder}"]) == 0
     return (folder / "view.html").read_text()
 
@@ -161,7 +201,11 @@ def test_page_holds_the_episode(page):
     assert decisions["time"][0] == 0
     for column in decisions.values():
         assert len(column) == 30
-    assert decisions["probability"][0] == [None] * 3
+    assert decisions["probability"][0] == [None] * 4
+    assert decisions["away_qos"] == [0] * 30
+    declined = [stay for stay in episode["stays"] if stay["outcome"] == Ending.DECLINED]
+    assert 0 < len(declined) < 30
+    assert all(stay["expert"] == 3 for stay in declined)
     assert len(episode["experts"]) == 3
     assert episode["endings"] == {ending.name: ending for ending in Ending}
     assert episode["phases"] == {phase.name: phase for phase in Phase}
@@ -192,6 +236,11 @@ def test_text_from_outside_is_escaped():
         (["view=true"], "view=true is unknown; choose jaxroute or a rule: random,"),
         (["view=jaxroute"], "view=jaxroute needs a trained router; add checkpoint=outputs/<run>"),
         (["view=random", "study=quick"], "view=random shows one episode"),
+        (["view=random+prize"], "view=random+prize: the form prize is unknown (did you mean price?)"),
+        (
+            ["view=random+price", "site=edge3", "env.away=false"],
+            "policy random+price sends requests away, and env.away",
+        ),
     ],
 )
 def test_mistakes_in_one_line(arguments, message, capsys, tmp_path):

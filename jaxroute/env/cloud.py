@@ -46,8 +46,8 @@ def describe_away(
     """Return what away means for this request, as far as a router can know it."""
     nothing = jnp.zeros_like(request.age)
     if cloud is None or places is None:
-        return Away(nothing > 0, *[nothing] * (len(Away._fields) - 1))
-    return expect(
+        return expect_away(None, nothing > 0, request.described(), nothing, nothing, prices)
+    return expect_away(
         cloud,
         _may_go(places, request),
         request.described(),
@@ -57,19 +57,22 @@ def describe_away(
     )
 
 
-def expect(
-    cloud: CloudParams,
+def expect_away(
+    cloud: CloudParams | None,
     to_cloud: Bool[Array, ""],
     request: Described,
     quality: Float[Array, ""],
     tokens: Float[Array, ""],
     prices: Prices,
 ) -> Away:
-    """Predict the cloud's answer, of predicted `quality` and median length `tokens`.
+    """Predict the cloud's answer, of predicted `quality` and median length `tokens`; all is 0 if there will be none.
 
     Each latency is taken as log-normal, with a spread to first order in those of ttft, tpot and n, once for fast
     answers and once for slow ones; the least of their probabilities counts.
     """
+    if cloud is None:
+        nothing = jnp.zeros_like(request.age)
+        return Away(nothing > 0, *[nothing] * (len(Away._fields) - 1))
     mean_tokens = jnp.maximum(tokens * jnp.exp(cloud.log_length_error**2 / 2), 1.0)
     decode = cloud.tpot * (mean_tokens - 1)
     first = cloud.ttft / (cloud.ttft + decode)

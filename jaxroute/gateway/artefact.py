@@ -19,23 +19,30 @@ from jaxtyping import Float
 from jaxroute.env.types import Batch, Recent
 from jaxroute.errors import UserError
 from jaxroute.serving import Site
+from jaxroute.workloads.limits import Limits
 
-FORMAT, FORMAT_VERSION = "jaxroute-router", 1
+FORMAT, FORMAT_VERSION = "jaxroute-router", 3
 MANIFEST, DECIDE, PREDICTOR = "manifest.json", "decide.jax_export", "predictor"
+
+# Infinite where a request has no such limit.
+LIMIT_FIELDS = tuple(f"{name}_limit" for name in Limits._fields)
+CLOUD_FIELDS = ("to_cloud", "cloud_predicted_quality", "cloud_predicted_output_tokens")
 
 # The arguments of the exported function: four float32 arrays, with the fields along the first axis.
 FIELDS: dict[str, tuple[str, ...]] = {
     "site": (*Site._fields, "log_length_error"),  # (field, expert)
-    "batch": Batch._fields,  # (field, slot, expert); masks are 0 or 1
+    # (field, slot, expert); masks are 0 or 1
+    "batch": (*(name for name in Batch._fields if name != "limits"), *LIMIT_FIELDS),
     "experts": ("recent_latency", "up", "predicted_quality", "predicted_output_tokens"),  # (field, expert)
     "arrival": (
         "prompt_tokens",
-        "latency_requirement",
+        *LIMIT_FIELDS,
         "age",
         *Recent._fields,
         "accelerator_price",
         "cloud_price",
-    ),  # (field,)
+        *CLOUD_FIELDS,
+    ),  # (field,); to_cloud is 0 or 1, and the last three are 0 where there is no cloud
 }
 
 

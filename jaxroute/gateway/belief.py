@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxroute.env.types import Batch
 from jaxroute.errors import UserError
+from jaxroute.gateway.artefact import FIELDS, LIMIT_FIELDS
 from jaxroute.serving import Site
+from jaxroute.workloads.limits import Limits
 
 _UNTOLD = -1
 
@@ -26,9 +27,14 @@ class _Held(NamedTuple):
     """What is kept of each request at an expert; each a row of one array (field, slot, expert)."""
 
     # As the batch has it, in its order.
-    latency_requirement: Any
+    first_token: Any
+    """Time from its first arrival to its first token, s; 0 if there was none yet."""
     predicted_quality: Any
     predicted_output_tokens: Any
+    ttft_limit: Any
+    tpot_limit: Any
+    e2e_limit: Any
+    normalised_limit: Any
     prompt_tokens: Any
     arrived: Any
     """First arrival at the gateway, s."""
@@ -46,7 +52,7 @@ class _Held(NamedTuple):
 
 # Rows of the two arrays, by name.
 _HELD = _Held(*range(len(_Held._fields)))
-_BATCH = Batch(*range(len(Batch._fields)))
+_BATCH = {name: row for row, name in enumerate(FIELDS["batch"])}
 
 
 class Belief:
@@ -64,7 +70,7 @@ class Belief:
         self._held = np.zeros((len(_Held._fields), slots, num_experts))
         self._there = np.zeros((slots, num_experts), bool)
         self._running = self._there.copy()
-        self._batch = np.zeros((len(Batch._fields), slots, num_experts), np.float32)
+        self._batch = np.zeros((len(_BATCH), slots, num_experts), np.float32)
         self._now = -math.inf
         self._pace = site.iteration_overhead + site.weight_load
         """Time of an iteration of each expert's batch as it is, s."""
@@ -80,13 +86,16 @@ class Belief:
         request_id: Hashable,
         expert: int,
         *,
-        latency_requirement: float,
+        limits: Limits,
         predicted_quality: float,
         predicted_output_tokens: float,
         prompt_tokens: int,
         arrived: float,
     ) -> None:
-        """Put a request, sent now, at the end of an expert's queue; `arrived` is its first arrival at the gateway."""
+        """Put a request, sent now, at the end of an expert's queue; `arrived` is its first arrival at the gateway.
+
+        All limits are numbers, infinite where the request has none.
+        """
         queue = self._queues[expert]
         if len(queue) == self._held.shape[1]:
             # More requests than the site's limits allow: the gateway may do that. The network sees the first `slots`.
@@ -94,9 +103,10 @@ class Belief:
             self._held, self._batch = np.pad(self._held, more), np.pad(self._batch, more)
             self._there = np.pad(self._there, more[1:])
         self._held[:, len(queue), expert] = _Held(
-            latency_requirement=latency_requirement,
+            first_token=0,
             predicted_quality=predicted_quality,
             predicted_output_tokens=predicted_output_tokens,
+            **dict(zip(LIMIT_FIELDS, limits, strict=True)),
             prompt_tokens=prompt_tokens,
             arrived=arrived,
             ready=self._now + self._site.network_delay[expert],
@@ -132,6 +142,7 @@ class Belief:
         expert = at[1]
         # The token has been on its way, and the expert has gone on since.
         since = self._site.network_delay[expert] / self._pace[expert]
+        self._held[(_HELD.first_token, *at)] = now - self._held[(_HELD.arrived, *at)]
         self._held[(_HELD.generated, *at)] = 1 + since
         self._held[(_HELD.missing, *at)] = 1
         self._held[(_HELD.told, *at)] = _UNTOLD
@@ -145,6 +156,12 @@ class Belief:
         total = self._held[(_HELD.prompt_tokens, *at)] + generated
         if kv_tokens is None:
             kv_tokens = total - 1 if generated and running is not False else 0
+        first = _HELD.first_token, *at
+        if not generated:
+            self._held[first] = 0
+        elif not self._held[first]:
+            # Sooner than expected.
+            self._held[first] = now + self._site.network_delay[at[1]] - self._held[(_HELD.arrived, *at)]
         self._held[(_HELD.generated, *at)] = generated
         self._held[(_HELD.missing, *at)] = max(total - kv_tokens, 1)
         self._held[(_HELD.prefilled, *at)] = math.inf
@@ -158,7 +175,7 @@ class Belief:
         """Return slot and expert of a request."""
         expert = self._expert.get(request_id)
         if expert is None:
-            raise UserError(f"request {request_id!r} is at no expert; it has ended, or was never routed")
+            raise UserError(f"request {request_id!r} is at no expert; it has ended, was sent away, or was never routed")
         return self._queues[expert].index(request_id), expert
 
     # --- What is inferred -----------------------------------------------------------------------------------
@@ -193,6 +210,8 @@ class Belief:
         np.copyto(prefilled, np.maximum(now - gap, held[_HELD.ready]) + 1.5 * pace + stall, where=new)
         due = prefilling & (prefilled <= now)
         np.add(generated, 1 + (now - prefilled) / pace, out=generated, where=due)
+        first = held[_HELD.first_token]
+        np.copyto(first, prefilled + site.network_delay - held[_HELD.arrived], where=due & (first == 0))
         missing[due] = 1
 
     def _in_batch(self, now: float) -> Bool[np.ndarray, "slot expert"]:
@@ -209,12 +228,12 @@ class Belief:
         """Return the fields of a `Batch` as of the latest `advance`, float32; the next call overwrites it."""
         held, batch, running = self._held, self._batch, self._running
         generated = np.floor(held[_HELD.generated])
-        batch[_BATCH.running] = running
-        batch[_BATCH.waiting] = self._there & ~running
-        batch[_BATCH.prompt_tokens] = held[_HELD.prompt_tokens]
-        batch[_BATCH.computed] = running * (held[_HELD.prompt_tokens] + generated - held[_HELD.missing])
-        batch[_BATCH.generated] = generated
-        batch[_BATCH.age] = self._now - held[_HELD.arrived]
-        # Three fields in the same order.
-        batch[_BATCH.latency_requirement :] = held[: _HELD.prompt_tokens]
+        batch[_BATCH["running"]] = running
+        batch[_BATCH["waiting"]] = self._there & ~running
+        batch[_BATCH["prompt_tokens"]] = held[_HELD.prompt_tokens]
+        batch[_BATCH["computed"]] = running * (held[_HELD.prompt_tokens] + generated - held[_HELD.missing])
+        batch[_BATCH["generated"]] = generated
+        batch[_BATCH["age"]] = self._now - held[_HELD.arrived]
+        # The others come in the same order.
+        batch[_BATCH["first_token"] :] = held[: _HELD.prompt_tokens]
         return batch[:, : self._slots]

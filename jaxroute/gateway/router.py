@@ -1,7 +1,8 @@
 """A trained router in a gateway: it is told what happens to requests, and decides where to send the next one.
 
 `Router.load` reads what `python -m jaxroute export` wrote. The router keeps the observation graph itself, on the host:
-what it believes of the requests at the experts (`jaxroute.gateway.belief`), the recent latencies and the arrival rate.
+what it believes of the requests at the experts (`jaxroute.gateway.belief`), the recent latencies, and what it remembers
+of recent arrivals. A router that was trained to may also send a request away.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxroute.env.environment import ARRIVAL_WINDOW, LATENCY_WINDOW
+from jaxroute.env.environment import LATENCY_WINDOW, remember_gap, remember_net
+from jaxroute.env.types import Prices, Recent
 from jaxroute.errors import UserError
 from jaxroute.gateway.artefact import FIELDS, MANIFEST, compile_decision, load_predictor, read_manifest
 from jaxroute.gateway.belief import Belief
-from jaxroute.serving import ExpertConfig, SiteConfig, build_site
+from jaxroute.serving import CloudConfig, ExpertConfig, SiteConfig, build_site
 from jaxroute.serving.checks import real, real_array, whole
+from jaxroute.workloads.limits import Limits
+
+DECLINED, CLOUD = -1, -2
+"""What `Router.route` returns of a request that no expert gets: turn it away, or send it to the site's cloud."""
 
 
 class Router:
@@ -32,8 +38,11 @@ class Router:
 
     experts: list[str]
     """The LLM and accelerator behind each expert's number."""
-    logits: Float[np.ndarray, "expert"]
-    """Scores of the latest decision. The chosen expert has the highest; experts that are down or full have -1e9."""
+    away: bool
+    """Whether it may send requests away."""
+    logits: Float[np.ndarray, "action"]
+    """Scores of the latest decision, that of away last if there is one. What was chosen has the highest, unless it had
+    to be an expert; experts that are down or full have -1e9."""
 
     def __init__(
         self,
@@ -43,22 +52,35 @@ class Router:
         rate: float,
         decide: Callable[..., Any],
         predict: Callable[[str], tuple[np.ndarray, np.ndarray]] | None = None,
+        *,
+        prices: Prices | None = None,
+        away: bool = False,
     ) -> None:
         """Start with an idle site; use `load`.
 
-        `decide` is the exported function, without its first argument; `predict` returns (expert,) arrays.
+        `decide` is the exported function, without its first argument; `predict` returns (predicted,) arrays, as `route`
+        takes them. `prices` are those of requests for which none are given. Requests may only be sent away if `away`.
         """
         self.experts = [expert.label for expert in site.experts]
+        self.away = away
+        self._cloud = site.cloud if away else None
+        self._at_cloud: set[Hashable] = set()
+        # Numbers on the host, in the environment's types.
+        free: list[Any] = [0.0, 1.0]
+        self._prices = prices or Prices(*free)
         self._belief = Belief(jax.tree.map(lambda column: np.asarray(column, np.float64), build_site(site)), slots)
         self._decide, self._predict = decide, predict
         num_experts = len(self.experts)
         self._experts = np.zeros((len(FIELDS["experts"]), num_experts), np.float32)
         self._arrival = np.zeros(len(FIELDS["arrival"]), np.float32)
         self._up = np.ones(num_experts, bool)
-        self._mean_gap = 1 / rate
+        before: list[Any] = [1 / rate, 1 / rate, 0.0, 0.0, 0.0]
+        self._recent = Recent(*before)
         self._latency = np.zeros((2, num_experts))  # discounted sum and count
         self._ended = np.zeros((2, num_experts))  # since the latest decision
-        self.logits = np.full(num_experts, np.nan, np.float32)
+        self.logits = np.full(num_experts + away, np.nan, np.float32)
+        self._chosen: int | None = None
+        self._had_to_stay = False
         self._last_arrival: float | None = None
         self._last_decision: float | None = None
 
@@ -80,7 +102,9 @@ class Router:
         manifest = read_manifest(folder)
         try:
             experts = [ExpertConfig(**expert) for expert in manifest["site"]["experts"]]
-            site = SiteConfig(manifest["site"]["name"], experts)
+            of_cloud, away = manifest["site"]["cloud"], bool(manifest["away"])
+            site = SiteConfig(manifest["site"]["name"], experts, CloudConfig(**of_cloud) if of_cloud else None)
+            usual: list[Any] = [float(manifest["prices"][name]) for name in Prices._fields]
             errors, slots = [float(error) for error in manifest["log_length_error"]], int(manifest["slots"])
             expected = float(manifest["rate"]) if rate is None else rate
             columns = manifest["predictor"]
@@ -92,7 +116,8 @@ class Router:
         if not 0 < expected < math.inf:
             raise UserError(f"rate={expected} must be above 0 requests per second, and finite")
         decide = compile_decision(folder, values, slots, platform, f"jax {manifest.get('jax')}")
-        return cls(site, errors, slots, expected, decide, load_predictor(folder, columns) if columns else None)
+        predict = load_predictor(folder, columns) if columns else None
+        return cls(site, errors, slots, expected, decide, predict, prices=Prices(*usual), away=away)
 
     def route(
         self,
@@ -100,45 +125,66 @@ class Router:
         *,
         now: float,
         prompt_tokens: int,
-        latency_requirement: float,
-        predicted_quality: Sequence[float] | Float[np.ndarray, "expert"] | None = None,
-        predicted_output_tokens: Sequence[float] | Float[np.ndarray, "expert"] | None = None,
+        ttft: float | None = None,
+        tpot: float | None = None,
+        e2e: float | None = None,
+        normalised: float | None = None,
+        predicted_quality: Sequence[float] | Float[np.ndarray, "predicted"] | None = None,
+        predicted_output_tokens: Sequence[float] | Float[np.ndarray, "predicted"] | None = None,
         prompt: str | None = None,
         arrived: float | None = None,
+        accelerator_price: float | None = None,
+        cloud_price: float | None = None,
+        may_go_away: bool = True,
+        local_only: bool = False,
     ) -> int:
-        """Choose the expert of an arriving request; from now on the request counts as being there.
+        """Choose where an arriving request goes; from now on it counts as being there.
+
+        Limits are in s; at least one is needed.
 
         Args:
             request_id: a new one.
             now: s.
             prompt_tokens: at least 1.
-            latency_requirement: s per output token.
-            predicted_quality: at each expert, from 0 to 1.
-            predicted_output_tokens: at each expert, the median.
+            ttft: limit on the time to its first token.
+            tpot: limit on the time per further token, (E2E - TTFT) / (tokens - 1).
+            e2e: limit on the time to its last token.
+            normalised: limit on the normalised latency, E2E / tokens.
+            predicted_quality: at each expert, from 0 to 1; with a cloud, one more for it.
+            predicted_output_tokens: at each expert, the median; with a cloud, one more for it.
             prompt: its text, instead of both predictions, if the router was exported with a predictor.
             arrived: time of its first arrival, s, if an expert has given it back; then it does not count as an arrival.
+            accelerator_price: what an accelerator-second costs, in QoS; by default as in the run's configuration.
+            cloud_price: what the cloud costs now, as a multiple of its list prices; by default 1.
+            may_go_away: False if the request must go to an expert, whatever the router thinks of it.
+            local_only: whether it must not leave the site for the cloud.
 
         Returns:
-            The expert's number. If every expert is full, it is one of these, which may refuse (`rejected`).
+            The expert's number, or `DECLINED` or `CLOUD`. If every expert is full, it may be one of these, which may
+            refuse (`rejected`). A request that is declined has ended; one in the cloud ends as at an expert.
 
         Raises:
-            UserError: a value out of range, an id that is taken, a clock that goes back.
+            UserError: a value out of range, an id that is taken, a clock that goes back, a price of a cloud that the
+                site does not have.
         """
         where = f"request {request_id!r}"
         _check_id(request_id)
         expert = self._belief.expert_of(request_id)
-        if expert is not None:
-            raise UserError(f"{where} is at expert {expert} already; report its end first")
+        if expert is not None or request_id in self._at_cloud:
+            there = "in the cloud" if expert is None else f"at expert {expert}"
+            raise UserError(f"{where} is {there} already; report its end first")
         now = real("now", now)
         prompt_tokens = whole(f"{where}: prompt_tokens", prompt_tokens, 1)
-        latency_requirement = real(f"{where}: latency_requirement", latency_requirement)
-        if not 0 < latency_requirement < math.inf:
-            raise UserError(f"{where}: latency_requirement={latency_requirement} must be above 0 s per token")
+        limits = _checked(where, Limits(ttft, tpot, e2e, normalised))
         if arrived is not None:
             arrived = real(f"{where}: arrived", arrived)
             if not -math.inf < arrived <= now:
                 raise UserError(f"{where}: arrived={arrived} must not be later than now={now}")
-        quality, length = self._predictions(where, predicted_quality, predicted_output_tokens, prompt)
+        prices = self._given_prices(where, accelerator_price, cloud_price)
+        for name, answer in (("may_go_away", may_go_away), ("local_only", local_only)):
+            if not isinstance(answer, bool | np.bool_):
+                raise UserError(f"{where}: {name}={answer!r} must be True or False")
+        quality, length, of_cloud = self._predictions(where, predicted_quality, predicted_output_tokens, prompt)
         self._belief.advance(now)
         self._note_arrival(now, again=arrived is not None)
         arrived = now if arrived is None else arrived
@@ -147,14 +193,31 @@ class Router:
         self._experts[1] = self._up
         self._experts[2] = quality
         self._experts[3] = length
-        self._arrival[:] = prompt_tokens, latency_requirement, now - arrived, self._mean_gap
-        chosen, logits = self._decide(self._belief.batch(), self._experts, self._arrival)
+        to_cloud = self._cloud is not None and not local_only and len(self._at_cloud) < self._cloud.max_in_flight
+        self._arrival[:] = (
+            *(prompt_tokens, *limits, now - arrived),
+            *self._recent,
+            *prices,
+            *(to_cloud, *of_cloud),
+        )
+        chosen, logits, best_net = self._decide(self._belief.batch(), self._experts, self._arrival)
+        net: Any = float(best_net)
+        self._recent = remember_net(self._recent, net)
         self.logits = np.asarray(logits)
-        expert = int(chosen)
+        expert, num_experts = int(chosen), len(self.experts)
+        self._had_to_stay = not may_go_away and expert == num_experts
+        if self._had_to_stay:
+            expert = int(self.logits[:num_experts].argmax())
+        if expert == num_experts:
+            self._chosen = CLOUD if to_cloud else DECLINED
+            if to_cloud:
+                self._at_cloud.add(request_id)
+            return self._chosen
+        self._chosen = expert
         self._belief.add(
             request_id,
             expert,
-            latency_requirement=latency_requirement,
+            limits=limits,
             predicted_quality=quality[expert],
             predicted_output_tokens=length[expert],
             prompt_tokens=prompt_tokens,
@@ -162,20 +225,41 @@ class Router:
         )
         return expert
 
+    @property
+    def reason(self) -> str:
+        """Why the latest decision was taken, in words and numbers: the scores of away and of the best expert."""
+        if self._chosen is None:
+            return "no decision yet"
+        num_experts = len(self.experts)
+        best = int(self.logits[:num_experts].argmax())
+        of_best = f"expert {best} scores {self.logits[best]:.2f}"
+        if len(self.logits) == num_experts:
+            return f"{of_best}, the best"
+        of_away = f"away scores {self.logits[num_experts]:.2f}"
+        if self._had_to_stay:
+            return f"{of_best}, the best expert; {of_away}, but the request must go to an expert"
+        if self._chosen >= 0:
+            return f"{of_best}, and {of_away}"
+        where = "declined" if self._chosen == DECLINED else "to the cloud"
+        return f"{where}: {of_away}, and {of_best}, the best expert"
+
     def rejected(self, request_id: Hashable) -> None:
-        """The expert has refused the request.
+        """The expert, or the cloud, has refused the request.
 
         Raises:
             UserError: an unknown id.
         """
-        self._belief.remove(_check_id(request_id))
+        self._remove(_check_id(request_id))
 
     def first_token(self, request_id: Hashable, *, now: float) -> None:
-        """The first token of the answer has arrived.
+        """The first token of the answer has arrived; of no account if it is the cloud's.
 
         Raises:
             UserError: an unknown id, a clock that goes back.
         """
+        if _check_id(request_id) in self._at_cloud:
+            self._belief.advance(real("now", now))
+            return
         self._belief.first_token(_check_id(request_id), real("now", now))
 
     def progress(
@@ -216,6 +300,10 @@ class Router:
         """
         now = real("now", now)
         output_tokens = whole(f"request {_check_id(request_id)!r}: output_tokens", output_tokens, 1)
+        if request_id in self._at_cloud:
+            self._belief.advance(now)
+            self._at_cloud.remove(request_id)
+            return
         age = self._belief.age(request_id, now)
         expert = self._belief.expert_of(request_id)
         self._belief.advance(now)
@@ -228,7 +316,7 @@ class Router:
         Raises:
             UserError: an unknown id.
         """
-        self._belief.remove(_check_id(request_id))
+        self._remove(_check_id(request_id))
 
     def expert_down(self, expert: int) -> list[Hashable]:
         """The expert does not serve any more and has forgotten its requests, and so does the router.
@@ -259,10 +347,31 @@ class Router:
                 f"expert {expert!r} is unknown; experts are numbered from 0 to {len(self.experts) - 1}"
             ) from None
 
+    def _remove(self, request_id: Hashable) -> None:
+        if request_id in self._at_cloud:
+            self._at_cloud.remove(request_id)
+        else:
+            self._belief.remove(request_id)
+
+    def _given_prices(self, where: str, accelerator_price: Any, cloud_price: Any) -> Prices:
+        """Return the prices for a request: those given, or the usual ones."""
+        if cloud_price is not None and self._cloud is None:
+            raise UserError(f"{where}: cloud_price={cloud_price!r} is given, and the exported site has no cloud")
+        prices = self._prices
+        given: dict[str, Any] = {"accelerator": accelerator_price, "cloud": cloud_price}
+        for name, price in given.items():
+            if price is None:
+                continue
+            number: Any = real(f"{where}: {name}_price", price)
+            if not 0 <= number < math.inf:
+                raise UserError(f"{where}: {name}_price={price} must not be negative, and finite")
+            prices = prices._replace(**{name: number})
+        return prices
+
     def _predictions(
         self, where: str, quality: Any, length: Any, prompt: str | None
-    ) -> tuple[Float[np.ndarray, "expert"], Float[np.ndarray, "expert"]]:
-        """Return both predictions: those given, or those of the prompt's text."""
+    ) -> tuple[Float[np.ndarray, "expert"], Float[np.ndarray, "expert"], tuple[float, float]]:
+        """Return both predictions, those given or those of the prompt's text, for the experts and for the cloud."""
         if prompt is not None:
             if self._predict is None:
                 raise UserError(f"{where}: this router has no predictor; give both predictions, or export it with one")
@@ -273,29 +382,48 @@ class Router:
             quality, length = self._predict(prompt)
         quality = real_array(f"{where}: predicted_quality", [] if quality is None else quality).astype(float)
         length = real_array(f"{where}: predicted_output_tokens", [] if length is None else length).astype(float)
-        if quality.shape != self._up.shape or length.shape != self._up.shape:
+        num_experts, cloud = len(self.experts), self._cloud is not None
+        if not quality.shape == length.shape == (num_experts + cloud,):
             raise UserError(
                 f"{where}: predicted_quality has shape {quality.shape} and predicted_output_tokens {length.shape}; "
-                f"give a value for each of the {len(self.experts)} experts"
+                f"give a value for each of the {num_experts} experts{', and one more for the cloud' * cloud}"
             )
         if not ((quality >= 0) & (quality <= 1) & (length > 0) & (length < math.inf)).all():
             raise UserError(
                 f"{where}: predicted_quality {quality.tolist()} must lie from 0 to 1, and predicted_output_tokens "
                 f"{length.tolist()} be above 0"
             )
-        return quality, length
+        of_cloud = (quality[-1], length[-1]) if cloud else (0.0, 0.0)
+        return quality[:num_experts], length[:num_experts], of_cloud
 
     def _note_arrival(self, now: float, *, again: bool) -> None:
-        """Update the recent arrival rate and the recent latencies, as the environment does."""
+        """Update what is remembered of arrivals, and the recent latencies, as the environment does."""
+        gap: Any
         if not again:
             if self._last_arrival is not None:
-                self._mean_gap += (now - self._last_arrival - self._mean_gap) / ARRIVAL_WINDOW
+                gap = now - self._last_arrival
+                self._recent = remember_gap(self._recent, gap)
             self._last_arrival = now
         if self._last_decision is not None:
+            gap = now - self._last_decision
+            self._recent = self._recent._replace(latest_gap=gap)
             self._latency *= math.exp((self._last_decision - now) / LATENCY_WINDOW)
         self._latency += self._ended
         self._ended[:] = 0
         self._last_decision = now
+
+
+def _checked(where: str, limits: Limits) -> Limits:
+    """Return the limits that a gateway gives, infinite where it gives none."""
+    numbers = dict.fromkeys(Limits._fields, math.inf)
+    for name, limit in limits._asdict().items():
+        if limit is not None:
+            numbers[name] = real(f"{where}: {name}", limit)
+            if not 0 < numbers[name] < math.inf:
+                raise UserError(f"{where}: {name}={limit} must be above 0 s, and finite")
+    if limits == Limits():
+        raise UserError(f"{where}: it limits nothing; give one of {', '.join(Limits._fields)}, in s")
+    return Limits(**numbers)
 
 
 def _check_id(request_id: Hashable) -> Hashable:

@@ -19,9 +19,10 @@ from jaxroute.serving.engine import (
 )
 from jaxroute.serving.lanes import fold, lanes_last, positions, running_sums
 from jaxroute.serving.playback import Outcomes, Requests, replay
-from jaxroute.serving.site import ExpertConfig, Site, SiteConfig, build_site
+from jaxroute.serving.site import CloudConfig, ExpertConfig, Site, SiteConfig, build_site
 
 __all__ = [
+    "CloudConfig",
     "ExpertConfig",
     "Outcomes",
     "Placement",

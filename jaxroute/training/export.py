@@ -24,15 +24,18 @@ from jaxtyping import Array, Float, Int
 from jaxroute import __version__
 from jaxroute.config import Config, load_config, read_config
 from jaxroute.env import EdgeRouting, EnvParams
-from jaxroute.env.environment import observe
-from jaxroute.env.types import Batch, Described, Prices, Recent, Snapshot
+from jaxroute.env.cloud import expect_away
+from jaxroute.env.environment import best_net, observe
+from jaxroute.env.types import Batch, CloudParams, Described, Prices, Recent, Snapshot
 from jaxroute.errors import UserError
 from jaxroute.files import check_new, complete_folder
 from jaxroute.gateway.artefact import (
+    CLOUD_FIELDS,
     DECIDE,
     FIELDS,
     FORMAT,
     FORMAT_VERSION,
+    LIMIT_FIELDS,
     MANIFEST,
     PREDICTOR,
     check_flatbuffers,
@@ -42,6 +45,7 @@ from jaxroute.gateway.artefact import (
 from jaxroute.runs import CONFIG_FILE, TrainedPolicy, load_policy, run_of
 from jaxroute.scenarios import build_env
 from jaxroute.serving import Site
+from jaxroute.workloads.limits import Limits
 
 PLATFORMS = ("cpu", "cuda")
 
@@ -53,6 +57,8 @@ def export_router(
     run: Path, folder: Path, *, predictor: Path | None = None, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Write the router of a run, its latest checkpoint, into a new folder, which appears complete or not at all.
+
+    It may send requests away if it was trained to (`env.away`).
 
     Args:
         run: a run directory or one of its checkpoints.
@@ -76,6 +82,10 @@ def export_router(
     env, params = build_env(config)
     policy = load_policy(run, env, params)
     log_length_error, columns = _errors_of(predictor, config, params)
+    cloud = params.cloud
+    if cloud is not None:
+        log_length_error, of_cloud = log_length_error[:-1], log_length_error[-1]
+        cloud = cloud._replace(log_length_error=jnp.float32(of_cloud))
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -84,51 +94,72 @@ def export_router(
         "checkpoint": policy.label,
         "site": dataclasses.asdict(config.site),
         "log_length_error": log_length_error,
+        "away": env.away,
+        "prices": {"accelerator": config.reward.accelerator_price, "cloud": 1.0},
         "slots": env.num_slots,
         "network": dataclasses.asdict(config.network),
         "rate": float(np.mean(params.rate)),
-        "latency_requirements": np.asarray(params.requirement).tolist(),
+        "requirements": [dataclasses.asdict(requirement) for requirement in config.workload.requirements],
         "predictor": columns,
         "platforms": list(PLATFORMS),
         "arguments": {name: list(fields) for name, fields in FIELDS.items()},
     }
-    _write(folder, manifest, _exported(policy, env), predictor)
+    _write(folder, manifest, _exported(policy, env, cloud), predictor)
     return manifest
 
 
-def decision(policy: TrainedPolicy) -> Callable[..., tuple[Int[Array, ""], Float[Array, "expert"]]]:
-    """Return the function that is exported: the trained router on arrays of `FIELDS`."""
+def decision(
+    policy: TrainedPolicy, away: bool, cloud: CloudParams | None
+) -> Callable[..., tuple[Int[Array, ""], Float[Array, "action"], Float[Array, ""]]]:
+    """Return the function that is exported: the trained router on arrays of `FIELDS`.
+
+    Args:
+        policy: the router.
+        away: whether it may send requests away.
+        cloud: where they go then; None declines them.
+    """
     # As NumPy arrays, they become constants of the program.
-    network, params = policy.network, jax.tree.map(np.asarray, policy.params)
+    network, params, figures = policy.network, *(jax.tree.map(np.asarray, tree) for tree in (policy.params, cloud))
 
     def decide(
         site: Float[Array, "field expert"],
         batch: Float[Array, "field slot expert"],
         experts: Float[Array, "field expert"],
         arrival: Float[Array, "field"],
-    ) -> tuple[Int[Array, ""], Float[Array, "expert"]]:
-        """Return the expert and the logits."""
+    ) -> tuple[Int[Array, ""], Float[Array, "action"], Float[Array, ""]]:
+        """Return the action, the logits, and the best net value that an expert offers."""
         of_site = dict(zip(FIELDS["site"], site, strict=True))
         log_error = of_site.pop("log_length_error")
-        requests = Batch(*batch)
+        of_batch = dict(zip(FIELDS["batch"], batch, strict=True))
+        requests = Batch(limits=Limits(*(of_batch.pop(name) for name in LIMIT_FIELDS)), **of_batch)
         recent_latency, up, predicted_quality, predicted_output_tokens = experts
-        prompt_tokens, latency_requirement, request_age, *remembered, accelerator_price, cloud_price = arrival
+        of_arrival = dict(zip(FIELDS["arrival"], arrival, strict=True))
         known = Snapshot(
             batch=requests._replace(running=requests.running > 0, waiting=requests.waiting > 0),
             recent_latency=recent_latency,
             up=up > 0,
             age=jnp.float32(0.0),
         )
-        request = Described(prompt_tokens, latency_requirement, request_age, predicted_quality, predicted_output_tokens)
-        prices = Prices(accelerator_price, cloud_price)
-        obs = observe(Site(**of_site), log_error, known, request, Recent(*remembered), prices)
+        request = Described(
+            prompt_tokens=of_arrival["prompt_tokens"],
+            limits=Limits(*(of_arrival[name] for name in LIMIT_FIELDS)),
+            age=of_arrival["age"],
+            predicted_quality=predicted_quality,
+            predicted_output_tokens=predicted_output_tokens,
+        )
+        recent = Recent(*(of_arrival[name] for name in Recent._fields))
+        prices = Prices(of_arrival["accelerator_price"], of_arrival["cloud_price"])
+        obs = observe(Site(**of_site), log_error, known, request, recent, prices)
+        if away:
+            to_cloud, quality, tokens = (of_arrival[name] for name in CLOUD_FIELDS)
+            obs = obs._replace(away=expect_away(figures, to_cloud > 0, request, quality, tokens, prices))
         logits, _ = network.apply(params, network.prepare(obs))
-        return jnp.argmax(logits), logits
+        return jnp.argmax(logits), logits, best_net(obs)
 
     return decide
 
 
-def _exported(policy: TrainedPolicy, env: EdgeRouting) -> bytes:
+def _exported(policy: TrainedPolicy, env: EdgeRouting, cloud: CloudParams | None) -> bytes:
     """Serialise the decision, for every platform."""
     shapes = {"site": (env.num_experts,), "batch": (env.num_slots, env.num_experts), "experts": (env.num_experts,)}
     arguments = [
@@ -139,19 +170,24 @@ def _exported(policy: TrainedPolicy, env: EdgeRouting) -> bytes:
     before = getattr(jax.config, option)
     jax.config.update(option, 0)
     try:
-        exported = jax.export.export(jax.jit(decision(policy)), platforms=PLATFORMS)(*arguments)
+        exported = jax.export.export(jax.jit(decision(policy, env.away, cloud)), platforms=PLATFORMS)(*arguments)
         return bytes(exported.serialize())
     finally:
         jax.config.update(option, before)
 
 
 def _errors_of(folder: Path | None, config: Config, params: EnvParams) -> tuple[list[float], list[str] | None]:
-    """Return the log length error at each expert, and the predictor's name of its LLM if there is a predictor."""
+    """Return the log length error at each expert, and the predictor's name of its LLM if there is a predictor.
+
+    If the site has a cloud, its own are the last.
+    """
     if folder is None:
-        return np.asarray(params.bank.log_length_error).tolist(), None
+        errors = np.asarray(params.bank.log_length_error).tolist()
+        return [*errors, float(params.cloud.log_length_error)] if params.cloud else errors, None
     predictor = predictor_class().load(folder)
     models = list(predictor.models)
-    columns = [config.bank.models.get(model, model) for model in config.site.models]
+    served = [*config.site.models, *([config.site.cloud.model] if params.cloud and config.site.cloud else [])]
+    columns = [config.bank.models.get(model, model) for model in served]
     if missing := [column for column in columns if column not in models]:
         raise UserError(
             f"predictor {folder} does not know {missing[0]}, only {', '.join(models)}; "

@@ -17,14 +17,15 @@ from rich.console import Console
 
 from jaxroute.config import Config
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
+from jaxroute.env.cloud import CloudAnswer
 from jaxroute.env.environment import site_of
-from jaxroute.env.types import Candidates, Request
+from jaxroute.env.types import Away, Candidates, Request
 from jaxroute.errors import UserError, did_you_mean
-from jaxroute.evaluation.episodes import episode_keys, keys_of_episode, keys_of_step
+from jaxroute.evaluation.episodes import check_may_decline, episode_keys, keys_of_episode, keys_of_step
 from jaxroute.evaluation.judge import versions
 from jaxroute.evaluation.report.write import fill_template, jsonable
 from jaxroute.files import write_file
-from jaxroute.policies import LEARNED, RULES, Policy
+from jaxroute.policies import LEARNED, RULES, Policy, rules_named
 from jaxroute.runs import load_policy
 from jaxroute.scenarios import build_env, on_test_prompts
 from jaxroute.serving import Site, running_and_waiting
@@ -34,7 +35,7 @@ SHOWN = 200
 
 
 class Ending(IntEnum):
-    """How a request's stay at an expert ends; the page is given these names and numbers."""
+    """How a request's stay at an expert, or away, ends; the page is given these names and numbers."""
 
     IN_TIME = 0
     LATE = 1
@@ -42,14 +43,16 @@ class Ending(IntEnum):
     LOST = 3
     GIVEN_BACK = 4
     IN_FLIGHT = 5
+    DECLINED = 6
 
 
 class Phase(IntEnum):
-    """What a request at an expert is doing; the page is given these names and numbers."""
+    """What a request at an expert is doing, or that it is in the cloud; the page is given these names and numbers."""
 
     WAITING = 0
     PREFILL = 1
     DECODE = 2
+    CLOUD = 3
 
 
 def view_episode(config: Config, console: Console, run: Path, *, command: str) -> Path:
@@ -58,11 +61,13 @@ def view_episode(config: Config, console: Console, run: Path, *, command: str) -
     It is the first one of an evaluation with the same options, at the workload's rate.
 
     Raises:
-        UserError: an unknown policy, missing data, a checkpoint that does not exist or does not fit.
+        UserError: an unknown policy, one that declines where that is ruled out, missing data, a checkpoint that does
+            not exist or does not fit.
     """
     name = config.view
-    if name != LEARNED and name not in RULES:
-        hint = did_you_mean(name, [LEARNED, *RULES])
+    rule = str(name).partition("+")[0]
+    if name != LEARNED and rule not in RULES:
+        hint = did_you_mean(rule, [LEARNED, *RULES])
         raise UserError(f"view={name} is unknown{hint}; choose {LEARNED} or a rule: {', '.join(RULES)}")
     if name == LEARNED and config.checkpoint is None:
         raise UserError(f"view={LEARNED} needs a trained router; add checkpoint=outputs/<run>")
@@ -75,7 +80,11 @@ def view_episode(config: Config, console: Console, run: Path, *, command: str) -
         policy, network = trained.policy, trained.network
         checkpoint = str(trained.source)
     else:
-        policy = RULES[str(name)]
+        try:
+            (policy,) = rules_named([str(name)])
+        except UserError as error:  # of its form
+            raise UserError(str(error).replace("policies: ", "view=", 1)) from None
+        check_may_decline(env, [policy])
     settings = config.eval
     shown = min(SHOWN, settings.requests)
     console.print(
@@ -117,10 +126,15 @@ class Decision(NamedTuple):
     """As the router sees them."""
     available: Bool[Array, "expert"]
     """Whether an expert would take the request, as the router sees it."""
-    probability: Float[Array, "expert"]
-    """That a learned router gives each expert; nan for a rule."""
+    away: Away | None
+    """None if every request must go to an expert."""
+    probability: Float[Array, "action"]
+    """That a learned router gives each action; nan for a rule."""
     expert: Int[Array, ""]
+    """One more than the last if the request was sent away."""
     rejected: Bool[Array, ""]
+    cloud: CloudAnswer | None
+    """None if the site has no cloud."""
     up: Bool[Array, "expert"]
     running: Bool[Array, "slot expert"]
     waiting: Bool[Array, "slot expert"]
@@ -198,7 +212,7 @@ def _play(
         key_action, key_env = keys_of_step(env, keys, state)
         action, new_memory = act(policy_params, obs, key_action, memory)
         new_memory = jax.tree.map(lambda new, old: new.astype(old.dtype), new_memory, memory)
-        probability = jnp.full(env.num_experts, jnp.nan)
+        probability = jnp.full(env.num_actions, jnp.nan)
         if network is not None:
             logits, _ = network.apply(policy_params, network.prepare(obs))
             probability = jax.nn.softmax(logits)
@@ -210,9 +224,11 @@ def _play(
             request=state.request,
             candidates=obs.candidates,
             available=obs.experts.available,
+            away=obs.away,
             probability=probability,
             expert=action,
             rejected=info["rejected"],
+            cloud=info.get("cloud"),
             up=state.up,
             running=running,
             waiting=waiting,
@@ -237,7 +253,8 @@ def episode_content(recording: Recording, labels: list[str], *, first: int, last
 
     Times are in s after the first one. A *stay* is a request's time at one expert, from its routing to its answer back
     at the router; its samples are taken at the decisions from number `sampled_from` on. A retried request has several
-    stays. How they end is taken from the whole episode, beyond the last decision shown.
+    stays. How they end is taken from the whole episode, beyond the last decision shown. A request that is sent away has
+    a stay too, at an expert one more than the last, which ends at once if it is declined.
     """
     decisions = recording.decisions
     begin, end = (int(np.argmax(decisions.request.number == number)) for number in (first, last))
@@ -247,12 +264,13 @@ def episode_content(recording: Recording, labels: list[str], *, first: int, last
 
     stays = _stays(decisions, time, range(begin, end + 1))
     impact = decisions.candidates.impact
+    limits = {name: limit for name, limit in decisions.request.limits._asdict().items() if limit is not None}
     columns = {
         "time": time,
         "number": decisions.request.number,
         "expert": decisions.expert,
         "prompt_tokens": decisions.request.prompt_tokens,
-        "requirement": decisions.request.latency_requirement,
+        **{f"{name}_limit": limit for name, limit in limits.items()},
         "probability": decisions.probability,
         "quality": decisions.candidates.predicted_quality,
         "output_tokens": decisions.candidates.predicted_output_tokens,
@@ -265,6 +283,8 @@ def episode_content(recording: Recording, labels: list[str], *, first: int, last
         "up": decisions.up,
         "kv": np.where(decisions.running | decisions.waiting, decisions.computed, 0).sum(1),
     }
+    if decisions.away is not None:
+        columns |= {f"away_{name}": values for name, values in decisions.away._asdict().items()}
     site = recording.site
     return {
         "endings": {ending.name: ending.value for ending in Ending},
@@ -295,16 +315,20 @@ def _stays(decisions: Decision, time: Float[np.ndarray, "decision"], sampled: ra
         before = latest.pop(number, None)
         if before is not None:
             before |= {"outcome": Ending.GIVEN_BACK, "end": time[k]}
-        request = decisions.request
+        request, away = decisions.request, expert == decisions.available.shape[1]
         stay = {
             "number": number,
             "expert": expert,
             "routed": time[k],
             "arrival": arrival.setdefault(number, time[k]),
             "prompt_tokens": request.prompt_tokens[k],
-            "output_tokens": request.output_tokens[k, expert],
-            "requirement": _rounded(request.latency_requirement[k]),
-            "quality": _rounded(request.quality[k, expert]),
+            "output_tokens": 0 if away else request.output_tokens[k, expert],
+            "limits": {
+                name: _rounded(limit[k])
+                for name, limit in request.limits._asdict().items()
+                if limit is not None and np.isfinite(limit[k])
+            },
+            "quality": 0.0 if away else _rounded(request.quality[k, expert]),
             "outcome": Ending.IN_FLIGHT,
             "end": None,
             "ttft": None,
@@ -314,6 +338,8 @@ def _stays(decisions: Decision, time: Float[np.ndarray, "decision"], sampled: ra
         }
         if decisions.rejected[k]:
             stay |= {"outcome": Ending.REJECTED, "end": time[k]}
+        elif away:
+            stay |= _sent_away(decisions.cloud, k, stay)
         else:
             latest[number] = stay
         if k <= sampled[-1]:
@@ -322,6 +348,19 @@ def _stays(decisions: Decision, time: Float[np.ndarray, "decision"], sampled: ra
     for stay in stays:
         stay |= {name: _rounded(stay[name]) for name in ("routed", "arrival", "end", "ttft") if stay[name] is not None}
     return stays
+
+
+def _sent_away(cloud: CloudAnswer | None, k: int, stay: dict[str, Any]) -> dict[str, Any]:
+    """Return how the stay ends of a request that was sent away at decision `k`."""
+    if cloud is None or not cloud.sent[k]:
+        return {"outcome": Ending.DECLINED, "end": stay["routed"]}
+    return {
+        "outcome": Ending.IN_TIME if cloud.in_time[k] else Ending.LATE,
+        "end": stay["arrival"] + float(cloud.latency[k]),
+        "ttft": float(cloud.ttft[k]),
+        "output_tokens": cloud.output_tokens[k],
+        "quality": _rounded(cloud.quality[k]),
+    }
 
 
 def _sample(decisions: Decision, k: int, latest: dict[int, dict[str, Any]], sample: int) -> None:

@@ -3,15 +3,18 @@ const episode = JSON.parse(document.getElementById("episode").textContent);
 const { experts, decisions, stays } = episode;
 const times = decisions.time;
 const duration = times.at(-1) || 1;
-const { WAITING, PREFILL, DECODE } = episode.phases;
-const { IN_TIME, LATE, REJECTED, LOST, GIVEN_BACK, IN_FLIGHT } = episode.endings;
+const { WAITING, PREFILL, DECODE, CLOUD } = episode.phases;
+const { IN_TIME, LATE, REJECTED, LOST, GIVEN_BACK, IN_FLIGHT, DECLINED } = episode.endings;
+/** Where requests are that no expert got. */
+const AWAY = experts.length;
 const words = (codes) => Object.fromEntries(
   Object.entries(codes).map(([name, code]) => [code, name.toLowerCase().replace("_", " ")]));
 const PHASES = words(episode.phases);
 const OUTCOMES = words(episode.endings);
-const MARKS = { [IN_TIME]: "●", [LATE]: "▲", [REJECTED]: "✕", [LOST]: "◆", [GIVEN_BACK]: "◁", [IN_FLIGHT]: "" };
+const MARKS = { [IN_TIME]: "●", [LATE]: "▲", [REJECTED]: "✕", [LOST]: "◆", [GIVEN_BACK]: "◁", [IN_FLIGHT]: "",
+  [DECLINED]: "○" };
 const OUTCOME_COLOURS = { [IN_TIME]: "--in-time", [LATE]: "--late", [REJECTED]: "--late", [LOST]: "--lost",
-  [GIVEN_BACK]: "--soft", [IN_FLIGHT]: "--soft" };
+  [GIVEN_BACK]: "--soft", [IN_FLIGHT]: "--soft", [DECLINED]: "--declined" };
 
 const element = (id) => document.getElementById(id);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -43,6 +46,10 @@ function phasesOf(stay) {
     if (phase === DECODE && firstToken > from) push(Math.min(firstToken, to), PREFILL);
     if (to > from) push(to, phase);
   };
+  if (stay.expert === AWAY) {
+    add(Math.min(endOf(stay), duration), CLOUD);
+    return phases;
+  }
   stay.samples.phase.forEach((phase, i) => add(times[stay.sampled_from + i], phase));
   const completed = stay.outcome === IN_TIME || stay.outcome === LATE;
   add(Math.min(endOf(stay), duration), completed ? DECODE : stay.samples.phase.at(-1) ?? WAITING);
@@ -107,13 +114,37 @@ function progress(stay, now) {
   return { generated: Math.floor(between(1)), computed: Math.floor(between(2)) };
 }
 
-const timeAllowed = (stay) => stay.requirement * stay.output_tokens;
-const timeUsed = (stay, now) => (Math.min(now, endOf(stay)) - stay.arrival) / timeAllowed(stay);
+/** The greatest part of a limit that is used up: the tightest one counts. */
+function timeUsed(stay, now) {
+  const { limits, output_tokens: tokens } = stay;
+  const elapsed = Math.min(now, endOf(stay)) - stay.arrival;
+  const used = [0];
+  if (limits.normalised) used.push(elapsed / (limits.normalised * tokens));
+  if (limits.e2e) used.push(elapsed / limits.e2e);
+  if (stay.ttft !== null) {
+    const first = Math.min(elapsed, stay.ttft);
+    if (limits.ttft) used.push(first / limits.ttft);
+    if (limits.tpot && tokens > 1) used.push((elapsed - first) / (limits.tpot * (tokens - 1)));
+  }
+  return Math.max(...used);
+}
+
+const LIMITS = [
+  ["ttft", (limit) => `TTFT ${limit.toFixed(2)} s`],
+  ["tpot", (limit) => `TPOT ${(1000 * limit).toFixed(0)} ms`],
+  ["e2e", (limit) => `E2E ${limit.toFixed(2)} s`],
+  ["normalised", (limit) => `${(1000 * limit).toFixed(0)} ms per token of its answer`],
+];
+const limitsInWords = (limitOf) => LIMITS
+  .filter(([name]) => typeof limitOf(name) === "number")
+  .map(([name, words]) => words(limitOf(name)))
+  .join(", ");
 
 const byExpert = experts.map((_, expert) => stays.filter((stay) => stay.expert === expert));
 for (const stay of stays) stay.phases = phasesOf(stay);
 byExpert.forEach((mine, expert) => takeSeats(expert, mine));
-const lanes = byExpert.map(takeLanes);
+const away = stays.filter((stay) => stay.expert === AWAY);
+const lanes = [...byExpert, ...(away.length ? [away] : [])].map(takeLanes);
 const preemptions = byExpert.map((mine) =>
   mine.flatMap((stay) =>
     stay.samples.preemptions
@@ -273,13 +304,17 @@ const COLUMNS = [
 
 let shownDecision = -1;
 
+const nameOf = (place) => place < AWAY ? `expert ${place + 1}` : "away";
+const fateOf = (k) => decisions.expert[k] < AWAY ? nameOf(decisions.expert[k])
+  : decisions.away_to_cloud[k] ? "the cloud" : "declined";
+
 function showRouter(k) {
   if (k === shownDecision) return;
   shownDecision = k;
   const chosen = decisions.expert[k];
   element("arrival").textContent =
     `Request ${decisions.number[k]} at ${times[k].toFixed(2)} s: ${decisions.prompt_tokens[k]} prompt tokens, ` +
-    `at most ${(1000 * decisions.requirement[k]).toFixed(0)} ms per token of its answer → expert ${chosen + 1}`;
+    `at most ${limitsInWords((name) => decisions[`${name}_limit`]?.[k])} → ${fateOf(k)}`;
   const table = element("router");
   table.replaceChildren();
   const head = make("tr", "", table);
@@ -301,6 +336,27 @@ function showRouter(k) {
     } else if (i === chosen) choice.append("chosen");
     for (const [, , text] of COLUMNS) make("td", "", row, text(k, i));
   });
+  if (decisions.away_to_cloud) showAway(k, table, chosen === AWAY);
+}
+
+/** The last row: what the request is worth elsewhere. Declined, it is worth nothing, and takes nothing from others. */
+function showAway(k, table, chosen) {
+  const row = make("tr", chosen ? "chosen" : "", table);
+  const toCloud = decisions.away_to_cloud[k];
+  make("span", "number", make("td", "", row), "○").after(toCloud ? "Away: the cloud" : "Away: declined");
+  const choice = make("td", "bar", row);
+  if (learned) {
+    make("i", "", choice).style.width = `${(3 * (decisions.probability[k][AWAY] ?? 0)).toFixed(2)}rem`;
+    choice.append(percent(decisions.probability[k][AWAY] ?? 0));
+  } else if (chosen) choice.append("chosen");
+  const [qos, cost] = [decisions.away_qos[k], decisions.away_cost[k]];
+  const texts = {
+    Quality: decisions.away_predicted_quality[k].toFixed(2),
+    "In time": percent(decisions.away_in_time[k]),
+    "Own QoS": qos.toFixed(3),
+    Gain: cost ? `${(qos - cost).toFixed(3)} (cost ${cost.toFixed(3)})` : (qos - cost).toFixed(3),
+  };
+  for (const [title] of COLUMNS) make("td", "", row, title === "Gain" || toCloud ? texts[title] ?? "" : "");
 }
 
 // --- Lives ---------------------------------------------------------------------------------------------
@@ -330,11 +386,11 @@ function drawLives(now) {
     context.fillText(time ? `${time}` : "0 s", livesX(time), AXIS / 2 - 1);
   }
   context.textAlign = "left";
-  experts.forEach(({ label }, i) => {
+  lanes.forEach((_, i) => {
     context.fillStyle = colours["--line"];
     context.fillRect(0, sectionTops[i], width, 1);
     context.fillStyle = colours["--ink"];
-    context.fillText(`${i + 1}  ${label.split(" / ")[0]}`, 10, sectionTops[i] + PAD + 9, GUTTER - 20);
+    context.fillText(i < AWAY ? `${i + 1}  ${experts[i].label.split(" / ")[0]}` : "○  sent away", 10, sectionTops[i] + PAD + 9, GUTTER - 20);
   });
   const bar = laneHeight - (laneHeight > 6 ? 2 : 1);
   twice(context, livesX(now), livesHeight, (alpha) => {
@@ -364,14 +420,16 @@ function drawLives(now) {
 }
 
 const key = element("key");
-for (const phase of Object.values(PHASES)) {
+const toCloud = away.filter((stay) => stay.outcome !== DECLINED);
+for (const [code, phase] of Object.entries(PHASES)) {
+  if (Number(code) === CLOUD && !toCloud.length) continue;
   const entry = make("span", "", key);
   make("i", "", entry).style.background = `var(--${phase})`;
   entry.append(phase);
 }
 const there = new Set(stays.map((stay) => stay.outcome));
-for (const outcome of [IN_TIME, LATE, REJECTED, LOST, GIVEN_BACK]) {
-  if ([LOST, GIVEN_BACK].includes(outcome) && !there.has(outcome)) continue;
+for (const outcome of [IN_TIME, LATE, REJECTED, DECLINED, LOST, GIVEN_BACK]) {
+  if ([DECLINED, LOST, GIVEN_BACK].includes(outcome) && !there.has(outcome)) continue;
   const entry = make("span", "", key);
   make("b", "", entry, MARKS[outcome]).style.color = `var(${OUTCOME_COLOURS[outcome]})`;
   entry.append(OUTCOMES[outcome]);
@@ -392,6 +450,8 @@ const tiles = {
   [IN_TIME]: tile("in time"),
   [LATE]: tile("late"),
   [REJECTED]: tile("rejected"),
+  ...(there.has(DECLINED) && { [DECLINED]: tile("declined") }),
+  ...(toCloud.length && { toCloud: tile("sent to the cloud") }),
   ...(there.has(LOST) && { [LOST]: tile("lost") }),
   ...(there.has(GIVEN_BACK) && { [GIVEN_BACK]: tile("given back and routed again") }),
   qos: tile("average QoS of those that have ended"),
@@ -406,9 +466,10 @@ function showTiles(now, decision) {
       if (stay.outcome === IN_TIME) qos += stay.quality;
     } else if (stay.routed <= now) inFlight += 1;
   }
-  const ended = counts[IN_TIME] + counts[LATE] + counts[REJECTED] + counts[LOST];
+  const ended = counts[IN_TIME] + counts[LATE] + counts[REJECTED] + counts[LOST] + counts[DECLINED];
   tiles.arrived.textContent = new Set(decisions.number.slice(0, decision + 1)).size;
   tiles.inFlight.textContent = inFlight;
+  if (tiles.toCloud) tiles.toCloud.textContent = toCloud.filter((stay) => stay.routed <= now).length;
   for (const [outcome, count] of Object.entries(counts)) if (tiles[outcome]) tiles[outcome].textContent = count;
   tiles.qos.textContent = ended ? (qos / ended).toFixed(3) : "–";
 }
@@ -483,19 +544,23 @@ document.addEventListener("keydown", (event) => {
 function describe(stay) {
   const part = stay.phases.findLast(({ from }) => from <= now);
   const { generated, computed } = progress(stay, now);
-  const lines = [`Request ${stay.number} at expert ${stay.expert + 1}, ${experts[stay.expert].label}`];
+  if (stay.outcome === DECLINED) {
+    return `Request ${stay.number}, ${stay.prompt_tokens} prompt tokens\ndeclined at ${stay.end.toFixed(2)} s`;
+  }
+  const where = stay.expert < AWAY ? `at expert ${stay.expert + 1}, ${experts[stay.expert].label}` : "in the cloud";
+  const lines = [`Request ${stay.number} ${where}`];
   lines.push(`prompt ${stay.prompt_tokens} tokens, answer ${stay.output_tokens} tokens, quality ${stay.quality.toFixed(2)}`);
-  if (stay.routed <= now && now < endOf(stay) && part) {
+  if (stay.expert < AWAY && stay.routed <= now && now < endOf(stay) && part) {
     lines.push(`${PHASES[part.phase]}: ${generated} tokens generated, ${computed} in the KV cache`);
   }
   if (now >= stay.arrival) {
-    lines.push(`${percent(timeUsed(stay, now))} used of ${timeAllowed(stay).toFixed(2)} s allowed`);
+    lines.push(`at most ${limitsInWords((name) => stay.limits[name])}: ${percent(timeUsed(stay, now))} used`);
   }
   if (stay.preemptions) lines.push(`preempted ${stay.preemptions === 1 ? "once" : `${stay.preemptions} times`}`);
   if (stay.ttft !== null) {
     const latency = stay.end - stay.arrival;
     lines.push(`${OUTCOMES[stay.outcome]} at ${stay.end.toFixed(2)} s: TTFT ${stay.ttft.toFixed(2)} s, ` +
-      `${((1000 * latency) / stay.output_tokens).toFixed(0)} of ${(1000 * stay.requirement).toFixed(0)} ms per token`);
+      `E2E ${latency.toFixed(2)} s, ${((1000 * latency) / stay.output_tokens).toFixed(0)} ms per token`);
   } else if (stay.end !== null) lines.push(`${OUTCOMES[stay.outcome]} at ${stay.end.toFixed(2)} s`);
   return lines.join("\n");
 }
@@ -531,7 +596,7 @@ element("lives").addEventListener("pointerdown", (event) => {
 
 function dress() {
   const names = ["--ink", "--soft", "--line", "--accent", "--waiting", "--prefill", "--decode", "--kv", "--in-time",
-    "--late", "--lost"];
+    "--late", "--lost", "--declined", "--cloud"];
   colours = Object.fromEntries(names.map((name) => [name, colour(name)]));
   show();
 }
