@@ -143,7 +143,6 @@ def draw_params(key: jax.Array, env: EdgeRouting, rates: jax.Array, most_tokens:
             accelerator_price=jnp.broadcast_to(draws.or_zero(0.01, 1.0, ()), 2),
             cloud_price=jnp.ones(2),
             shaping=jnp.round(draws.uniform()),
-            seat_price=draws.or_zero(0.1, 10.0, ()),
         ),
         # From a failure in almost every gap to hardly any.
         outages=OutageParams(
