@@ -51,7 +51,7 @@ class PPOConfig:
     num_minibatches: int = 8
     """Gradient steps per pass. Each uses all steps of its share of the environments."""
     total_steps: int | None = None
-    """Total environment steps; null takes 3,145,728 on a CPU, 100,663,296 on an accelerator."""
+    """Total environment steps; null takes 1,572,864 on a CPU, 100,663,296 on an accelerator."""
     learning_rate: float = 1e-3
     """Learning rate of Adam, lowered linearly to zero. Without a warm start, 3e-3 learns more of overload; with
     group_size=1, 1e-4 is better after a warm start."""

@@ -44,7 +44,7 @@ class WarmStartConfig:
     """The warm start's settings."""
 
     num_states: int | None = None
-    """States to label per round; 0 skips the warm start, null takes 14,080 on a CPU, 262,144 on an accelerator."""
+    """States to label per round; 0 skips the warm start, null takes 28,160 on a CPU, 262,144 on an accelerator."""
     num_rounds: int = 2
     """Rounds of labelling. Each ends with a regression on the labels of all rounds so far."""
     horizon: int = 30

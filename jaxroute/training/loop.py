@@ -48,7 +48,7 @@ from jaxroute.training.tracking import METRICS_FILE, Tracker
 from jaxroute.training.warm_start import WARM_START, SeedStart, calls_per_round
 
 # Environments, total steps, and states to label in the warm start.
-_SIZES_ON_CPU = (ENVS_ON_CPU, 384 * ENVS_ON_CPU * 32, 55 * ENVS_ON_CPU)
+_SIZES_ON_CPU = (ENVS_ON_CPU, 192 * ENVS_ON_CPU * 32, 110 * ENVS_ON_CPU)
 _SIZES_ON_ACCELERATORS = (8192, 384 * 8192 * 32, 32 * 8192)
 # Losses are of the order of one.
 _GREATEST_LOSS = 1e6
