@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache, partial
 
 import chex
@@ -23,6 +24,7 @@ from jaxroute.networks import HAN, FlatMLP
 from jaxroute.policies import FORMS, RULES, rules_named, with_form
 from jaxroute.scenarios import build_env, training_env
 from jaxroute.serving import SlotStatus
+from jaxroute.workloads.limits import Limits
 
 NUM_ENVS, NUM_STEPS = 4, 96
 AWAY = 3
@@ -141,7 +143,7 @@ def test_the_cloud_answers_from_its_column_at_its_price():
     np.testing.assert_array_equal(answer.output_tokens, np.where(sent, cloud.output_tokens[row], 0))
     tokens = state.request.prompt_tokens + cloud.output_tokens[row]
     np.testing.assert_allclose(answer.spent, np.where(sent, 0.05 + 0.1 * tokens / 1000, 0), rtol=1e-5)
-    late = answer.latency / np.maximum(answer.output_tokens, 1) > state.request.latency_requirement
+    late = answer.latency / np.maximum(answer.output_tokens, 1) > state.request.limits.normalised
     np.testing.assert_array_equal(answer.in_time, sent & ~late)
     assert 0 < answer.in_time[sent].mean() < 1
     assert (answer.latency >= answer.ttft).all()
@@ -194,9 +196,9 @@ def test_what_the_cloud_offers_is_seen_at_the_given_prices():
 MANY = 20_000
 
 
-def describe(requirement=0.05, prompt=300.0, age=0.0):
-    zeros = jnp.zeros(3)
-    return Described(jnp.float32(prompt), jnp.float32(requirement), jnp.float32(age), zeros, zeros)
+def describe(prompt=300.0, age=0.0, **limits):
+    zeros, limits = jnp.zeros(3), Limits(**jax.tree.map(jnp.float32, limits))
+    return Described(jnp.float32(prompt), limits, jnp.float32(age), zeros, zeros)
 
 
 @pytest.fixture(scope="module")
@@ -229,9 +231,19 @@ def test_times_are_log_normal_and_some_are_slow(many_answers):
     np.testing.assert_allclose(answers.spent, 2 * (0.05 + 0.1 * tokens / 1000), rtol=1e-5)
 
 
-@pytest.mark.parametrize("requirement", [0.015, 0.022, 0.03, 0.06, 0.15])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        *({"normalised": limit} for limit in (0.015, 0.022, 0.03, 0.06, 0.15)),
+        *({"ttft": limit} for limit in (0.3, 0.6, 3.0)),
+        *({"tpot": limit} for limit in (0.017, 0.025, 0.15)),
+        *({"e2e": limit} for limit in (1.0, 5.0, 20.0)),
+        {"ttft": 0.5, "tpot": math.inf, "e2e": math.inf},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("tokens", [30.0, 300.0])
-def test_the_predicted_chance_is_the_share_in_time(many_answers, requirement, tokens):
+def test_the_predicted_chance_is_the_share_in_time(many_answers, limits, tokens):
     """Over lengths that are log-normal around their prediction."""
     cloud, _, _ = many_answers
     rng = np.random.default_rng(0)
@@ -240,11 +252,13 @@ def test_the_predicted_chance_is_the_share_in_time(many_answers, requirement, to
     slow = np.where(rng.random(MANY) < 0.25, 6.0, 1.0)
     ttft = 0.4 * np.exp(0.5 * rng.standard_normal(MANY)) * slow
     latency = ttft + 0.02 * np.exp(0.2 * rng.standard_normal(MANY)) * slow * (lengths - 1)
-    share = (latency / lengths <= requirement).mean()
+    measured = {"ttft": ttft, "e2e": latency, "normalised": latency / lengths}
+    measured["tpot"] = (latency - ttft) / np.maximum(lengths - 1, 1)
+    share = np.all([measured[name] <= limit for name, limit in limits.items()], axis=0).mean()
     prices = Prices(jnp.float32(0.0), jnp.float32(1.0))
-    away = expect_away(cloud, jnp.bool_(True), describe(requirement), jnp.float32(0.8), jnp.float32(tokens), prices)
+    away = expect_away(cloud, jnp.bool_(True), describe(**limits), jnp.float32(0.8), jnp.float32(tokens), prices)
     assert float(away.in_time) == pytest.approx(share, abs=0.1)
-    nowhere = expect_away(cloud, jnp.bool_(False), describe(requirement), jnp.float32(0.8), jnp.float32(tokens), prices)
+    nowhere = expect_away(cloud, jnp.bool_(False), describe(**limits), jnp.float32(0.8), jnp.float32(tokens), prices)
     assert all(float(value) == 0 for value in nowhere)
 
 
@@ -324,10 +338,10 @@ def reference(form, value, o, choice, full):
         there = [used[i] for i in range(NUM_EXPERTS) if o["up"][i]]
         return sum(there) / len(there) >= value, full
     if form == "predicted_latency":
-        late = o["normalised_latency"][choice] > o["latency_requirement"]
+        late = o["normalised_latency"][choice] > o["limit"]
         return late or o["added_violations"][choice] > value, full
     if form == "early_rejection":
-        return min(o["normalised_latency"][i] for i in able) / o["latency_requirement"] > value, full
+        return min(o["normalised_latency"][i] for i in able) / o["limit"] > value, full
     assert form == "token_bucket"
     rate = value * capacity
     tokens = min(full * 10 * rate + o["latest_gap"] * rate, 10 * rate)
@@ -357,7 +371,7 @@ def random_observation(rng):
         "weight_load": each(0.01, 0.04),
         "latest_gap": rng.uniform(0, 2),
         "arrival_rate": rng.uniform(1, 30),
-        "latency_requirement": rng.uniform(0.02, 0.08),
+        "limit": rng.uniform(0.02, 0.08),
         "up": up,
         "available": up & (rng.random(NUM_EXPERTS) < 0.8),
     }

@@ -26,7 +26,7 @@ from jaxroute.workloads.limits import Limits, RequirementConfig, check_requireme
 
 # ---- By their definition -----------------------------------------------------------------------------------
 
-limit = st.one_of(st.none(), st.just(math.inf), st.floats(0.01, 10.0, width=32))
+limit = st.one_of(st.none(), st.just(math.inf), st.floats(1 / 128, 10.0, width=32))
 some_limits = st.builds(Limits, limit, limit, limit, limit).filter(lambda limits: limits != Limits())
 
 
@@ -40,7 +40,7 @@ def as_arrays(limits):
     return jax.tree.map(lambda value: jnp.full(3, value, jnp.float32), limits)
 
 
-@given(some_limits, st.floats(0.01, 10.0, width=32), st.floats(0.0, 10.0, width=32), st.integers(1, 1000))
+@given(some_limits, st.floats(1 / 128, 10.0, width=32), st.floats(0.0, 10.0, width=32), st.integers(1, 1000))
 def test_limits_are_met_if_each_is(limits, ttft, further, tokens):
     latency = ttft + (further if tokens > 1 else 0.0)
     ratios = [measure(ttft, latency, tokens)[name] / limit for name, limit in limits._asdict().items() if limit]
