@@ -6,12 +6,12 @@ from jaxroute.env.types import Arrival, Candidates, Experts, Impact, InFlight, O
 from jaxroute.workloads.limits import Limits
 
 NUM_EXPERTS, NUM_SLOTS = 3, 4
-LIMIT = 0.04
-"""On the normalised latency, s per token."""
 
 # Three experts that are alike in everything, and idle.
 ALIKE = {
     "prompt_tokens": 100.0,
+    # On the normalised latency, the only one.
+    "limit": 0.04,
     "arrival_rate": 8.0,
     "max_num_seqs": 8.0,
     "max_waiting": 4.0,
@@ -47,7 +47,7 @@ def observation(away=None, **changes):
         }
         return part(**columns, **others)
 
-    slots, limit = jnp.zeros((NUM_EXPERTS, NUM_SLOTS)), jnp.float32(LIMIT)
+    slots, limit = jnp.zeros((NUM_EXPERTS, NUM_SLOTS)), jnp.float32(values["limit"])
     latency, in_time = (
         jnp.broadcast_to(jnp.asarray(values[name], jnp.float32), (NUM_EXPERTS,))
         for name in ("normalised_latency", "in_time")

@@ -207,7 +207,7 @@ def interference_aware(params: Params, obs: Observation, key: PRNGKeyArray, memo
 
 
 def qos_greedy(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
-    """Argmax q Pr[predicted normalised latency <= L]: the best for this request."""
+    """Argmax q Pr[in time]: the best for this request."""
     return best_available(obs, obs.candidates.impact.qos), memory
 
 
