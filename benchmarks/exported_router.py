@@ -51,7 +51,7 @@ class Played(NamedTuple):
     counts: Bool[np.ndarray, "step episode"]
     """False once the episode is over."""
     again: Bool[np.ndarray, "step episode"]
-    """A request that a failed expert has given back. The environment counts the arrival that comes next already."""
+    """A request that a failed expert has given back."""
     chosen: Int[np.ndarray, "step episode"]
     """The action: an expert, or one more than the last for away."""
     preferred: Int[np.ndarray, "step episode"]

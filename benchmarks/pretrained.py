@@ -50,11 +50,21 @@ RECIPES = {
 }
 """What each router is trained on, and the options of train.py that say so."""
 
+_RIVALS = ["weighted_sum", "slo_headroom", "qos_greedy", "impact_greedy"]
+_FORMS = ["decline", "price", "rate_price"]
+_COMMON = (
+    "workload=poisson",
+    "eval.episodes=64",
+    "eval.loads=[1]",
+    f"policies=[{','.join([*_RIVALS, *(f'impact_greedy+{form}' for form in _FORMS)])}]",
+)
 JUDGED = {
-    "edge6": ("workload=poisson", "eval.episodes=64", "eval.loads=[1]"),
-    "random sites": ("workload=poisson", "eval.episodes=64", "eval.loads=[1]", "dynamics.random_sites=1"),
+    "edge6": _COMMON,
+    "edge6 at 21.5 requests/s": (*_COMMON, "workload.rate=21.5"),
+    "random sites": (*_COMMON, "dynamics.random_sites=1"),
 }
-"""Where each router is judged, and the options of eval.py that say so."""
+"""Where each router is judged, and the options of eval.py that say so: against the strongest rules, with the right to
+decline and without."""
 
 # Options that leave the trained parameters as they are.
 _HARMLESS = ("train.evaluate", "output_dir", "data_dir", "eval", "wandb", "checkpoint", "policies")

@@ -117,14 +117,11 @@ def test_told_everything_it_decides_as_the_policy_in_the_environment(run, export
     assert (eligible.sum(-1)[counts] < 4).mean() > 0.02
     np.testing.assert_array_equal((episodes.logits > -1e8)[counts], eligible[counts])
     difference = np.abs(np.where(eligible, episodes.logits - episodes.policy_logits, 0)).max(-1)
-    assert difference[counts & ~episodes.again].max() < 1e-4  # sums come in another order
-    assert np.quantile(difference[counts], 0.9) < 1e-4
-    # For those that were given back, the environment's rates count one gap more.
-    assert difference[counts].max() < 1
+    assert difference[counts].max() < 1e-4  # sums come in another order
     best, second = np.sort(np.where(eligible, episodes.policy_logits, -1e9))[..., [-1, -2]].T
-    for sure in (counts & ~episodes.again & ((best - second).T > 1e-3), counts & ((best - second).T >= 2)):
-        np.testing.assert_array_equal(episodes.chosen[sure], episodes.preferred[sure])
-    assert (episodes.chosen == episodes.preferred)[counts].mean() > 0.99
+    sure = counts & ((best - second).T > 1e-3)
+    assert sure[counts].mean() > 0.99
+    np.testing.assert_array_equal(episodes.chosen[sure], episodes.preferred[sure])
 
 
 def test_a_run_that_must_not_send_away(tmp_path):

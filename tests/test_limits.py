@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 import jaxroute
 from jaxroute.env import EdgeRouting, EnvParams, OutageParams
-from jaxroute.env.environment import EnvState
 from jaxroute.errors import UserError
 from jaxroute.evaluation.episodes import evaluate_policies
 from jaxroute.evaluation.metrics import Outcome, summarise
@@ -276,7 +275,7 @@ def test_retried_requests_keep_their_limits_and_their_first_token(failing):
     assert first_tokens > 20
 
 
-# ---- One limit is all, where the others are infinite; the price of seats -----------------------------------
+# ---- One limit is all, where the others are infinite --------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -287,23 +286,19 @@ def one_limit():
 
 
 @pytest.fixture(scope="module")
-def free_seats():
-    """The same with three limits that never hold, away among the actions, and nothing to pay for seats."""
+def infinite_limits():
+    """The same with three limits that never hold, and away among the actions."""
     env, params = scenario(away=True)
     limits = jax.tree.map(lambda values: jnp.full_like(values, math.inf), limited(params).limits)
     normalised = jnp.concatenate([params.limits.normalised, jnp.full(2, math.inf)])
     params = params._replace(
         limits=limits._replace(normalised=normalised), share=jnp.concatenate([params.share, jnp.zeros(2)])
     )
-    return env, params, played(env, without_price(params))
+    return played(env, params)
 
 
-def without_price(params):
-    return params._replace(reward=params.reward._replace(seat_price=jnp.float32(0.0)))
-
-
-def test_infinite_limits_are_no_limits(one_limit, free_seats):
-    *_, others = free_seats
+def test_infinite_limits_are_no_limits(one_limit, infinite_limits):
+    others = infinite_limits
     np.testing.assert_array_equal(one_limit.action, others.action)
     for name in ("in_time", "qos", "ttft", "latency", "gap"):
         np.testing.assert_array_equal(one_limit.info[name], others.info[name])
@@ -316,45 +311,6 @@ def test_infinite_limits_are_no_limits(one_limit, free_seats):
     features, same = all_features(one_limit.obs), all_features(others.obs)
     for name in ("arrival", "experts", "candidates", "in_flight"):
         np.testing.assert_allclose(getattr(features, name), getattr(same, name), rtol=1e-4, atol=1e-5, err_msg=name)
-
-
-def test_the_seat_price_counts_only_where_requests_may_go_away(one_limit):
-    env, params = scenario(away=False)
-    assert params.reward.seat_price == 2
-    np.testing.assert_array_equal(played(env, without_price(params)).reward, one_limit.reward)
-
-
-def charge(params, state: EnvState, obs, price):
-    """What the requests in flight are charged for their seats, by its definition."""
-    site = jax.tree.map(np.asarray, params.site)
-    capacity = (site.max_num_seqs / site.weight_load * state.up).sum(-1)
-    held = (obs.experts.pending_output * obs.experts.iteration_time / site.max_num_seqs).sum(-1)
-    return price * 100 / capacity / state.recent.gap * held
-
-
-def test_the_seat_price_telescopes(free_seats):
-    """It moves rewards about, and in all they differ by the potential at both ends, of which the first is 0."""
-    env, params, free = free_seats
-    priced = played(env, params)
-    np.testing.assert_array_equal(priced.action, free.action)
-    np.testing.assert_array_equal(priced.info["qos_sum"], free.info["qos_sum"])
-    difference = (priced.reward - free.reward).astype(np.float64)
-    assert np.abs(difference).mean() > 0.01
-    at_end = priced.next_state.potential[:, -1] - free.next_state.potential[:, -1]
-    np.testing.assert_array_equal(priced.state.potential[:, 0], 0)
-    np.testing.assert_array_equal(free.state.potential[:, 0], 0)
-    np.testing.assert_allclose(difference.sum(1), at_end, atol=2e-3)
-    assert (at_end < -0.1).all()
-    # And that is the charge, at the second to the last decision.
-    potentials = (priced.state.potential - free.state.potential)[:, 1:]
-    state, obs = jax.tree.map(lambda leaf: leaf[:, 1:], (priced.state, priced.obs))
-    np.testing.assert_allclose(potentials, -charge(params, state, obs, 2.0), rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("price", [-1, math.nan, math.inf])
-def test_a_seat_price_is_not_negative(price):
-    with pytest.raises(UserError, match=r"reward: seat_price=.* must not be negative, and finite"):
-        jaxroute.make("edge-poisson", overrides=(f"reward.seat_price={price}",))
 
 
 # ---- MLPerf's, and metrics ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 
 import jaxroute
 from jaxroute.evaluation import evaluate_policies, summarise
-from jaxroute.policies import RULES
+from jaxroute.policies import FORMS, RULES
 from jaxroute.policies.planning import (
     action_values,
     base_policy,
@@ -117,7 +117,7 @@ def test_lookahead_can_not_see_the_truth():
     np.testing.assert_allclose(jax.vmap(_drawn)(states, keys), jax.vmap(_drawn)(other, keys), atol=1e-4)
 
 
-def test_a_clairvoyant_value_is_what_happens_less_the_price_of_accelerator_time():
+def test_a_clairvoyant_value_is_what_happens_less_the_price_of_accelerator_time_and_seats():
     """For each expert, and for away, which leaves more to the others."""
     env, params = scenario()
     rule = base()
@@ -140,9 +140,14 @@ def test_a_clairvoyant_value_is_what_happens_less_the_price_of_accelerator_time(
             earned = earned + info["qos_sum"]
             busy = busy + info["busy_seconds"].sum(-1)
             action = jax.vmap(lambda obs: rule.act(rule.params, obs, jax.random.key(0), rule.memory)[0])(seen)
-        np.testing.assert_allclose(values[:, first], earned + state.potential, rtol=1e-4)
-        # What is in flight takes as long as the longest answer, or as all of them through the seats.
         there, left = jax.tree.map(np.asarray, seen.experts), np.asarray(seen.in_flight.remaining_tokens)
+        # Each seat that is still held is charged what the rule would have to be offered for it.
+        held = left.sum(-1) * there.iteration_time / there.max_num_seqs
+        capacity = (there.max_num_seqs / there.weight_load).sum(-1)
+        charge = FORMS["rate_price"].params * 100 / np.asarray(state.recent.gap) / capacity * held.sum(-1)
+        assert (charge > 0.01).any()
+        np.testing.assert_allclose(values[:, first], earned + state.potential - charge, rtol=1e-4)
+        # What is in flight takes as long as the longest answer, or as all of them through the seats.
         seated = np.clip(there.num_running + there.num_waiting, 1, there.max_num_seqs)
         busy = busy + (np.maximum(left.max(-1), left.sum(-1) / seated) * there.iteration_time).sum(-1)
         np.testing.assert_allclose(values[:, first] - priced[:, first], 0.5 * busy, rtol=1e-3)

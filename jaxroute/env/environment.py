@@ -105,7 +105,7 @@ class EdgeRouting:
         retries = None
         if self.outages == "retried":
             none = nothing.astype(jnp.int32)
-            retries = Retries(marked=none > 0, number=none, row=none, age=nothing)
+            retries = Retries(marked=none > 0, number=none, row=none, age=nothing, since_arrival=jnp.float32(0.0))
         state = EnvState(
             site=idle_site(self.num_experts, self.num_slots),
             table=SlotTable(
@@ -179,12 +179,12 @@ class EdgeRouting:
             # Requests that were given back are routed one after the other at the moment of the failure, before the one
             # that has just arrived: no time passes between them.
             passes = request.age == 0
-            gap = jnp.where(passes, gap, 0.0)
-            arrivals, rate, recent = jax.tree.map(
+            arrivals, rate, since_arrival = jax.tree.map(
                 lambda new, old: jnp.where(passes, new, old),
-                (arrivals, rate, recent),
-                (state.arrivals, state.rate, state.recent._replace(latest_gap=gap)),
+                (arrivals, rate, gap),
+                (state.arrivals, state.rate, retries.since_arrival),
             )
+            gap = jnp.where(passes, gap, 0.0)
         failed, up = jnp.zeros_like(state.up), state.up
         if self.outages != "none":
             failed, up = _outages(jax.random.fold_in(key, 3), up, gap, params, fleet)
@@ -205,8 +205,13 @@ class EdgeRouting:
         if retries is not None:
             again = retries.marked.any()
             retries, given_back = _take_first(retries, served.table, params, fleet)
-            step = jnp.where(again, state.step, step)
-            next_request = jax.tree.map(lambda old, new: jnp.where(again, old, new), given_back, next_request)
+            # An arrival counts once it is the request to be routed.
+            step, next_request, recent = jax.tree.map(
+                lambda old, new: jnp.where(again, old, new),
+                (state.step, given_back, state.recent),
+                (step, next_request, remember_gap(state.recent, since_arrival)),
+            )
+            retries, recent = retries._replace(since_arrival=since_arrival), recent._replace(latest_gap=gap)
 
         fade = jnp.exp(-gap / LATENCY_WINDOW)
         new = EnvState(

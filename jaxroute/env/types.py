@@ -344,6 +344,8 @@ class Retries(NamedTuple):
     row: Int[Array, "slot expert"]
     age: Float[Array, "slot expert"]
     """Time from its first arrival until it was sent here or given back, s."""
+    since_arrival: Float[Array, ""]
+    """Time between the latest two arrivals, s: the later one may still wait for those that were given back."""
 
 
 class EnvState(NamedTuple):
