@@ -88,8 +88,8 @@ class TrainConfig:
     its own in between, so that one router learns what to do when the site is quiet and when it is overloaded: at 5.4
     times its rate, edge6 gets three times what it can serve."""
     accelerator_prices: list[float] | None = None
-    """Least and greatest reward.accelerator_price; each environment draws its own in between, and the router sees it,
-    so that it can be used at any of them. null: reward.accelerator_price alone."""
+    """Least and greatest reward.accelerator_price, or one number for both; each environment draws its own in between,
+    and the router sees it, so that it can be used at any of them. null: reward.accelerator_price alone."""
     cloud_prices: list[float] = field(default_factory=lambda: [1.0, 1.0])
     """Least and greatest multiple of the prices of site.cloud; likewise."""
     redraw_every: int = 512
@@ -116,14 +116,15 @@ class TrainConfig:
     """Number of latest states to keep, in addition to the one with the best average QoS."""
 
     def __post_init__(self) -> None:
-        if len(self.loads) == 1:
-            self.loads = self.loads * 2
+        for name in ("loads", "accelerator_prices", "cloud_prices"):
+            if len(getattr(self, name) or ()) == 1:
+                setattr(self, name, getattr(self, name) * 2)
         if len(self.loads) != 2 or not 0 < self.loads[0] <= self.loads[1] < float("inf"):
             raise UserError(f"train: loads={list(self.loads)} must be one or two numbers, 0 < least <= greatest")
         for name in ("accelerator_prices", "cloud_prices"):
             prices = getattr(self, name)
             if prices is not None and (len(prices) != 2 or not 0 <= prices[0] <= prices[1] < float("inf")):
-                raise UserError(f"train: {name}={list(prices)} must be two numbers, 0 <= least <= greatest")
+                raise UserError(f"train: {name}={list(prices)} must be one or two numbers, 0 <= least <= greatest")
         for name in ("redraw_every", "log_interval", "num_seeds", "save_interval", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train: {name}={getattr(self, name)} must be at least 1")

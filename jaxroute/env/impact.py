@@ -140,7 +140,8 @@ def _probability_in_time(course: _Course, limits: Limits, log_error: Array) -> t
     if limits.e2e is not None:
         by_length = log_error * per_token * tokens / total
         spread = jnp.sqrt(by_length**2 + delays.wait_variance / total**2 + RATE_ERROR**2)
-        each = each._replace(e2e=kept(limits.e2e, total, spread, 1.0))
+        # Of a log-normal length with this mean, half are shorter than the median, which is less.
+        each = each._replace(e2e=kept(limits.e2e, total * jnp.exp(-(by_length**2) / 2), spread, 1.0))
     if course.first_token is not None:
         first, has_token = course.first_token, course.has_token
         assert has_token is not None
