@@ -317,7 +317,7 @@ def test_bad_trace(rows, message, tmp_path):
 @pytest.mark.parametrize(
     ("text", "changes", "message"),
     [
-        (None, {"kv_capacity": None}, "site.experts.0.kv_capacity: "),
+        (None, {"kv_capacity": None}, "site.experts.0.kv_capacity is missing; give it a value"),
         (None, {"kv_capacity": "much"}, "site/mine.yaml: kv_capacity: Value 'much'"),
         (None, {"kv_capcity": 3}, "site/mine.yaml: unknown option kv_capcity (did you mean site.experts.<n>"),
         ("name: mine\n", {}, "site mine: experts is empty"),

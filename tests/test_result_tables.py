@@ -34,7 +34,7 @@ def test_a_changed_figure_changes_the_pages():
 
 
 def test_an_unknown_table_is_refused():
-    with pytest.raises(UserError, match="table: nothing --> is unknown; choose one of settings,"):
+    with pytest.raises(UserError, match="table: nothing --> is unknown; choose one of overload, settings,"):
         result_tables.filled("<!-- table: nothing -->\n<!-- end of table -->\n", STUDY)
 
 
