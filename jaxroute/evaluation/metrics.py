@@ -194,7 +194,7 @@ METRICS: dict[str, Metric] = {
         "Choice of an expert", "per arrival", "Decisions at each of these loads that sent the request to it / arrivals."
     ),
 }
-"""Every metric of `summarise`, in the order of the reports."""
+"""Every metric of `summarise`, in the order of the reports; late by a limit only where requests have that limit."""
 
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
