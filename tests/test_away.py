@@ -469,7 +469,7 @@ def test_only_a_network_with_a_score_for_away_declines(make):
 def judged():
     """In overload, by one program: rules that send away and one that does not."""
     env, params = scenario(*WITH_CLOUD)
-    policies = rules_named(["impact_greedy", "impact_greedy+decline", "random+saturation"])
+    policies = rules_named(["impact_greedy", "impact_greedy+decline", "random+saturation=0.3"])
     settings = {"seed": 1, "episodes": 3, "requests": 150, "warmup": 30}
     return evaluate_policies(env, params, policies, [25.0], **settings)[25.0]
 
