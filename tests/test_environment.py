@@ -186,7 +186,7 @@ def assert_sane_observation(obs):
     assert not (obs.running & obs.waiting).any()
     np.testing.assert_array_equal(obs.running.sum(-1), obs.experts.num_running)
     np.testing.assert_array_equal(obs.waiting.sum(-1), obs.experts.num_waiting)
-    for leaf in obs.in_flight:
+    for leaf in jax.tree.leaves(obs.in_flight):
         assert (leaf[~(obs.running | obs.waiting)] == 0).all(), "something is left in an empty slot"
 
 
