@@ -20,7 +20,7 @@ from rich.console import Console
 import jaxroute
 from jaxroute.config import load_config
 from jaxroute.errors import UserError
-from jaxroute.evaluation import EpisodeRecords, episodes, evaluate_policies
+from jaxroute.evaluation import episodes, evaluate_policies
 from jaxroute.evaluation.metrics import Outcome
 from jaxroute.learning import Learner, PPOState
 from jaxroute.policies import rules_named
