@@ -34,7 +34,8 @@ EVAL = (
     f"policies=[{','.join(RULES)}]",
 )  # fmt: skip
 PPO = (
-    "ppo.num_envs=8", "ppo.group_size=2", "ppo.num_steps=8", "ppo.num_minibatches=4", "ppo.total_steps=128", "train.log_interval=1",
+    "ppo.num_envs=8", "ppo.group_size=2", "ppo.num_steps=8", "ppo.num_minibatches=4", "ppo.total_steps=128",
+    "train.log_interval=1",
 )  # fmt: skip
 WARM_START = ("warm_start.num_states=16", "warm_start.horizon=3", "warm_start.num_epochs=2")
 # At loads, and in enough groups of environments, that some requests end within these few steps.
