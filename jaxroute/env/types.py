@@ -141,6 +141,11 @@ class Away(NamedTuple):
     cost: Float[Array, ""]
     """What the answer is expected to cost there, in QoS."""
 
+    @property
+    def net(self) -> Float[Array, ""]:
+        """Its expected QoS there minus what that costs."""
+        return self.qos - self.cost
+
 
 class InFlight(NamedTuple):
     """The requests at each expert, running ones in order of admission, then waiting ones in queue order."""

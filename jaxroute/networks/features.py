@@ -146,7 +146,7 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
         eligible=experts.eligible,
         expected_gain=gain,
         away=None if obs.away is None else _away_features(obs.away),
-        away_gain=None if obs.away is None else obs.away.qos - obs.away.cost,
+        away_gain=None if obs.away is None else obs.away.net,
     )
 
 

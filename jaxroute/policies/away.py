@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.env.types import Observation
 from jaxroute.policies.protocol import Memory, Params, Policy
-from jaxroute.policies.rules import RULES
+from jaxroute.policies.rules import RULES, capacity
 
 # The sources' defaults.
 QUEUE_LIMIT, KV_LIMIT = 5.0, 0.8
@@ -103,7 +103,7 @@ def token_bucket(
     It fills at `params` times the site's capacity in tokens per second, and holds ten seconds of that. Memory is how
     full it is, from 0 to 1.
     """
-    fill = params * _capacity(obs).sum()
+    fill = params * _site_capacity(obs)
     tokens = jnp.minimum(memory * BURST + obs.arrival.recent.latest_gap, BURST) * fill
     needed = obs.candidates.predicted_output_tokens[choice]
     away = tokens < needed
@@ -112,13 +112,13 @@ def token_bucket(
 
 def bid_price(params: Params, obs: Observation) -> Float[Array, ""]:
     """Return the price of `rate_price`, in QoS per second of all seats of an expert."""
-    return params * 100 * obs.arrival.arrival_rate / jnp.maximum(_capacity(obs).sum(), 1e-6)
+    return params * 100 * obs.arrival.arrival_rate / jnp.maximum(_site_capacity(obs), 1e-6)
 
 
 def _offer(obs: Observation) -> Float[Array, ""]:
     """Net value of away: 0 if the request would be declined."""
     assert obs.away is not None
-    return obs.away.qos - obs.away.cost
+    return obs.away.net
 
 
 def _covers(obs: Observation, price: Float[Array, ""]) -> Bool[Array, "expert"]:
@@ -128,9 +128,9 @@ def _covers(obs: Observation, price: Float[Array, ""]) -> Bool[Array, "expert"]:
     return obs.experts.eligible & (impact.net - price * held >= _offer(obs))
 
 
-def _capacity(obs: Observation) -> Float[Array, "expert"]:
-    """Tokens per second of a full batch as long as streaming the weights bounds it."""
-    return obs.experts.up * obs.experts.max_num_seqs / obs.experts.weight_load
+def _site_capacity(obs: Observation) -> Float[Array, ""]:
+    """Tokens per second of all experts that are up."""
+    return (obs.experts.up * capacity(obs)).sum()
 
 
 # Tuned on the training workload by `python -m benchmarks.tune_rules`; see docs/reference/policies.md.

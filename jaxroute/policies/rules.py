@@ -30,6 +30,11 @@ def _num_in_flight(obs: Observation) -> Float[Array, "expert"]:
     return obs.experts.num_waiting + obs.experts.num_running
 
 
+def capacity(obs: Observation) -> Float[Array, "expert"]:
+    """Tokens per second of a full batch as long as streaming the weights bounds it: `max_num_seqs` / `weight_load`."""
+    return obs.experts.max_num_seqs / obs.experts.weight_load
+
+
 def _relative_latency(obs: Observation) -> Float[Array, "expert"]:
     """Greatest ratio of a predicted latency to its limit; up to 1, the request is predicted to meet L."""
     return obs.candidates.impact.relative_latency
@@ -47,14 +52,10 @@ def random(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) 
 
 
 def weighted_random(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
-    """Choose in proportion to capacity (LiteLLM simple-shuffle with weights).
-
-    Capacity is the tokens per second of a full batch as long as streaming the weights bounds it: `max_num_seqs` /
-    `weight_load`.
-    """
-    capacity = obs.experts.max_num_seqs / obs.experts.weight_load
+    """Choose in proportion to capacity (LiteLLM simple-shuffle with weights)."""
+    weight = capacity(obs)
     # Of exponential clocks with these rates, each is the first with a probability in proportion to its rate.
-    return best_available(obs, -jax.random.exponential(key, capacity.shape, jnp.float32) / capacity), memory
+    return best_available(obs, -jax.random.exponential(key, weight.shape, jnp.float32) / weight), memory
 
 
 def round_robin(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
@@ -213,7 +214,7 @@ def qos_greedy(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memo
 
 def impact_greedy(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Argmax own expected QoS - expected QoS lost by the requests in flight there (the action impact estimator)."""
-    return best_available(obs, obs.candidates.impact.qos - obs.candidates.impact.qos_loss), memory
+    return best_available(obs, obs.candidates.impact.net), memory
 
 
 # Tuned on the training workload by `python -m benchmarks.tune_rules`; see docs/reference/policies.md.
