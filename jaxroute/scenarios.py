@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from jaxroute.banks import build_bank
 from jaxroute.banks.bank import RequestBank
@@ -81,23 +82,24 @@ def build_env(
         rate = workload.rate
     if random_sites is None:
         random_sites = config.dynamics.random_sites
-    prices = _Prices([config.reward.accelerator_price] * 2, [1.0, 1.0])
+    terms = _Terms([config.reward.accelerator_price] * 2, [1.0, 1.0], [config.reward.quality_floor] * 2)
     return _build(
-        config, workload, prices, rate=rate, horizon=horizon, redraw_every=redraw_every, random_sites=random_sites
+        config, workload, terms, rate=rate, horizon=horizon, redraw_every=redraw_every, random_sites=random_sites
     )
 
 
-class _Prices(NamedTuple):
-    """Least and greatest prices."""
+class _Terms(NamedTuple):
+    """What each environment draws: the least and the greatest."""
 
-    accelerator: list[float]
-    cloud: list[float]
+    accelerator_price: list[float]
+    cloud_price: list[float]
+    quality_floor: list[float]
 
 
 def _build(
     config: Config,
     workload: Workload,
-    prices: _Prices,
+    terms: _Terms,
     *,
     rate: float | tuple[float, float],
     horizon: int,
@@ -145,8 +147,7 @@ def _build(
         limits=workload.limits,
         share=workload.share,
         reward=RewardParams(
-            accelerator_price=jnp.asarray(prices.accelerator, jnp.float32),
-            cloud_price=jnp.asarray(prices.cloud, jnp.float32),
+            **{name: jnp.asarray(values, jnp.float32) for name, values in terms._asdict().items()},
             shaping=jnp.float32(weights.shaping),
         ),
         outages=OutageParams(
@@ -154,8 +155,29 @@ def _build(
         ),
         refresh_interval=jnp.float32(dynamics.refresh_interval),
         cloud=cloud,
+        class_floor=_class_floor(config),
     )
     return env, params
+
+
+def _class_floor(config: Config) -> Float[Array, "class"] | None:
+    """Return the floor of each class; None if there is none."""
+    given = config.reward.class_floor
+    if not any(given.values()):
+        return None
+    if not config.env.away:
+        raise UserError(
+            "reward: class_floor limits who may be declined, and env.away=false rules that out; leave it out"
+        )
+    names = [requirement.name for requirement in config.workload.requirements]
+    for name in given:
+        if name not in names:
+            hint = did_you_mean(name, names)
+            raise UserError(
+                f"reward: class_floor names the class {name}, which the workload does not have{hint}; "
+                f"choose from {', '.join(names)}"
+            )
+    return jnp.asarray([given.get(name, 0.0) for name in names], jnp.float32)
 
 
 def _banks(config: Config) -> tuple[RequestBank, CloudParams | None]:
@@ -201,7 +223,11 @@ def training_env(config: Config) -> tuple[EdgeRouting, EnvParams]:
     return _build(
         config,
         workload,
-        _Prices(train.accelerator_prices or [config.reward.accelerator_price] * 2, train.cloud_prices),
+        _Terms(
+            train.accelerator_prices or [config.reward.accelerator_price] * 2,
+            train.cloud_prices,
+            train.quality_floors or [config.reward.quality_floor] * 2,
+        ),
         rate=(low, high),
         horizon=config.train.horizon,
         redraw_every=config.train.redraw_every,

@@ -22,6 +22,7 @@ from jaxroute.evaluation import evaluate_policies, summarise
 from jaxroute.evaluation.metrics import Outcome
 from jaxroute.networks import HAN, FlatMLP
 from jaxroute.policies import FORMS, RULES, rules_named, with_form
+from jaxroute.policies.protocol import eligible_actions
 from jaxroute.scenarios import build_env, training_env
 from jaxroute.serving import SlotStatus
 from jaxroute.workloads.limits import Limits
@@ -259,7 +260,8 @@ def test_the_predicted_chance_is_the_share_in_time(many_answers, limits, tokens)
     away = expect_away(cloud, jnp.bool_(True), describe(**limits), jnp.float32(0.8), jnp.float32(tokens), prices)
     assert float(away.in_time) == pytest.approx(share, abs=0.1)
     nowhere = expect_away(cloud, jnp.bool_(False), describe(**limits), jnp.float32(0.8), jnp.float32(tokens), prices)
-    assert all(float(value) == 0 for value in nowhere)
+    assert nowhere.allowed
+    assert all(float(value) == 0 for value in nowhere[1:])
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 32), st.integers(0, 16)), min_size=1, max_size=12))
@@ -305,6 +307,79 @@ def test_an_evaluation_has_one_price():
     prices = jax.vmap(lambda key: env.reset(key, params)[1].prices)(jax.random.split(jax.random.key(0), 4))
     np.testing.assert_allclose(prices.accelerator, 0.3)
     np.testing.assert_allclose(prices.cloud, 1.0)
+
+
+# ---- Floors ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_below_the_quality_floor_is_worth_nothing():
+    """At the experts and in the cloud, for the router and in truth; each environment has its own floor."""
+    words = [*SMALL, *WITH_CLOUD, "train.quality_floors=[0.2,0.9]"]
+    env, params = training_env(load_config(words))
+    params = params._replace(bank=params.bank._replace(quality=jnp.ones_like(params.bank.quality)))
+    keys = jax.random.split(jax.random.key(0), 128)
+    obs, state = jax.jit(jax.vmap(env.reset, (0, None)))(keys, params)
+    floor, row = state.request.quality_floor, state.request.row
+    assert 0.2 <= floor.min() < 0.3
+    assert 0.8 < floor.max() <= 0.9
+    listed = jax.vmap(lambda row, column: params.bank.predicted_quality[row, column])(row, state.fleet.column)
+    wanted = listed >= floor[:, None]
+    assert 0.1 < wanted.mean() < 0.9
+    chex.assert_trees_all_equal(obs.candidates.predicted_quality, jnp.where(wanted, listed, 0.0))
+    chex.assert_trees_all_equal(state.request.quality, wanted.astype(jnp.float32))
+    of_cloud = params.cloud.predicted_quality[row]
+    open_ = obs.away.to_cloud
+    expected = jnp.where(of_cloud >= floor, of_cloud, 0.0)
+    chex.assert_trees_all_equal(obs.away.predicted_quality[open_], expected[open_])
+    answers = jax.vmap(lambda key, request: ask(key, params.cloud, jnp.zeros(1), request, Prices(0.0, 1.0), True))(
+        keys, state.request
+    )
+    assert (answers.quality[of_cloud < floor] == 0).all()
+    assert (answers.expected_qos[of_cloud < floor] == 0).all()
+
+
+def test_the_quality_floor_lasts():
+    history, _, next_, _, _ = play(random_script(4), "reward.quality_floor=0.5")
+    np.testing.assert_array_equal(next_.request.quality_floor, np.float32(0.5))
+    predicted = history.candidates.predicted_quality
+    assert ((predicted == 0) | (predicted >= 0.5)).all()
+
+
+@pytest.mark.parametrize("cloud", [(), WITH_CLOUD], ids=["", "cloud"])
+def test_a_class_keeps_its_floor(cloud):
+    """All policies send away whatever they may; what is refused to them goes to an expert."""
+    env, params = scenario("reward.class_floor={standard: 0.75, relaxed: 0.5}", *cloud)
+    policy = with_form("random", "decline")._replace(params=((), 2.0))
+
+    def step(carry, key):
+        obs, state = carry
+        action, _ = policy.act(policy.params, obs, key, policy.memory)
+        limits = state.request.limits.normalised
+        obs, state, _, _, _, info = env.step(key, state, action, params)
+        return (obs, state), (limits, info["declined"], action == AWAY, state.served)
+
+    start = env.reset(jax.random.key(1), params)
+    _, (limits, declined, away, served) = jax.lax.scan(step, start, jax.random.split(jax.random.key(2), 1500))
+    assert (served >= params.class_floor).all()
+    for of_class, floor in zip(params.limits.normalised, params.class_floor, strict=True):
+        share = 1 - declined[(limits == of_class)].mean()
+        # The cloud serves some more.
+        assert share == pytest.approx(float(floor), abs=0.06) if not cloud else share > floor - 0.06
+    if not cloud:
+        assert (away == declined).all()
+
+
+def test_a_network_may_not_decline_below_the_floor():
+    env, params = scenario("reward.class_floor={standard: 1}")
+    obs, _ = jax.vmap(lambda key: env.reset(key, params))(jax.random.split(jax.random.key(0), 32))
+    standard = obs.arrival.limits.normalised == params.limits.normalised[1]
+    assert 0 < standard.sum() < 32
+    for network in (HAN(hidden=8, away=True), FlatMLP(hidden=8, away=True)):
+        features = jax.vmap(network.prepare)(obs)
+        weights = network.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], features))
+        logits, _ = jax.vmap(network.apply, (None, 0))(weights, features)
+        np.testing.assert_array_equal(logits[:, AWAY] < -1e8, standard)
+    np.testing.assert_array_equal(jax.vmap(eligible_actions)(obs)[:, AWAY], ~standard)
 
 
 # ---- Forms: against a reference ----------------------------------------------------------------------------
@@ -377,7 +452,11 @@ def random_observation(rng):
     }
     to_cloud = rng.random() < 0.5
     qos, cost = (np.float32(to_cloud * rng.uniform(0, high)) for high in (0.8, 0.4))
-    away = Away(jnp.bool_(to_cloud), *(jnp.float32(value) for value in (0.9 * to_cloud, 0.8 * to_cloud, qos, cost)))
+    away = Away(
+        jnp.bool_(True),
+        jnp.bool_(to_cloud),
+        *(jnp.float32(value) for value in (0.9 * to_cloud, 0.8 * to_cloud, qos, cost)),
+    )
     constants = {"kv_capacity": np.full(NUM_EXPERTS, 10_000.0), "max_num_seqs": np.full(NUM_EXPERTS, 8.0)}
     return observation(away=away, **values), values | constants | {"offer": qos - cost}
 
@@ -434,7 +513,7 @@ def test_the_rule_below_a_form_keeps_its_memory():
     """Its turn passes with what is sent away: the rule has chosen, and the form has overruled it."""
     policy = with_form("round_robin", "decline")
     worthless = jnp.float32(0.0)
-    away = Away(jnp.bool_(False), *[worthless] * 4)
+    away = Away(jnp.bool_(True), jnp.bool_(False), *[worthless] * 4)
     memory, actions = policy.memory, []
     for qos in (0.5, 0.5, 0.0, 0.5):
         obs = observation(away=away, qos=qos)
@@ -550,11 +629,26 @@ def test_unknown_forms(name, named):
         (["train.cloud_prices=[1,nan]"], "cloud_prices=[1.0, nan] must be one or two numbers"),
         (["train.cloud_prices=[1,2,3]"], "cloud_prices=[1.0, 2.0, 3.0] must be one or two numbers"),
         (["env.away=sometimes"], "env.away"),
+        (["reward.quality_floor=1.5"], "reward: quality_floor=1.5 must lie between 0 and 1"),
+        (["reward.class_floor={relaxed: 1.5}"], "reward: class_floor.relaxed=1.5 must lie between 0 and 1"),
+        (["reward.class_floor={relaxed: nan}"], "reward: class_floor.relaxed=nan must lie between 0 and 1"),
+        (["train.quality_floors=[0.5,2]"], "train: quality_floors=[0.5, 2.0] must be one or two numbers"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_wrong_prices_and_shares(words, named):
     assert named in one_line(lambda: load_config([*SMALL, *words]))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["reward.class_floor={relaxd: 0.5}"], "which the workload does not have (did you mean relaxed?)"),
+        (["reward.class_floor={relaxed: 0.5}", "env.away=false"], "class_floor limits who may be declined"),
+    ],
+)
+def test_a_class_floor_that_cannot_be(words, named):
+    assert named in one_line(lambda: build_env(load_config([*SMALL, *words])))
 
 
 def test_a_cloud_of_which_the_bank_knows_nothing():

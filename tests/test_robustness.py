@@ -142,6 +142,7 @@ def draw_params(key: jax.Array, env: EdgeRouting, rates: jax.Array, most_tokens:
         reward=RewardParams(
             accelerator_price=jnp.broadcast_to(draws.or_zero(0.01, 1.0, ()), 2),
             cloud_price=jnp.ones(2),
+            quality_floor=jnp.zeros(2),
             shaping=jnp.round(draws.uniform()),
         ),
         # From a failure in almost every gap to hardly any.
@@ -150,6 +151,7 @@ def draw_params(key: jax.Array, env: EdgeRouting, rates: jax.Array, most_tokens:
         ),
         refresh_interval=draws.or_zero(1e-6, 1e3, ()),
         cloud=None,
+        class_floor=None,
     )
 
 

@@ -41,7 +41,7 @@ def _train(config: Config, console: Console, argv: Sequence[str]) -> None:
     if config.study is not None:
         raise UserError(f"study={config.study.name} is for eval; train trains one router")
     # Mistakes here should not wait for the training to end, which may meet other arrivals.
-    rules_named(config.policies)
+    rules_named(config.policies, config.env.away)
     if config.train.evaluate:
         build_env(on_test_prompts(config))
     if config.resume:

@@ -31,8 +31,8 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-# The open dictionaries, to which an override may add: stand-ins for a bank's models, and the routers of a study.
-_OPEN = ("bank.models.", "bank.models=", "study.routers.", "study.routers=")
+# The open dictionaries, to which an override may add: stand-ins for models, routers of a study, floors of classes.
+_OPEN = tuple(f"{name}{end}" for name in ("bank.models", "study.routers", "reward.class_floor") for end in ".=")
 
 # Null unless the site's file says otherwise. Hydra's overrides fail there, and OmegaConf's merge does not.
 _LATE = ("site.cloud.", "site.cloud=")

@@ -32,6 +32,11 @@ class RewardConfig:
 
     accelerator_price: float = 0.02
     """Price of one busy accelerator-second, in QoS: what it must bring in to be worth spending."""
+    quality_floor: float = 0.0
+    """An answer whose predicted quality is below this is worth nothing, whatever it turns out to be."""
+    class_floor: dict[str, float] = field(default_factory=dict)
+    """Least share of the latest requests of a class of service that must not be declined, by name, for instance
+    {relaxed: 0.5}; the others have no floor."""
     shaping: bool = True
     """Potential-based shaping with the estimator's expected QoS of all requests in flight."""
     expected_quality: bool = True
@@ -41,6 +46,10 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.accelerator_price < float("inf"):
             raise UserError(f"reward: accelerator_price={self.accelerator_price} must not be negative, and finite")
+        floors = {"quality_floor": self.quality_floor} | {f"class_floor.{k}": v for k, v in self.class_floor.items()}
+        for name, floor in floors.items():
+            if not 0 <= floor <= 1:
+                raise UserError(f"reward: {name}={floor} must lie between 0 and 1")
 
 
 @dataclass
@@ -92,6 +101,8 @@ class TrainConfig:
     and the router sees it, so that it can be used at any of them. null: reward.accelerator_price alone."""
     cloud_prices: list[float] = field(default_factory=lambda: [1.0, 1.0])
     """Least and greatest multiple of the prices of site.cloud; likewise."""
+    quality_floors: list[float] | None = None
+    """Least and greatest reward.quality_floor; likewise. The router sees what is below it as predicted to be 0."""
     redraw_every: int = 512
     """Steps after which an environment draws a new load."""
     arrivals: str | None = "mixed"
@@ -116,7 +127,7 @@ class TrainConfig:
     """Number of latest states to keep, in addition to the one with the best average QoS."""
 
     def __post_init__(self) -> None:
-        for name in ("loads", "accelerator_prices", "cloud_prices"):
+        for name in ("loads", "accelerator_prices", "cloud_prices", "quality_floors"):
             if len(getattr(self, name) or ()) == 1:
                 setattr(self, name, getattr(self, name) * 2)
         if len(self.loads) != 2 or not 0 < self.loads[0] <= self.loads[1] < float("inf"):
@@ -125,6 +136,11 @@ class TrainConfig:
             prices = getattr(self, name)
             if prices is not None and (len(prices) != 2 or not 0 <= prices[0] <= prices[1] < float("inf")):
                 raise UserError(f"train: {name}={list(prices)} must be one or two numbers, 0 <= least <= greatest")
+        floors = self.quality_floors
+        if floors is not None and (len(floors) != 2 or not 0 <= floors[0] <= floors[1] <= 1):
+            raise UserError(
+                f"train: quality_floors={list(floors)} must be one or two numbers, 0 <= least <= greatest <= 1"
+            )
         for name in ("redraw_every", "log_interval", "num_seeds", "save_interval", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train: {name}={getattr(self, name)} must be at least 1")

@@ -51,7 +51,7 @@ def describe_away(
         cloud,
         _may_go(places, request),
         request.described(),
-        cloud.predicted_quality[request.row],
+        _qualities(cloud, request)[1],
         cloud.predicted_output_tokens[request.row],
         prices,
     )
@@ -67,12 +67,14 @@ def expect_away(
 ) -> Away:
     """Predict the cloud's answer, of predicted `quality` and median length `tokens`; all is 0 if there will be none.
 
+    The request is allowed to go.
+
     Each latency is taken as log-normal, with a spread to first order in those of ttft, tpot and n, once for fast
     answers and once for slow ones; the least of their probabilities counts.
     """
     if cloud is None:
         nothing = jnp.zeros_like(request.age)
-        return Away(nothing > 0, *[nothing] * (len(Away._fields) - 1))
+        return Away(nothing == 0, nothing > 0, *[nothing] * (len(Away._fields) - 2))
     mean_tokens = jnp.maximum(tokens * jnp.exp(cloud.log_length_error**2 / 2), 1.0)
     decode = cloud.tpot * (mean_tokens - 1)
     first = cloud.ttft / (cloud.ttft + decode)
@@ -96,13 +98,15 @@ def expect_away(
 
     in_time = (1 - cloud.slow_share) * in_time_if(1.0) + cloud.slow_share * in_time_if(cloud.slow_factor)
     away = Away(
+        allowed=to_cloud,
         to_cloud=to_cloud,
         predicted_quality=quality,
         in_time=in_time,
         qos=quality * in_time,
         cost=_cost(cloud, request.prompt_tokens + mean_tokens, prices),
     )
-    return jax.tree.map(lambda value: jnp.where(to_cloud, value, jnp.zeros_like(value)), away)
+    away = jax.tree.map(lambda value: jnp.where(to_cloud, value, jnp.zeros_like(value)), away)
+    return away._replace(allowed=jnp.ones_like(to_cloud))
 
 
 def ask(
@@ -122,14 +126,15 @@ def ask(
     ttft = factor * cloud.ttft * jnp.exp(cloud.ttft_spread * for_ttft)
     latency = ttft + factor * cloud.tpot * jnp.exp(cloud.tpot_spread * for_tpot) * (tokens - 1)
     in_time = request.limits.met(latencies(ttft + request.age, latency + request.age, tokens))
+    quality, predicted_quality = _qualities(cloud, request)
     answer = CloudAnswer(
         sent=sent_away & _may_go(places, request),
-        quality=cloud.quality[request.row],
+        quality=quality,
         output_tokens=tokens,
         ttft=ttft + request.age,
         latency=latency + request.age,
         in_time=in_time,
-        expected_qos=jnp.where(in_time, cloud.predicted_quality[request.row], 0.0),
+        expected_qos=jnp.where(in_time, predicted_quality, 0.0),
         spent=_cost(cloud, request.prompt_tokens + tokens, prices),
     )
     return jax.tree.map(lambda value: jnp.where(answer.sent, value, jnp.zeros_like(value)), answer)
@@ -141,6 +146,13 @@ def let_time_pass(
     """Return the places after `gap` s, with the new answer in a free one; `age` s of its latency are past already."""
     taken = answer.sent & (jnp.arange(places.shape[0]) == jnp.argmin(places))
     return jnp.maximum(jnp.where(taken, answer.latency - age, places) - gap, 0.0)
+
+
+def _qualities(cloud: CloudParams, request: Request) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return true and predicted quality of the cloud's answer; 0 if the latter is below the floor."""
+    quality, predicted = cloud.quality[request.row], cloud.predicted_quality[request.row]
+    wanted = predicted >= request.quality_floor
+    return jnp.where(wanted, quality, 0.0), jnp.where(wanted, predicted, 0.0)
 
 
 def _may_go(places: Float[Array, "place"], request: Request) -> Bool[Array, ""]:

@@ -56,6 +56,8 @@ from jaxroute.workloads.limits import Limits, latencies
 # The recent arrival rates are exponential means over this many gaps; the recent latency, over this time in s.
 ARRIVAL_WINDOW, SLOW_ARRIVAL_WINDOW = 32.0, 512.0
 LATENCY_WINDOW = 60.0
+# The share of a class that was served, over so many of its requests.
+CLASS_WINDOW = 64.0
 
 # The ranges from which the experts of a random site are drawn, apart from their LLM.
 _TIME_FACTORS = (0.5, 2.0)
@@ -102,6 +104,7 @@ class EdgeRouting:
         fleet = _draw_fleet(jax.random.fold_in(key, 3), params, self.random_sites) if self.random_sites else None
         rate = _draw_rate(key_rate, params, fleet)
         zeros = jnp.zeros(self.num_experts, jnp.float32)
+        prices, quality_floor = _draw_terms(jax.random.fold_in(key, 4), params)
         retries = None
         if self.outages == "retried":
             none = nothing.astype(jnp.int32)
@@ -115,9 +118,10 @@ class EdgeRouting:
                 limits=jax.tree.map(lambda _: nothing, params.limits),
             ),
             up=jnp.ones(self.num_experts, bool) if fleet is None else fleet.present,
-            request=_draw_request(key_request, jnp.int32(0), params, fleet),
+            request=_draw_request(key_request, jnp.int32(0), quality_floor, params, fleet),
             recent=Recent(1 / rate, 1 / rate, *(jnp.float32(0.0) for _ in range(3))),
-            prices=_draw_prices(jax.random.fold_in(key, 4), params),
+            prices=prices,
+            served=None if params.class_floor is None else jnp.ones_like(params.class_floor),
             cloud=jnp.zeros(self.cloud_places, jnp.float32) if self.cloud_places else None,
             arrivals=first_arrival_state(key_start, params.arrivals),
             rate=rate,
@@ -201,10 +205,10 @@ class EdgeRouting:
             earned, spent = earned + answer.expected_qos, answer.spent
         retries = served.retries
         step = state.step + 1
-        next_request = _draw_request(key_request, step, params, fleet)
+        next_request = _draw_request(key_request, step, request.quality_floor, params, fleet)
         if retries is not None:
             again = retries.marked.any()
-            retries, given_back = _take_first(retries, served.table, params, fleet)
+            retries, given_back = _take_first(retries, served.table, request.quality_floor, params, fleet)
             # An arrival counts once it is the request to be routed.
             step, next_request, recent = jax.tree.map(
                 lambda old, new: jnp.where(again, old, new),
@@ -224,6 +228,7 @@ class EdgeRouting:
             step=step,
             recent=recent,
             prices=state.prices,
+            served=_remember_served(state.served, request.limits, params, served=~info["declined"]),
             cloud=cloud,
             latency_sum=state.latency_sum * fade + served.latency_sum,
             latency_count=state.latency_count * fade + served.num_ended,
@@ -248,7 +253,10 @@ class EdgeRouting:
             params.refresh_interval,
         )
         if self.away:
-            obs = obs._replace(away=describe_away(params.cloud, state.cloud, state.request, state.prices))
+            away = describe_away(params.cloud, state.cloud, state.request, state.prices)
+            if params.class_floor is not None:
+                away = away._replace(allowed=away.to_cloud | _may_be_declined(state, params))
+            obs = obs._replace(away=away)
         recent = remember_net(state.recent, net)
         return obs, state._replace(potential=potential, seen=seen if self.stale else None, recent=recent)
 
@@ -399,9 +407,36 @@ def _draw_rate(key: PRNGKeyArray, params: EnvParams, fleet: Fleet | None) -> Flo
     return rate * (_capacity(fleet.site) * fleet.present).sum() / _capacity(params.site).sum()
 
 
-def _draw_prices(key: PRNGKeyArray, params: EnvParams) -> Prices:
-    least, greatest = jnp.stack([params.reward.accelerator_price, params.reward.cloud_price], axis=1)
-    return Prices(*(least + (greatest - least) * jax.random.uniform(key, (2,), jnp.float32)))
+def _draw_terms(key: PRNGKeyArray, params: EnvParams) -> tuple[Prices, Float[Array, ""]]:
+    """Draw what the operator of this environment pays, and the quality floor."""
+    reward = params.reward
+    least, greatest = jnp.stack([reward.accelerator_price, reward.cloud_price, reward.quality_floor], axis=1)
+    accelerator, cloud, floor = least + (greatest - least) * jax.random.uniform(key, (3,), jnp.float32)
+    return Prices(accelerator, cloud), floor
+
+
+def _class_of(limits: Limits, params: EnvParams) -> Bool[Array, "class"]:
+    """Return which class of service states these limits; all of them if several do."""
+    return jnp.stack(
+        [of_class == limit for limit, of_class in zip(limits, params.limits, strict=True) if limit is not None]
+    ).all(0)
+
+
+def _remember_served(
+    before: Float[Array, "class"] | None, limits: Limits, params: EnvParams, *, served: Bool[Array, ""]
+) -> Float[Array, "class"] | None:
+    """Add to its class whether the latest request was served."""
+    if before is None:
+        return None
+    return jnp.where(_class_of(limits, params), before + (served - before) / CLASS_WINDOW, before)
+
+
+def _may_be_declined(state: EnvState, params: EnvParams) -> Bool[Array, ""]:
+    """Whether the class of the arriving request keeps its floor if the request is declined."""
+    assert state.served is not None
+    assert params.class_floor is not None
+    keeps = state.served * (1 - 1 / CLASS_WINDOW) >= params.class_floor
+    return (keeps | ~_class_of(state.request.limits, params)).all()
 
 
 def _capacity(site: Site) -> Float[Array, "expert"]:
@@ -463,24 +498,28 @@ def _outages(
     return failed, (up & ~failed) | recovered
 
 
-def _draw_request(key: PRNGKeyArray, number: Int[Array, ""], params: EnvParams, fleet: Fleet | None) -> Request:
+def _draw_request(
+    key: PRNGKeyArray, number: Int[Array, ""], quality_floor: Float[Array, ""], params: EnvParams, fleet: Fleet | None
+) -> Request:
     # Two 32-bit numbers in one call, as random numbers take a good part of a step. The remainder favours no row by more
     # than one in 2^32 / rows.
     for_row, for_class = jax.random.bits(key, (2,), jnp.uint32)
     row = (for_row % params.bank.prompt_tokens.shape[0]).astype(jnp.int32)
     level = (for_class * jnp.float32(2**-32) >= jnp.cumsum(params.share)[:-1]).sum()
     limits = jax.tree.map(lambda of_class: of_class[level], params.limits)
-    return _request(number, row, limits, jnp.float32(0.0), params, fleet)
+    return _request(number, row, limits, jnp.float32(0.0), quality_floor, params, fleet)
 
 
-def _take_first(retries: Retries, table: SlotTable, params: EnvParams, fleet: Fleet | None) -> tuple[Retries, Request]:
+def _take_first(
+    retries: Retries, table: SlotTable, quality_floor: Float[Array, ""], params: EnvParams, fleet: Fleet | None
+) -> tuple[Retries, Request]:
     """Take the first marked request, by expert and then by slot; if none is marked, any."""
     expert, slot = jnp.divmod(jnp.argmax(retries.marked.T), retries.marked.shape[0])
     number, row, age, limits = jax.tree.map(
         lambda column: column[slot, expert], (retries.number, retries.row, retries.age, table.limits)
     )
     marked = retries.marked.at[slot, expert].set(False)
-    return retries._replace(marked=marked), _request(number, row, limits, age, params, fleet)
+    return retries._replace(marked=marked), _request(number, row, limits, age, quality_floor, params, fleet)
 
 
 def _request(
@@ -488,21 +527,25 @@ def _request(
     row: Int[Array, ""],
     limits: Limits,
     age: Float[Array, ""],
+    quality_floor: Float[Array, ""],
     params: EnvParams,
     fleet: Fleet | None,
 ) -> Request:
     bank = params.bank
+    predicted_quality = by_expert(_row(bank.predicted_quality, row), fleet)
+    wanted = predicted_quality >= quality_floor
     return Request(
         number=number,
         row=row,
         age=age,
         prompt_tokens=bank.prompt_tokens[row],
         output_tokens=by_expert(_row(bank.output_tokens, row), fleet),
-        quality=by_expert(_row(bank.quality, row), fleet),
-        predicted_quality=by_expert(_row(bank.predicted_quality, row), fleet),
+        quality=jnp.where(wanted, by_expert(_row(bank.quality, row), fleet), 0.0),
+        predicted_quality=jnp.where(wanted, predicted_quality, 0.0),
         predicted_output_tokens=by_expert(_row(bank.predicted_output_tokens, row), fleet),
         limits=limits,
         local_only=jnp.bool_(False) if params.cloud is None else params.cloud.local_only[row],
+        quality_floor=quality_floor,
     )
 
 

@@ -130,6 +130,8 @@ class Candidates(NamedTuple):
 class Away(NamedTuple):
     """What becomes of the arriving request if no expert gets it: it is declined, or goes to the cloud."""
 
+    allowed: Bool[Array, ""]
+    """Whether it may be sent away: its class has its share (`EnvParams.class_floor`), or it would go to the cloud."""
     to_cloud: Bool[Array, ""]
     """Whether it would go to the cloud: there is one with room, and the request may leave the site."""
     predicted_quality: Float[Array, ""]
@@ -230,6 +232,8 @@ class RewardParams(NamedTuple):
     """Least and greatest price of an accelerator-second, in QoS; each environment draws its own in between."""
     cloud_price: Float[Array, "2"]
     """Least and greatest multiple of the cloud's list prices; likewise."""
+    quality_floor: Float[Array, "2"]
+    """Least and greatest quality floor; likewise."""
     shaping: Float[Array, ""]
     """1 adds the potential-based shaping term, 0 leaves it out."""
 
@@ -289,6 +293,8 @@ class EnvParams(NamedTuple):
     """Minimum time between two looks at the experts, s."""
     cloud: CloudParams | None
     """None if the site has none."""
+    class_floor: Float[Array, "class"] | None
+    """Least share of the recent requests of each class that must not be declined; None if there is none."""
 
 
 class Fleet(NamedTuple):
@@ -318,6 +324,8 @@ class Request(NamedTuple):
     limits: Limits
     local_only: Bool[Array, ""]
     """Whether it must not leave the site."""
+    quality_floor: Float[Array, ""]
+    """Predicted quality below which an answer is worth nothing: both qualities are 0 there."""
 
     def described(self) -> Described:
         """Return the request as a router sees it."""
@@ -367,6 +375,8 @@ class EnvState(NamedTuple):
     """Number of the latest arrival: requests routed so far, not counting those routed again."""
     recent: Recent
     prices: Prices
+    served: Float[Array, "class"] | None
+    """Share of the recent requests of each class that were not declined; None if no class has a floor."""
     cloud: Float[Array, "place"] | None
     """For each request that the cloud may have in flight at once, the time until its answer ends, s; 0 if there is
     none. None if the site has no cloud."""

@@ -24,7 +24,7 @@ def evaluate(config: Config, console: Console, *, command: str) -> EvaluationRes
     Raises:
         UserError: an unknown policy, missing data, a checkpoint that does not exist or does not fit.
     """
-    rules = rules_named(config.policies)
+    rules = rules_named(config.policies, config.env.away)
     config = on_test_prompts(config)
     env, params = build_env(config)
     trained: TrainedPolicy | None = None

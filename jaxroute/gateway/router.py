@@ -135,6 +135,7 @@ class Router:
         arrived: float | None = None,
         accelerator_price: float | None = None,
         cloud_price: float | None = None,
+        quality_floor: float = 0.0,
         may_go_away: bool = True,
         local_only: bool = False,
     ) -> int:
@@ -156,6 +157,7 @@ class Router:
             arrived: time of its first arrival, s, if an expert has given it back; then it does not count as an arrival.
             accelerator_price: what an accelerator-second costs, in QoS; by default as in the run's configuration.
             cloud_price: what the cloud costs now, as a multiple of its list prices; by default 1.
+            quality_floor: predicted quality below which an answer is worth nothing.
             may_go_away: False if the request must go to an expert, whatever the router thinks of it.
             local_only: whether it must not leave the site for the cloud.
 
@@ -185,6 +187,13 @@ class Router:
             if not isinstance(answer, bool | np.bool_):
                 raise UserError(f"{where}: {name}={answer!r} must be True or False")
         quality, length, of_cloud = self._predictions(where, predicted_quality, predicted_output_tokens, prompt)
+        floor: Any = real(f"{where}: quality_floor", quality_floor)
+        if not 0 <= floor <= 1:
+            raise UserError(f"{where}: quality_floor={quality_floor} must lie between 0 and 1")
+        quality, of_cloud = (
+            np.where(quality >= floor, quality, 0.0),
+            (of_cloud[0] * (of_cloud[0] >= floor), of_cloud[1]),
+        )
         self._belief.advance(now)
         self._note_arrival(now, again=arrived is not None)
         arrived = now if arrived is None else arrived

@@ -144,9 +144,11 @@ def make_warm_start(
 
     def loss(params: Any, labelled: Labelled) -> Float[Array, ""]:
         logits = logits_of(params, labelled.obs)
-        # A network without a score for away has one column less, and away is always eligible.
-        eligible = jnp.ones(logits.shape, bool).at[:, : labelled.obs.eligible.shape[1]].set(labelled.obs.eligible)
-        values = labelled.values[:, : logits.shape[1]]
+        eligible, num_actions = labelled.obs.eligible, logits.shape[1]
+        # A network may have no score for away, the last action.
+        if num_actions > eligible.shape[1]:
+            eligible = jnp.column_stack([eligible, labelled.obs.may_go_away])
+        values = labelled.values[:, :num_actions]
         errors = _centred(jnp.where(eligible, logits, 0.0) / _SCALE, eligible) - _centred(values, eligible)
         return jnp.square(errors).sum() / jnp.maximum(eligible.sum(), 1)
 

@@ -36,6 +36,7 @@ class Features(NamedTuple):
     """None if every request must go to an expert."""
     away_gain: Float[Array, ""] | None
     """Where the residual head of away starts from: 0 if the request would be declined."""
+    may_go_away: Bool[Array, ""] | None
 
 
 def _log_tokens(tokens: Array) -> Array:
@@ -147,6 +148,7 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
         expected_gain=gain,
         away=None if obs.away is None else _away_features(obs.away),
         away_gain=None if obs.away is None else obs.away.net,
+        may_go_away=None if obs.away is None else obs.away.allowed,
     )
 
 

@@ -170,14 +170,16 @@ def _heads(
     logits = _last_layer("score")(score)[..., 0]
     trust = _trust(module)
     logits = mask_ineligible(logits + trust * features.expected_gain, features.eligible)
-    if module.away and features.away is not None and features.away_gain is not None:
+    if module.away and features.away is not None:
+        assert features.away_gain is not None
+        assert features.may_go_away is not None
         best = jnp.where(features.eligible[:, None], candidates, -1.0).max(0)
         gain = jnp.where(features.eligible, jnp.clip(features.expected_gain, -4.0, 1.0), -4.0).max(keepdims=True)
         of_away = jnp.concatenate([features.away, features.arrival, best, gain])
         score = jnp.tanh(nn.Dense(hidden, name="away")(of_away) + context)
         score = jnp.tanh(nn.Dense(hidden, name="away_hidden")(score))
         logit = _last_layer("away_score")(score)[..., 0] + trust * features.away_gain
-        logits = jnp.append(logits, logit)
+        logits = jnp.append(logits, mask_ineligible(logit, features.may_go_away))
     value = jnp.tanh(nn.Dense(hidden, name="value_hidden")(context))
     return logits, _last_layer("value")(value)[..., 0]
 
@@ -199,6 +201,6 @@ def _mean(embedding: Float[Array, "expert hidden"], up: Bool[Array, "expert"]) -
     return (embedding * up[:, None]).sum(0) / jnp.maximum(up.sum(), 1)
 
 
-def mask_ineligible(logits: Float[Array, "expert"], eligible: Bool[Array, "expert"]) -> Float[Array, "expert"]:
-    """Rule out the experts that would visibly reject the request, unless all would."""
+def mask_ineligible(logits: Float[Array, "*actions"], eligible: Bool[Array, "*actions"]) -> Float[Array, "*actions"]:
+    """Rule out the experts that would visibly reject the request, unless all would, and away where it may not go."""
     return jnp.where(eligible, logits, _MASKED)

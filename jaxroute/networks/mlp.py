@@ -40,4 +40,6 @@ class FlatMLP(nn.Module):
         logits = nn.Dense(num_experts + away, kernel_init=small, name="logits")(hidden)
         value = nn.Dense(1, kernel_init=small, name="value")(hidden)[..., 0]
         of_experts = mask_ineligible(logits[:num_experts], features.eligible)
-        return jnp.concatenate([of_experts, logits[num_experts:]]), value
+        if not away or features.may_go_away is None:
+            return of_experts, value
+        return jnp.append(of_experts, mask_ineligible(logits[num_experts], features.may_go_away)), value

@@ -36,16 +36,17 @@ def _greedy(network: nn.Module) -> Callable:
     return act
 
 
-def rules_named(names: Sequence[str] | None) -> list[Policy]:
+def rules_named(names: Sequence[str] | None, away: bool = False) -> list[Policy]:
     """Return the rules of these names, or all; `RULE+FORM` is a rule that may send requests away (`FORMS`).
 
-    `RULE+FORM=VALUE` gives the form another parameter than the tuned one.
+    `RULE+FORM=VALUE` gives the form another parameter than the tuned one. With `away`, which says that requests may be
+    sent away, `impact_greedy` with each form is among all.
 
     Raises:
         UserError: a name is unknown, or there twice.
     """
     if names is None:
-        return list(RULES.values())
+        return [*RULES.values(), *(with_form("impact_greedy", form) for form in FORMS if away)]
     if not names:
         raise UserError(f"policies is empty; leave it out for all rules, or name some: {', '.join(RULES)}")
     for name in names:

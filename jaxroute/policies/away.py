@@ -165,6 +165,8 @@ def _act(rule: str, form: str) -> Callable:
         of_rule, of_form = params
         choice, rule_memory = RULES[rule].act(of_rule, obs, key, memory[0])
         away, form_memory = FORMS[form].goes_away(of_form, obs, choice, memory[1])
+        assert obs.away is not None
+        away &= obs.away.allowed
         action = jnp.where(away, obs.experts.up.shape[0], choice).astype(jnp.int32)
         return action, (rule_memory, form_memory)
 

@@ -45,6 +45,6 @@ def best_action(obs: Observation, score: Float[Array, "action"]) -> Int[Array, "
 
 
 def eligible_actions(obs: Observation) -> Bool[Array, "action"]:
-    """Return the eligible experts, and away, which always is, if there is such an action."""
+    """Return the eligible experts, and whether the request may be sent away, if there is such an action."""
     eligible = obs.experts.eligible
-    return eligible if obs.away is None else jnp.append(eligible, True)
+    return eligible if obs.away is None else jnp.append(eligible, obs.away.allowed)
