@@ -34,6 +34,11 @@ SIZES = ("eval.episodes=2", "eval.requests=20", "eval.warmup=5", "eval.loads=[1]
 SMALL = ("site=edge3", "workload.rate=4", "network.hidden=8", "network.heads=2")
 
 
+def untrained(network, env, params):
+    obs, _ = env.reset(jax.random.key(0), params)
+    return jax.jit(lambda key: network.init(key, network.prepare(obs)))(jax.random.key(0))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """An untrained network saved as a run."""
@@ -42,7 +47,7 @@ def run(tmp_path_factory):
     network = build_network(config.network, config.env.away)
     folder = tmp_path_factory.mktemp("trained") / "run"
     folder.mkdir()
-    save_params(folder, 64, network.init(jax.random.key(0), network.prepare(env.reset(jax.random.key(0), params)[0])))
+    save_params(folder, 64, untrained(network, env, params))
     write_config(folder, config)
     return folder
 
@@ -213,7 +218,7 @@ def test_a_network_for_one_number_of_experts_is_refused_elsewhere(tmp_path, monk
     config = load_config(["site=edge3", "network=mlp", "network.hidden=8"])
     env, params = build_env(config)
     network = build_network(config.network, config.env.away)
-    weights = network.init(jax.random.key(0), network.prepare(env.reset(jax.random.key(0), params)[0]))
+    weights = untrained(network, env, params)
     policy = runs.TrainedPolicy(network, jax.device_get(weights), tmp_path)
     write_pretrained(tmp_path / "flat", policy, config, "{}")
     monkeypatch.setattr(runs, "_PRETRAINED_FOLDER", tmp_path)

@@ -57,7 +57,8 @@ def routers(tmp_path_factory):
         folder = tmp_path_factory.mktemp("routers") / f"seed{seed}"
         folder.mkdir()
         obs, _ = env.reset(jax.random.key(0), params)
-        save_params(folder, 0, network.init(jax.random.key(seed), network.prepare(obs)))
+        weights = jax.jit(lambda key, obs=obs: network.init(key, network.prepare(obs)))(jax.random.key(seed))
+        save_params(folder, 0, weights)
         write_config(folder, config)
         runs.append(folder)
     return runs

@@ -8,6 +8,7 @@ False, and `truncated` marks the horizon, if one is set.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -96,6 +97,7 @@ class EdgeRouting:
         """One action per expert, and the last one, `num_experts`, for away."""
         return self.num_experts + self.away
 
+    @partial(jax.jit, static_argnums=0)
     def reset(self, key: PRNGKeyArray, params: EnvParams) -> tuple[Observation, EnvState]:
         """Start with an idle site and its first request."""
         key_rate, key_start, key_request = jax.random.split(key, 3)
@@ -168,6 +170,7 @@ class EdgeRouting:
         obs, state = jax.tree.map(lambda new, old: jnp.where(truncated, new, old), fresh, (obs, state))
         return obs, state, reward, terminated, truncated, info
 
+    @partial(jax.jit, static_argnums=0)
     def _step(
         self, key: PRNGKeyArray, state: EnvState, action: Int[Array, ""], params: EnvParams
     ) -> tuple[Observation, EnvState, Float[Array, ""], dict[str, Any]]:

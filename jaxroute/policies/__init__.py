@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from jaxroute.errors import UserError, did_you_mean
@@ -29,6 +30,8 @@ def learned_policy(network: nn.Module, params: Params) -> Policy:
 def _greedy(network: nn.Module) -> Callable:
     """Return one function for equal networks, so that evaluation compiles it once for all their parameters."""
 
+    # Compiled as one program for who calls it alone: its operations one by one take seconds to compile.
+    @jax.jit
     def act(params, obs, key, memory: Memory):  # type: ignore[no-untyped-def]
         logits, _ = network.apply(params, network.prepare(obs))
         return jnp.argmax(logits).astype(jnp.int32), memory
