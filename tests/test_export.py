@@ -364,6 +364,15 @@ def test_prices_are_the_configured_ones_unless_given(away, seen):
     assert prices() == [0.02, 1.0]
 
 
+def test_what_is_below_the_quality_floor_is_predicted_to_be_nothing(away, seen):
+    arrive(away, "a", 0.0, predictions=3, quality_floor=0.5)
+    np.testing.assert_array_equal(seen.experts["predicted_quality"], [0, 0.5])
+    assert seen.arrival["cloud_predicted_quality"] == 0.75
+    arrive(away, "b", 0.0, predictions=3, quality_floor=0.8)
+    np.testing.assert_array_equal(seen.experts["predicted_quality"], [0, 0])
+    assert seen.arrival["cloud_predicted_quality"] == 0
+
+
 def test_what_is_declined_is_nowhere(away, seen):
     assert away.reason == "no decision yet"
     seen.choice = 2
@@ -419,6 +428,7 @@ def test_the_cloud_has_so_many_places(away, seen):
         ({"accelerator_price": float("nan")}, "accelerator_price=nan must not be negative, and finite"),
         ({"cloud_price": float("inf")}, "cloud_price=inf must not be negative, and finite"),
         ({"cloud_price": "dear"}, "cloud_price is 'dear'; give a number"),
+        ({"quality_floor": 1.5}, "quality_floor=1.5 must lie between 0 and 1"),
         ({"may_go_away": None}, "may_go_away=None must be True or False"),
         ({"local_only": 1}, "local_only=1 must be True or False"),
         ({"predictions": 2}, "give a value for each of the 2 experts, and one more for the cloud"),
