@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ from jaxroute.config import Config, load_config
 from jaxroute.env import EdgeRouting, EnvParams, OutageParams, RewardParams
 from jaxroute.env.types import CloudParams
 from jaxroute.errors import UserError, did_you_mean
-from jaxroute.serving import build_site
+from jaxroute.serving import Site, build_site
 from jaxroute.serving.checks import real, real_array, whole
+from jaxroute.serving.site import UNBOUNDED
 from jaxroute.workloads import Workload, build_workload, training_mix
 
 SCENARIOS: dict[str, dict[str, str]] = {
@@ -25,6 +27,9 @@ SCENARIOS: dict[str, dict[str, str]] = {
     for workload in ("poisson", "gamma", "mmpp", "diurnal", "mixed", "azure")
 }
 """Named scenarios; "edge" is the site edge6."""
+
+# Of a queue without bound, the simulation holds an expert's share of what arrives in so many s, and at least so many.
+_SECONDS_OF_QUEUE, _SHORTEST_QUEUE = 10.0, 16
 
 # Requests per second. Beyond, gaps and times at the experts are too far apart for float32.
 _LEAST_RATE, _GREATEST_RATE = 1e-6, 1e6
@@ -128,7 +133,7 @@ def _build(
         raise UserError(f"random_sites={share} must be a share of the environments, from 0 to 1")
     env = EdgeRouting(
         num_experts=site.num_experts,
-        num_slots=int(np.max(np.asarray(site.max_num_seqs) + np.asarray(site.max_waiting))),
+        num_slots=_num_slots(config, site, high),
         arrival_process=workload.process,
         redraw_every=whole("redraw_every", redraw_every, 0),
         horizon=whole("horizon", horizon, 0),
@@ -158,6 +163,21 @@ def _build(
         class_floor=_class_floor(config),
     )
     return env, params
+
+
+def _num_slots(config: Config, site: Site, rate: float) -> int:
+    """Return how many requests the simulation holds at an expert at once, at up to `rate` requests per second."""
+    seats, waiting = np.asarray(site.max_num_seqs), np.asarray(site.max_waiting)
+    given = config.env.num_slots
+    if given is None:
+        share = max(math.ceil(_SECONDS_OF_QUEUE * rate / site.num_experts), _SHORTEST_QUEUE)
+        return int(np.max(seats + np.where(waiting < UNBOUNDED, waiting, share)))
+    if given < seats.max():
+        raise UserError(
+            f"env: num_slots={given} is less than the {seats.max()} seats of site {config.site.name}: "
+            f"its batches would not fit; set it to {seats.max()} or more, or to null"
+        )
+    return given
 
 
 def _class_floor(config: Config) -> Float[Array, "class"] | None:

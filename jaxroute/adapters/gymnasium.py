@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
     raise UserError(f"module {error.name} is missing; run pip install 'jaxroute[gymnasium]' first") from None
 
 # The scalars in the `info` of a step; what is there per slot stays on the device.
-TOTALS = ("rejected", "declined", "gap", "qos_sum", "num_completed", "num_late", "num_lost")
+TOTALS = ("rejected", "overflowed", "declined", "gap", "qos_sum", "num_completed", "num_late", "num_lost")
 
 
 class GymnasiumVectorEnv(VectorEnv):

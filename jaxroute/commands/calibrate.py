@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--iteration-overhead", type=float, default=0.0, help="s; a log cannot tell it from weight_load (default 0)"
     )
-    parser.add_argument("--max-waiting", type=int, default=64, help="queue of the site's expert (default 64)")
+    parser.add_argument("--max-waiting", type=int, help="longest queue (default: no bound, as in vLLM)")
     parser.add_argument(
         "--network-delay", type=float, default=0.005, help="router to expert, one way, s (default 0.005)"
     )
@@ -141,7 +141,7 @@ def _expert_yaml(
     lines += [
         f"    max_num_seqs: {options.max_num_seqs}",
         f"    max_num_batched_tokens: {options.max_num_batched_tokens}",
-        f"    max_waiting: {options.max_waiting}",
+        f"    max_waiting: {'null' if options.max_waiting is None else options.max_waiting}",
         f"    kv_capacity: {_number(coefficients['kv_capacity'])} # {_error(errors['kv_capacity'])}",
         f"    network_delay: {options.network_delay:g} # given",
     ]

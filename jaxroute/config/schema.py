@@ -59,6 +59,13 @@ class EnvConfig:
     away: bool = True
     """One more action: to decline a request at once, or to send it to the site's cloud. false: every request must go to
     an expert, and full queues choose who goes without."""
+    num_slots: int | None = None
+    """Most requests that the simulation holds at an expert at once; what would not fit is counted as overflowed. null:
+    its seats and its queue, or, where the queue has no bound, its share of what arrives in ten seconds."""
+
+    def __post_init__(self) -> None:
+        if self.num_slots is not None and self.num_slots < 1:
+            raise UserError(f"env: num_slots={self.num_slots} must be at least 1")
 
 
 @dataclass

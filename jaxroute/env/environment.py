@@ -45,6 +45,7 @@ from jaxroute.serving import (
     clear,
     enqueue,
     fold,
+    has_free_slot,
     idle_site,
     lanes_last,
     positions,
@@ -73,7 +74,8 @@ class EdgeRouting:
 
     num_experts: int
     num_slots: int
-    """How many requests an expert can hold, running and waiting."""
+    """How many requests the simulation holds at an expert at once, running and waiting. One more than that is lost to
+    the simulation, if not to the expert: it ends with QoS 0, and counts as `overflowed`."""
     arrival_process: ArrivalProcess
     redraw_every: int = 0
     """Number of steps after which a new request rate is drawn; 0 keeps the first."""
@@ -148,10 +150,10 @@ class EdgeRouting:
         the same key as long as `state.step` is the same.
 
         Returns:
-            Observation and state at the next arrival, the reward, terminated (False), truncated, and `info`:
-            per slot (slot, expert) what ended in this step (`ended`, `request`, `qos`, `quality`, `in_time`, `ttft`,
-            `latency`, `output_tokens`, `limits`, `preemptions`; times as the router sees them) and what was `lost`,
-            whether this step's request was `rejected` or `declined`, per expert `busy_seconds` and `kv_token_seconds`,
+            Observation and state at the next arrival, the reward, terminated (False), truncated, and `info`: per slot
+            (slot, expert) what ended in this step (`ended`, `request`, `qos`, `quality`, `in_time`, `ttft`, `latency`,
+            `output_tokens`, `limits`, `preemptions`; times as the router sees them) and what was `lost`, whether this
+            step's request was `rejected`, `overflowed` or `declined`, per expert `busy_seconds` and `kv_token_seconds`,
             the `gap` in s, and the totals `qos_sum`, `num_completed`, `num_late`, `num_lost`. With a cloud, `cloud` is
             its answer (`CloudAnswer`), which counts in the totals of the step that asks for it. With a horizon,
             `final_observation` is the observation before the automatic reset.
@@ -323,7 +325,8 @@ def _serve(
     """Send the request to the chosen expert, if it accepts it, and let `gap` s pass, after which experts may fail."""
     request, table, retries, up = state.request, state.table, state.retries, state.up
     prompt = jnp.broadcast_to(request.prompt_tokens, request.output_tokens.shape)
-    accepted = (positions(up) == action) & up & can_accept(site, state.site, prompt, request.output_tokens)
+    welcome = (positions(up) == action) & up & can_accept(site, state.site, prompt, request.output_tokens)
+    accepted = welcome & has_free_slot(state.site)
     experts, placement = enqueue(site, state.site, accepted, request.number, prompt, request.output_tokens)
     table = SlotTable(
         quality=placement.put(table.quality, request.quality),
@@ -365,7 +368,8 @@ def _serve(
         "limits": table.limits,
         "preemptions": slots.preemptions,
         "lost": lost,
-        "rejected": ~accepted.any(0),
+        "rejected": ~welcome.any(0),
+        "overflowed": (welcome & ~accepted).any(0),
         "busy_seconds": experts.busy_seconds,
         "kv_token_seconds": experts.kv_token_seconds,
         "qos_sum": _total(qos),

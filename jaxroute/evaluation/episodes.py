@@ -271,9 +271,15 @@ def _note(game: _Game, at: _Episode, action: Int[Array, ""], info: dict[str, Arr
     """Return the table with the request that was routed, and with those that have ended since."""
     request, going_on, spare = at.state.request, at.state.step < game.num_steps, game.num_requests
     away = action == game.env.num_experts
-    status = jnp.where(info["rejected"], Outcome.REJECTED, Outcome.IN_FLIGHT)
+    status = jnp.float32(Outcome.IN_FLIGHT)
+    for name, outcome in (
+        ("rejected", Outcome.REJECTED),
+        ("overflowed", Outcome.OVERFLOWED),
+        ("declined", Outcome.DECLINED),
+    ):
+        status = jnp.where(info[name], outcome, status)
     routed = _Row(
-        status=jnp.where(info["declined"], Outcome.DECLINED, status),
+        status=status,
         ttft=jnp.nan,
         latency=jnp.nan,
         preemptions=0,
@@ -298,13 +304,13 @@ def _note(game: _Game, at: _Episode, action: Int[Array, ""], info: dict[str, Arr
     table = at.table.at[row].set(jnp.stack([jnp.float32(value) for value in routed]))
     ended, lost = info["ended"], info["lost"]
     rows = jnp.where(going_on & (ended | lost), jnp.minimum(info["request"], spare), spare)
-    outcome = (
+    end = (
         jnp.where(ended, Outcome.COMPLETED, Outcome.LOST),
         jnp.where(ended, info["ttft"], jnp.nan),
         jnp.where(ended, info["latency"], jnp.nan),
         info["preemptions"],
     )
-    return table.at[rows, : len(outcome)].set(jnp.stack(outcome, axis=-1).astype(jnp.float32))
+    return table.at[rows, : len(end)].set(jnp.stack(end, axis=-1).astype(jnp.float32))
 
 
 def _measure(game: _Game, at: _Episode, action: Int[Array, ""], info: dict[str, Array]) -> _Episode:

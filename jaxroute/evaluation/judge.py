@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from jaxroute.config import Config
@@ -52,6 +54,12 @@ def evaluate(config: Config, console: Console, *, command: str) -> EvaluationRes
             warmup=settings.warmup,
             on_done=lambda name: progress.advance(note=f"last: {name}"),
         )
+    summaries = {
+        rate: {name: summarise(episodes, settings.warmup) for name, episodes in by_policy.items()}
+        for rate, by_policy in records.items()
+    }
+    if line := overflow_line(summaries, env.num_slots):
+        console.print(line)
     return EvaluationResult(
         workload=config.workload.name,
         site=config.site.name,
@@ -63,16 +71,35 @@ def evaluate(config: Config, console: Console, *, command: str) -> EvaluationRes
         warmup=settings.warmup,
         reference=LEARNED if trained else None,
         expert_names=[expert.label for expert in config.site.experts],
-        summaries={
-            rate: {name: summarise(episodes, settings.warmup) for name, episodes in by_policy.items()}
-            for rate, by_policy in records.items()
-        },
+        summaries=summaries,
         provenance={
             "command": command,
             "checkpoint": str(trained.source) if trained else "none",
             **versions(),
             "seed": str(settings.seed),
         },
+    )
+
+
+def overflow_line(summaries: Mapping[float, Mapping[str, Mapping[str, np.ndarray]]], num_slots: int) -> str:
+    """Say where the simulation had too few slots, by how much, and what to set; nothing if they sufficed.
+
+    Args:
+        summaries: what `summarise` returns, by rate and policy.
+        num_slots: the environment's.
+    """
+    rates = {
+        (rate, name): float(np.mean(summary["overflow_rate"]))
+        for rate, by_policy in summaries.items()
+        for name, summary in by_policy.items()
+    }
+    (rate, name), share = max(rates.items(), key=lambda item: item[1])
+    if share == 0:
+        return ""
+    return (
+        f"Up to {share:.1%} of the requests ({name} at {rate:.3g} requests/s) found none of the {num_slots} slots that "
+        f"the simulation has for an expert, and count with QoS 0. To simulate longer queues, set for instance "
+        f"env.num_slots={2 * num_slots}"
     )
 
 

@@ -31,6 +31,8 @@ class Outcome(IntEnum):
     """Its expert failed."""
     DECLINED = 4
     """The router sent it away, and there was no cloud for it."""
+    OVERFLOWED = 5
+    """Its expert would have queued it, and the simulation had no slot left for it."""
 
 
 _PERCENTILES = (50, 95, 99)
@@ -98,7 +100,7 @@ METRICS: dict[str, Metric] = {
         "Average QoS",
         "0 to 1",
         "Sum of the quality of the answers that were in time, divided by all ended requests "
-        "(completed, rejected, declined and lost). All but the completed ones in time are worth 0.",
+        "(completed, rejected, declined, lost and overflowed). All but the completed ones in time are worth 0.",
     ),
     "qos_per_second": Metric(
         "QoS per second", "QoS/s", "Sum of the QoS of all requests divided by the simulated seconds."
@@ -137,6 +139,12 @@ METRICS: dict[str, Metric] = {
     "cloud_rate": Metric("To the cloud", "share of ended", "Requests that the cloud answered / ended requests."),
     "lost_rate": Metric(
         "Lost (lost rate)", "share of ended", "Requests lost because their expert failed / ended requests."
+    ),
+    "overflow_rate": Metric(
+        "Overflowed (overflow rate)",
+        "share of ended",
+        "Requests that an expert would have queued, and for which the simulation had no slot (env.num_slots) / ended "
+        "requests.",
     ),
     "mean_quality": Metric(
         "Mean quality", "0 to 1", "Mean quality of the answers of completed requests, late ones included."
@@ -270,6 +278,7 @@ def summarise(records: EpisodeRecords, warmup: int = 0) -> dict[str, np.ndarray]
         "declined_rate": per_ended(status == Outcome.DECLINED),
         "cloud_rate": per_ended(completed & (records.expert[:, warmup:] == num_experts)),
         "lost_rate": per_ended(status == Outcome.LOST),
+        "overflow_rate": per_ended(status == Outcome.OVERFLOWED),
         "mean_quality": _divide(sum_of_quality, completed.sum(axis=1)),
         "qos_per_busy_second": _divide(sum_of_qos, records.busy_seconds.sum(axis=1, dtype=np.float64)),
         "qos_per_million_kv_token_seconds": _divide(sum_of_qos, million_kv_token_seconds),

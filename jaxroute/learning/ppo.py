@@ -94,7 +94,7 @@ class PPOConfig:
 
 
 # Totals of a rollout that an environment may report in `info`.
-_COUNTS = ("qos_sum", "num_completed", "num_late", "num_lost", "rejected", "declined")
+_COUNTS = ("qos_sum", "num_completed", "num_late", "num_lost", "rejected", "overflowed", "declined")
 
 
 class Transition(NamedTuple):

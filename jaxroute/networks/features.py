@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxroute.env.types import Away, Observation, Recent
+from jaxroute.env.types import Away, Experts, Observation, Recent
 from jaxroute.errors import UserError
+from jaxroute.serving.site import UNBOUNDED
 
 _TYPICAL_TIME_PER_TOKEN = 0.03
 _TYPICAL_RATE = 8.0
@@ -80,7 +81,7 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
     expert_features = jnp.stack(
         [
             experts.num_running / experts.max_num_seqs,
-            experts.num_waiting / experts.max_waiting,
+            jnp.minimum(experts.num_waiting / _usual_queue(experts), 4.0),
             experts.kv_used / experts.kv_capacity,
             _log_tokens(experts.pending_prefill),
             _log_tokens(experts.pending_output),
@@ -150,6 +151,11 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
         away_gain=None if obs.away is None else obs.away.net,
         may_go_away=None if obs.away is None else obs.away.allowed,
     )
+
+
+def _usual_queue(experts: Experts) -> Float[Array, "expert"]:
+    """The longest queue, or, where it has no bound, a third of the seats."""
+    return jnp.where(experts.max_waiting < UNBOUNDED, experts.max_waiting, experts.max_num_seqs / 3)
 
 
 def _spread(recent: Recent) -> Float[Array, ""]:

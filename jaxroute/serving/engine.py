@@ -176,6 +176,12 @@ def can_accept(
     return fits & (num_waiting(state) < site.max_waiting)
 
 
+def has_free_slot(state: SiteState) -> Bool[Array, "*lanes"]:
+    """Whether the simulation can hold one more request of each expert."""
+    active = (state.slots.status == SlotStatus.ACTIVE).astype(jnp.int32)
+    return fold(jnp.add, active) < active.shape[0]
+
+
 @lanes_last
 def enqueue(
     site: Site,

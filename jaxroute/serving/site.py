@@ -31,7 +31,7 @@ class Site(NamedTuple):
     max_num_batched_tokens: Int[Array, "expert"]
     """Maximum tokens scheduled in one iteration."""
     max_waiting: Int[Array, "expert"]
-    """Maximum requests in the waiting queue; further arrivals are rejected."""
+    """Maximum requests in the waiting queue; further arrivals are rejected. `UNBOUNDED` never rejects one for that."""
     kv_capacity: Int[Array, "expert"]
     """KV cache size, tokens."""
     network_delay: Float[Array, "expert"]
@@ -80,6 +80,9 @@ _MINIMUM: dict[str, float] = {
 
 # Limit of every count. The router sees tokens in float32, which is exact for whole numbers up to here.
 MAX_COUNT = 2**24
+
+# A queue that never ends, as vLLM's.
+UNBOUNDED = MAX_COUNT
 
 
 def check_site(site: Site, name: str = "site") -> Site:
@@ -134,8 +137,8 @@ class ExpertConfig:
     """Maximum requests in one batch."""
     max_num_batched_tokens: int
     """Maximum tokens scheduled in one iteration."""
-    max_waiting: int
-    """Maximum requests in the waiting queue; further arrivals are rejected."""
+    max_waiting: int | None
+    """Maximum requests in the waiting queue; further arrivals are rejected. null: no bound, as in vLLM."""
     kv_capacity: int
     """KV cache size, tokens."""
     network_delay: float
@@ -217,4 +220,6 @@ def build_site(config: SiteConfig) -> Site:
     columns: dict[str, Any] = {
         name: np.asarray([getattr(expert, name) for expert in config.experts]) for name in Site._fields
     }
+    waiting = [expert.max_waiting for expert in config.experts]
+    columns["max_waiting"] = np.asarray([UNBOUNDED if most is None else most for most in waiting])
     return check_site(Site(**columns), name=f"site {config.name}")

@@ -318,6 +318,8 @@ def _run_updates(
         if host.tracker:
             host.tracker.log({"steps": steps, "train/steps_per_second": speed} | metrics)
         qos = f", average QoS {metrics['train/avg_qos']:.3f}" if "train/avg_qos" in metrics else ""
+        if overflow := metrics.get("train/overflow_rate"):
+            qos += f", {overflow:.1%} overflowed (env.num_slots)"
         if call == done + 1:
             host.progress.begin("training", calls, done=call)
         host.progress.advance(int(call > done + 1), f"{speed:,.0f} steps/s{qos}")
@@ -372,12 +374,13 @@ def _readable(metrics: dict[str, Any]) -> dict[str, float]:
     """Turn a rollout's totals into rates for people to read; there are none if no request has ended."""
     values = {name: float(value) for name, value in metrics.items()}
     completed, rejected, lost = values.pop("num_completed"), values.pop("rejected"), values.pop("num_lost")
-    declined = values.pop("declined")
+    declined, overflowed = values.pop("declined"), values.pop("overflowed")
     qos, late = values.pop("qos_sum"), values.pop("num_late")
-    if ended := completed + rejected + declined + lost:
+    if ended := completed + rejected + overflowed + declined + lost:
         values["train/avg_qos"] = qos / ended
         values["train/violation_rate"] = late / ended
         values["train/rejection_rate"] = rejected / ended
+        values["train/overflow_rate"] = overflowed / ended
         values["train/declined_rate"] = declined / ended
         values["train/lost_rate"] = lost / ended
     return values
