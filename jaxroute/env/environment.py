@@ -618,6 +618,7 @@ def observe(
         experts=experts,
         candidates=Candidates(request.predicted_quality, request.predicted_output_tokens, impact),
         in_flight=InFlight(
+            weight=per_expert(load.weight),
             prompt_tokens=per_expert(batch.prompt_tokens),
             kv_tokens=per_expert(batch.computed),
             generated=per_expert(batch.generated),

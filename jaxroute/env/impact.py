@@ -61,7 +61,8 @@ class Delays(NamedTuple):
 class Load(NamedTuple):
     """What `estimate_impact` needs to know of an expert's batch besides its outlook."""
 
-    active: Float[Array, "slot expert"]
+    weight: Float[Array, "slot expert"]
+    """Requests that a slot stands for."""
     num_active: Float[Array, "expert"]
     footprint: Float[Array, "expert"]
     """Tokens of all requests there, prompts and what has been generated."""
@@ -166,25 +167,29 @@ def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple
     `log_error` is the standard deviation of the log length around its prediction.
     """
     active = (batch.running | batch.waiting).astype(jnp.float32)
+    weight = active if batch.weight is None else batch.weight
     remaining = _expected_remaining(jnp.maximum(batch.predicted_output_tokens, 1.0), batch.generated, log_error)
-    size = active * (batch.prompt_tokens + batch.generated)
-    num_active = active.sum(0)
-    num_waiting = num_active - batch.running.sum(0).astype(jnp.float32)
+    size = weight * (batch.prompt_tokens + batch.generated)
+    num_active = weight.sum(0)
+    num_waiting = num_active - (weight * batch.running).sum(0)
     per_request = jnp.maximum(num_active, 1.0)
     footprint = size.sum(0)
     num_seqs = jnp.minimum(num_active, site.max_num_seqs)
     context = footprint * num_seqs / per_request
     time = site.iteration_time(num_seqs, num_seqs, context)
     need = jnp.where(active > 0, batch.prompt_tokens + batch.generated - batch.computed, 0.0)
-    # A decoding request needs one token, which belongs to the decode iteration.
-    prefill = jnp.where(need > 1, need, 0.0).sum(0)
-    kv_used = (active * batch.computed).sum(0)
+    # A decoding request needs one token, which belongs to the decode iteration. Means over several are rounded.
+    prefill = (weight * jnp.where(need > 1.5, need, 0.0)).sum(0)
+    kv_used = (weight * batch.computed).sum(0)
 
-    pending_output = (active * remaining).sum(0)
+    pending_output = (weight * remaining).sum(0)
     time_left = time * jnp.maximum(pending_output, 1.0) / per_request
     departure_time = time_left / jnp.maximum(num_seqs, 1.0)
     # The slots are in the order in which requests are admitted and keep their memory. First in line = 1.
-    rank, size_so_far = running_sums(active, size)
+    if batch.place is None or batch.tokens_so_far is None:
+        rank, size_so_far = running_sums(active, size)
+    else:
+        rank, size_so_far = batch.place, batch.tokens_so_far
     # So many must leave before it has a seat; the times between their departures are taken as exponential.
     behind = jnp.maximum(rank - site.max_num_seqs, 0.0)
     delays = Delays(
@@ -199,11 +204,11 @@ def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple
         pending_prefill=prefill,
         pending_output=pending_output,
         kv_used=kv_used,
-        expected_qos=fold(jnp.add, active * batch.predicted_quality * in_time),
+        expected_qos=fold(jnp.add, weight * batch.predicted_quality * in_time),
         remaining_tokens=remaining * active,
         in_time=in_time * active,
     )
-    load = Load(active, num_active, footprint, context, num_waiting, departure_time, time_left, delays)
+    load = Load(weight, num_active, footprint, context, num_waiting, departure_time, time_left, delays)
     return outlook, load
 
 
@@ -261,10 +266,10 @@ def estimate_impact(
             outlook.iteration_time,
             load.time_left,
         ),
-        _limits(batch, load.active),
+        _limits(batch, load.weight),
         log_error,
     )
-    lost = jnp.maximum(outlook.in_time - still_in_time, 0.0) * load.active
+    lost = jnp.maximum(outlook.in_time - still_in_time, 0.0) * load.weight
     holds = mean_length * slower
     allowed = jnp.minimum(request.limits.per_token(mean_length), 1e3) * mean_length
     spare = jnp.maximum(allowed - (delays.elapsed - wait) - holds, 0.0)
@@ -303,6 +308,6 @@ def _course(batch: Batch, delays: Delays, remaining: Array, per_token: Array, ti
     return _Course(delays, first_token, has_token, batch.generated, remaining, per_token, time_left)
 
 
-def _limits(batch: Batch, active: Array) -> Limits:
+def _limits(batch: Batch, weight: Array) -> Limits:
     """Limits of each slot; any positive number where there is no request."""
-    return jax.tree.map(lambda limit: jnp.where(active > 0, limit, 1.0), batch.limits)
+    return jax.tree.map(lambda limit: jnp.where(weight > 0, limit, 1.0), batch.limits)

@@ -150,7 +150,13 @@ class Away(NamedTuple):
 
 
 class InFlight(NamedTuple):
-    """The requests at each expert, running ones in order of admission, then waiting ones in queue order."""
+    """The requests at each expert, running ones in order of admission, then waiting ones in queue order.
+
+    Where they are many, a slot stands for several alike, and holds their means.
+    """
+
+    weight: Float[Array, "expert slot"]
+    """How many requests it stands for; 0 where there is none."""
 
     prompt_tokens: Float[Array, "expert slot"]
     kv_tokens: Float[Array, "expert slot"]
@@ -168,7 +174,10 @@ class InFlight(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What the router knows of the requests at each expert; slots lead, as in the engine."""
+    """What the router knows of the requests at each expert, in the order of admission; slots lead.
+
+    Where they are many, they are grouped (`jaxroute.env.groups`): a slot stands for several, and holds their means.
+    """
 
     running: Bool[Array, "slot expert"]
     waiting: Bool[Array, "slot expert"]
@@ -182,6 +191,12 @@ class Batch(NamedTuple):
     """`(slot, expert)`."""
     predicted_quality: Float[Array, "slot expert"]
     predicted_output_tokens: Float[Array, "slot expert"]
+    weight: Float[Array, "slot expert"] | None = None
+    """How many requests it stands for; None if each for itself, as the next two."""
+    place: Float[Array, "slot expert"] | None = None
+    """Place in line: 1 for the first to be admitted."""
+    tokens_so_far: Float[Array, "slot expert"] | None = None
+    """Tokens of the requests up to this place, itself included."""
 
 
 class Described(NamedTuple):

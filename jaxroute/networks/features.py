@@ -26,6 +26,8 @@ class Features(NamedTuple):
     experts: Float[Array, "expert expert_feature"]
     candidates: Float[Array, "expert edge_feature"]
     in_flight: Float[Array, "expert slot request_feature"]
+    weight: Float[Array, "expert slot"]
+    """Requests that a slot stands for."""
     running: Bool[Array, "expert slot"]
     waiting: Bool[Array, "expert slot"]
     up: Bool[Array, "expert"]
@@ -142,6 +144,7 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
         experts=expert_features,
         candidates=jnp.stack(edges, axis=-1),
         in_flight=request_features,
+        weight=requests.weight,
         running=obs.running,
         waiting=obs.waiting,
         up=experts.up,

@@ -33,7 +33,7 @@ class NeighbourAttention(nn.Module):
 
     For expert i, neighbour j and head h: e_ij = LeakyReLU(a_h . [W x_i || W' x_j]), alpha = softmax_j(e), and the
     output is the concatenation over heads of sum_j alpha_ij W' x_j; zero for an expert without neighbours. Each type
-    has its own W, W' and a.
+    has its own W, W' and a. A neighbour that stands for w requests counts w times, which is log w more in e_ij.
     """
 
     heads: int
@@ -44,25 +44,29 @@ class NeighbourAttention(nn.Module):
         self,
         experts: Float[Array, "expert hidden"],
         requests: Float[Array, "expert slot feature"],
+        weight: Float[Array, "expert slot"],
         masks: Bool[Array, "type expert slot"],
         graphs: Sequence[jraph.GraphsTuple],
     ) -> list[Float[Array, "expert hidden"]]:
         """Attend densely, or along the edges of `graphs` if they are given, one per type."""
         num_types = masks.shape[0]
+        log_weight = jnp.log(jnp.maximum(weight, 1.0))
         weights_shape = (num_types, requests.shape[-1], self.heads, self.head_size)
         project = self.param("project", nn.initializers.lecun_normal(1, (2, 3), batch_axis=0), weights_shape)
         of_request = self.param("of_request", nn.initializers.normal(0.1), (num_types, self.heads, self.head_size))
         of_expert = nn.DenseGeneral((num_types, self.heads), use_bias=False, name="of_expert")(experts)
         if graphs:
             return [
-                self._by_segments(graph, project[i], of_request[i], of_expert[:, i]) for i, graph in enumerate(graphs)
+                self._by_segments(graph, log_weight.reshape(-1), project[i], of_request[i], of_expert[:, i])
+                for i, graph in enumerate(graphs)
             ]
         # One matrix product for all types and heads, with slots last for the softmax: on a CPU, 3 times as fast as one
         # product per type with heads last.
         by_feature = jnp.einsum("tfhd,thd->fth", project, of_request)
         logits = jnp.moveaxis(jnp.tensordot(requests, by_feature, 1), 1, -1) + of_expert[..., None]
         mask = jnp.moveaxis(masks, 0, 1)[:, :, None]
-        weights = jax.nn.softmax(jnp.where(mask, nn.leaky_relu(logits, 0.2), _MASKED), axis=-1) * mask
+        logits = nn.leaky_relu(logits, 0.2) + log_weight[:, None, None]
+        weights = jax.nn.softmax(jnp.where(mask, logits, _MASKED), axis=-1) * mask
         num_experts, num_slots = masks.shape[1:]
         attended = jnp.matmul(weights.reshape(num_experts, -1, num_slots), requests)
         attended = attended.reshape(num_experts, num_types, -1)
@@ -71,12 +75,15 @@ class NeighbourAttention(nn.Module):
         blocks = blocks.reshape(num_types, attended.shape[-1], -1)
         return [attended[:, i] @ blocks[i] for i in range(num_types)]
 
-    def _by_segments(self, graph: jraph.GraphsTuple, project: Array, of_request: Array, of_expert: Array) -> Array:
+    def _by_segments(
+        self, graph: jraph.GraphsTuple, log_weight: Array, project: Array, of_request: Array, of_expert: Array
+    ) -> Array:
         num_experts = of_expert.shape[0]
         mask = graph.edges["mask"][:, None]
         projected = jnp.einsum("ef,fhd->ehd", graph.nodes["senders"], project)[graph.senders]
         logits = (projected * of_request).sum(-1) + of_expert[graph.receivers]
-        logits = jnp.where(mask, nn.leaky_relu(logits, 0.2), _MASKED)
+        logits = nn.leaky_relu(logits, 0.2) + log_weight[graph.senders, None]
+        logits = jnp.where(mask, logits, _MASKED)
         weights = jraph.segment_softmax(logits, graph.receivers, num_segments=num_experts) * mask
         messages = weights[..., None] * projected
         return jraph.segment_sum(messages, graph.receivers, num_segments=num_experts).reshape(num_experts, -1)
@@ -130,6 +137,7 @@ class HAN(nn.Module):
         of_requests = NeighbourAttention(self.heads, self.hidden // self.heads, name="requests")(
             experts,
             features.in_flight,
+            features.weight,
             jnp.stack([features.running, features.waiting]),
             [graphs[RUNNING_TO_EXPERT], graphs[WAITING_TO_EXPERT]] if graphs else [],
         )

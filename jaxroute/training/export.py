@@ -26,6 +26,7 @@ from jaxroute.config import Config, load_config, read_config
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.env.cloud import expect_away
 from jaxroute.env.environment import best_net, observe
+from jaxroute.env.groups import group
 from jaxroute.env.types import Batch, CloudParams, Described, Prices, Recent, Snapshot
 from jaxroute.errors import UserError
 from jaxroute.files import check_new, complete_folder
@@ -135,7 +136,7 @@ def decision(
         recent_latency, up, predicted_quality, predicted_output_tokens = experts
         of_arrival = dict(zip(FIELDS["arrival"], arrival, strict=True))
         known = Snapshot(
-            batch=requests._replace(running=requests.running > 0, waiting=requests.waiting > 0),
+            batch=group(Site(**of_site), requests._replace(running=requests.running > 0, waiting=requests.waiting > 0)),
             recent_latency=recent_latency,
             up=up > 0,
             age=jnp.float32(0.0),

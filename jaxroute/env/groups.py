@@ -1,0 +1,108 @@
+"""Many requests at an expert as few nodes: groups of alike requests, each with a weight.
+
+A server of real size holds hundreds of requests. What matters of one of them is how close it is to its limit, and
+whether it decodes, prefills or waits. So requests of a kind that use up about the same share of their limit become one
+node, which stands for as many as there are, with the means of their columns. Sums over nodes are exact sums over
+requests. As long as there are no more requests than nodes, each is a node of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxroute.env.types import Batch
+from jaxroute.serving import Site
+from jaxroute.workloads.limits import latencies
+
+# Shares of its limit that a request is expected to use up: finest about 1, where requests may yet be saved or lost.
+_BOUNDS = np.array([0.3, 0.45, 0.6, 0.7, 0.8, 0.87, 0.94, 1.0, 1.06, 1.2, 1.5])
+# Waiting requests differ less: they have used up nothing but time.
+_WAITING_BOUNDS = np.array([0.7, 1.0])
+_PREFILLING = len(_BOUNDS) + 1
+_WAITING = _PREFILLING + 1
+NUM_GROUPS = _WAITING + len(_WAITING_BOUNDS) + 1
+
+
+def group(site: Site, batch: Batch) -> Batch:
+    """Return the requests as `NUM_GROUPS` nodes per expert, `(group, expert)`; as they are if there are no more slots.
+
+    Args:
+        site: the experts.
+        batch: `(slot, expert)`, in the order of admission.
+
+    Returns:
+        The nodes with their `weight`, and with `place` and `tokens_so_far`, which are means over requests, as all
+        columns but the limits. Of these it is the harmonic mean, so that no limit stays none.
+    """
+    num_slots = batch.running.shape[0]
+    if num_slots <= NUM_GROUPS:
+        return batch
+    return jax.tree.map(jnp.transpose, jax.vmap(_group_expert)(site, jax.tree.map(jnp.transpose, batch)))
+
+
+def _group_expert(site: Site, batch: Batch) -> Batch:
+    """Group the requests of one expert; columns are `(slot,)`, and those of the result `(group,)`."""
+    active = batch.running | batch.waiting
+    weight = active.astype(jnp.float32)
+    size = weight * (batch.prompt_tokens + batch.generated)
+    place, tokens_so_far = _sums_so_far(weight, size)
+    index = jnp.where(place[-1] <= NUM_GROUPS, place.astype(jnp.int32) - 1, _kind(site, batch, weight, size))
+    # Its limits as what they allow per second, which is 0 for none.
+    per_second = jax.tree.map(lambda limit: 1 / limit, batch.limits)
+    columns = batch._replace(
+        running=batch.running.astype(jnp.float32),
+        waiting=batch.waiting.astype(jnp.float32),
+        limits=per_second,
+        place=place,
+        tokens_so_far=tokens_so_far,
+    )
+    values, structure = jax.tree.flatten(columns)
+    member = (index[:, None] == jnp.arange(NUM_GROUPS)) * weight[:, None]
+    # What an empty slot holds may be anything.
+    table = jnp.where(active, jnp.stack(values), 0.0)
+    count, sums = member.sum(0), jnp.matmul(table, member, precision=jax.lax.Precision.HIGHEST)
+    means: Batch = jax.tree.unflatten(structure, list(sums / jnp.maximum(count, 1.0)))
+    return means._replace(
+        running=means.running > 0,
+        waiting=means.waiting > 0,
+        limits=jax.tree.map(lambda rate: jnp.where(rate > 0, 1 / jnp.maximum(rate, 1e-30), jnp.inf), means.limits),
+        weight=count,
+    )
+
+
+def _kind(site: Site, batch: Batch, weight: Float[Array, "slot"], size: Float[Array, "slot"]) -> Int[Array, "slot"]:
+    """Return the group of each request: by what it does, and by the share of its limit that it comes to use up."""
+    num_active = weight.sum()
+    num_seqs = jnp.minimum(num_active, site.max_num_seqs)
+    pace = site.iteration_time(num_seqs, num_seqs, size.sum() * num_seqs / jnp.maximum(num_active, 1.0))
+    predicted = jnp.maximum(batch.predicted_output_tokens, 1.0)
+    # Longer than predicted by now: a good part of it is still to come.
+    tokens = jnp.maximum(predicted, 1.3 * batch.generated)
+    latency = batch.age + (tokens - batch.generated) * pace
+    first = (
+        latency if batch.first_token is None else jnp.where(batch.generated > 0, batch.first_token, batch.age + pace)
+    )
+    used = batch.limits.relative(latencies(first, latency, tokens))
+    of_decoding = jnp.searchsorted(jnp.asarray(_BOUNDS), used, method="compare_all")
+    of_waiting = jnp.searchsorted(jnp.asarray(_WAITING_BOUNDS), used, method="compare_all")
+    decodes = batch.prompt_tokens + batch.generated - batch.computed <= 1
+    return jnp.where(batch.running, jnp.where(decodes, of_decoding, _PREFILLING), _WAITING + of_waiting)
+
+
+def _sums_so_far(*columns: Float[Array, "slot"]) -> list[Float[Array, "slot"]]:
+    """Sums over each slot and those before it, within chunks and then over chunks."""
+    values = jnp.stack(columns)
+    num_slots = values.shape[1]
+    chunk = math.isqrt(num_slots - 1) + 1
+    padded = jnp.pad(values, ((0, 0), (0, -num_slots % chunk))).reshape(len(columns), -1, chunk)
+    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    within = product(padded, jnp.triu(jnp.ones((chunk, chunk), jnp.float32)))
+    num_chunks = padded.shape[1]
+    before = product(within[:, :, -1], jnp.triu(jnp.ones((num_chunks, num_chunks), jnp.float32), 1))
+    return list((within + before[:, :, None]).reshape(len(columns), -1)[:, :num_slots])
