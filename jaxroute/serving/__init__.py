@@ -5,16 +5,18 @@ The engine knows requests, iterations and KV memory, and nothing of routing or r
 """
 
 from jaxroute.serving.engine import (
-    Placement,
     SiteState,
     SlotStatus,
     advance,
     can_accept,
     clear,
+    computed,
     enqueue,
+    generated,
     idle_site,
-    num_waiting,
+    ready,
     running_and_waiting,
+    slot_status,
     with_output_tokens,
 )
 from jaxroute.serving.lanes import fold, lanes_last, positions, running_sums
@@ -25,7 +27,6 @@ __all__ = [
     "CloudConfig",
     "ExpertConfig",
     "Outcomes",
-    "Placement",
     "Requests",
     "Site",
     "SiteConfig",
@@ -35,14 +36,17 @@ __all__ = [
     "build_site",
     "can_accept",
     "clear",
+    "computed",
     "enqueue",
     "fold",
+    "generated",
     "idle_site",
     "lanes_last",
-    "num_waiting",
     "positions",
+    "ready",
     "replay",
     "running_and_waiting",
     "running_sums",
+    "slot_status",
     "with_output_tokens",
 ]
