@@ -15,8 +15,8 @@ iteration: the one that was admitted last (`partial`).
 order. A request is entered at the end (`tail`); admission and preemption only move the border between the two
 (`num_admitted`). Requests that end leave holes, and `enqueue` closes all of them when it gets to the last slot.
 
-*Slots are touched by events only*: at one place when a request comes, is admitted, has its first token or is preempted,
-and all slots of one expert are looked at when one of them ends. Between events, an expert is a few numbers. Most experts
+*Slots are touched by events only*: at one place when a request comes, is admitted, has its first token or is preempted;
+and all slots of one expert are looked at when a request ends. Between events, an expert is a few numbers. Most experts
 just keep decoding from one arrival to the next, which is one formula (`_decode_until`). The few whose schedule changes
 before that are gathered and taken from event to event until none has another (`_next_event`).
 
@@ -29,6 +29,7 @@ other, and treated as one. So the slots of a lane lie side by side, and a lane i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, NamedTuple, TypeVar
 
@@ -378,15 +379,10 @@ def _make_room(state: SiteState, tables: Any, chosen: Bool[Array, "lane"]) -> tu
     """Move the requests of each chosen lane whose last slot is taken to the front, so that there are no holes."""
     num_lanes, num_slots = state.slots.finish.shape
     # So many get there at a time, about.
-    few = max(num_lanes // (2 * num_slots), min(8, num_lanes))
+    most = max(num_lanes // (2 * num_slots), 8)
 
-    def full(carry: tuple[SiteState, Any]) -> Bool[Array, ""]:
-        return (chosen & (carry[0].tail == num_slots)).any()
-
-    def close_holes(carry: tuple[SiteState, Any]) -> tuple[SiteState, Any]:
+    def close_holes(lane: Array, carry: tuple[SiteState, Any]) -> tuple[SiteState, Any]:
         state, tables = carry
-        (lane,) = jnp.nonzero(chosen & (state.tail == num_slots), size=few, fill_value=num_lanes)
-        lane = lane.astype(jnp.int32)
         slots, border = state.slots, state.num_admitted.at[lane].get(mode="clip")
         base = state.iterations.at[lane].get(mode="clip")
         active = slots.finish.at[lane].get(mode="clip") > base[:, None]
@@ -420,7 +416,7 @@ def _make_room(state: SiteState, tables: Any, chosen: Bool[Array, "lane"]) -> tu
         )
         return state, jax.tree.map(close, tables)
 
-    return jax.lax.while_loop(full, close_holes, (state, tables))
+    return _some_at_a_time(chosen & (state.tail == num_slots), most, close_holes, (state, tables))
 
 
 def with_output_tokens(site: Site, state: SiteState, output_tokens: Int[Array, "*lanes slot"]) -> SiteState:
@@ -484,6 +480,26 @@ def _by_lane(state: SiteState, lanes: tuple[int, ...]) -> SiteState:
 
 def _as_given(tree: _Tree, lanes: tuple[int, ...]) -> _Tree:
     return jax.tree.map(lambda leaf: leaf.reshape(*lanes, *leaf.shape[1:]), tree)
+
+
+_Carry = TypeVar("_Carry")
+
+
+def _some_at_a_time(
+    where: Bool[Array, "lane"], most: int, change: Callable[[Array, _Carry], _Carry], carry: _Carry
+) -> _Carry:
+    """Let `change` be made to all lanes `where` it is due, to at most so many at a time.
+
+    It is given their numbers, which are past the last lane where there are fewer.
+    """
+    num_lanes = where.shape[0]
+
+    def some(now: tuple[Array, _Carry]) -> tuple[Array, _Carry]:
+        where, carry = now
+        lane = jnp.nonzero(where, size=min(most, num_lanes), fill_value=num_lanes)[0].astype(jnp.int32)
+        return where.at[lane].set(False, mode="drop", unique_indices=True), change(lane, carry)
+
+    return jax.lax.while_loop(lambda now: now[0].any(), some, (where, carry))[1]
 
 
 # ---- From event to event ---------------------------------------------------------------------------------------
@@ -597,12 +613,10 @@ def _end_iterations(
 
 def _complete(slots: Slots, lanes: _Lanes, completes: Bool[Array, "lane"]) -> tuple[Slots, SiteState]:
     """Let all requests leave that have all their tokens now, in lanes that may have some."""
-    num_lanes, num_slots = lanes.row.shape[0], slots.finish.shape[1]
-    few = -(-num_lanes // 4)
+    num_slots = slots.finish.shape[1]
 
-    def some_leave(carry: tuple) -> tuple:
-        latency, state, completes = carry
-        chosen = jnp.nonzero(completes, size=few, fill_value=num_lanes)[0].astype(jnp.int32)
+    def some_leave(chosen: Array, carry: tuple[Array, SiteState]) -> tuple[Array, SiteState]:
+        latency, state = carry
         row = lanes.row.at[chosen].get(mode="fill", fill_value=slots.finish.shape[0])
         site, here = jax.tree.map(lambda leaf: leaf.at[chosen].get(mode="clip"), (lanes.site, state))
         finish = slots.finish.at[row].get(mode="clip")
@@ -629,11 +643,10 @@ def _complete(slots: Slots, lanes: _Lanes, completes: Bool[Array, "lane"]) -> tu
             context=put(state.context, here.context - freed),
             kv_held=put(state.kv_held, here.kv_held - (freed - number)),
         )
-        return latency, state, put(completes, jnp.zeros(few, bool))
+        return latency, state
 
-    latency, state, _ = jax.lax.while_loop(
-        lambda carry: carry[2].any(), some_leave, (slots.latency, lanes.state, completes)
-    )
+    most = -(-lanes.row.shape[0] // 4)
+    latency, state = _some_at_a_time(completes, most, some_leave, (slots.latency, lanes.state))
     return slots._replace(latency=latency), state
 
 
@@ -704,9 +717,7 @@ def _schedule(slots: Slots, lanes: _Lanes, starts: Bool[Array, "lane"]) -> tuple
     )
 
 
-def _preempt(
-    slots: Slots, lanes: _Lanes, starts: Bool[Array, "lane"]
-) -> tuple[Slots, SiteState, Bool[Array, "lane"]]:
+def _preempt(slots: Slots, lanes: _Lanes, starts: Bool[Array, "lane"]) -> tuple[Slots, SiteState, Bool[Array, "lane"]]:
     """Take memory from the last admitted requests until it lasts for one more token each; tell where that was so."""
     site, row = lanes.site, lanes.row
 
@@ -874,17 +885,21 @@ def _decode_until(site: Site, state: SiteState, until: Float[Array, "lane"]) -> 
 
 
 def _move_epoch(state: SiteState) -> SiteState:
-    """Make now the epoch of the slots' times, if that of any lane is too long ago to be exact."""
+    """Make now the epoch of the slots' times where it is too long ago for them to be exact."""
 
-    def move(times: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        arrival, head_ready, since = times
-        return arrival - since[:, None], head_ready - since, jnp.zeros_like(since)
+    def move(lane: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        arrival, head_ready, since = carry
+        passed = since.at[lane].get(mode="clip")
+        return (
+            arrival.at[lane].add(-passed[:, None], mode="drop", unique_indices=True),
+            head_ready.at[lane].add(-passed, mode="drop", unique_indices=True),
+            since.at[lane].set(0.0, mode="drop", unique_indices=True),
+        )
 
+    most = max(state.clock.shape[0] // 16, 8)
     times = (state.slots.arrival, state.head_ready, state.since_epoch)
-    arrival, head_ready, since = jax.lax.cond(
-        (state.since_epoch > _EPOCH).any(), move, lambda times: times, times
-    )
-    return state._replace(slots=state.slots._replace(arrival=arrival), head_ready=head_ready, since_epoch=since)
+    arrival, head, since = _some_at_a_time(state.since_epoch > _EPOCH, most, move, times)
+    return state._replace(slots=state.slots._replace(arrival=arrival), head_ready=head, since_epoch=since)
 
 
 def _kv_token_seconds(state: SiteState, k: Int[Array, "lane"]) -> Float[Array, "lane"]:
