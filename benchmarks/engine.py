@@ -32,7 +32,7 @@ from benchmarks.measure import (
 )
 from benchmarks.publish import publish
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
-from jaxroute.serving import Site, SiteState, SlotStatus, advance, can_accept, enqueue, lanes_last, positions
+from jaxroute.serving import Site, SiteState, SlotStatus, advance, can_accept, enqueue, slot_status
 
 # Scenario and requests/s, by site.
 _BUSY = {"edge3": ("edge3-poisson", 5.0), "edge6": ("edge-poisson", 10.0), "edge16": ("edge16-poisson", 27.0)}
@@ -80,7 +80,6 @@ def engine_steps(num_experts: int) -> Callable[..., Array]:
         num_envs = state.clock.shape[0]
         site, bank = params.site, params.bank
 
-        @lanes_last
         def route(
             site: Site,
             state: SiteState,
@@ -90,7 +89,7 @@ def engine_steps(num_experts: int) -> Callable[..., Array]:
             gap: Float[Array, ""],
         ) -> SiteState:
             prompt = jnp.broadcast_to(prompt, output.shape)
-            chosen = (positions(output) == action) & can_accept(site, state, prompt, output)
+            chosen = (jnp.arange(num_experts) == action) & can_accept(site, state, prompt, output)
             state, _ = enqueue(site, state, chosen, jnp.int32(0), prompt, output)
             return advance(site, state, gap)
 
@@ -104,7 +103,7 @@ def engine_steps(num_experts: int) -> Callable[..., Array]:
             action = jax.random.randint(key_action, (num_envs,), 0, num_experts)
             gap = jax.random.exponential(key_gap, (num_envs,)) / params.rate[0]
             state = jax.vmap(route, in_axes=(None, 0, 0, 0, 0, 0))(site, state, *arriving, action, gap)
-            tokens = _completed_tokens(state.slots.status == SlotStatus.ENDED, state.slots.output_tokens)
+            tokens = _completed_tokens(slot_status(state) == SlotStatus.ENDED, state.slots.output_tokens)
             return (state, request(key_request)), tokens
 
         return jax.lax.scan(step, (state, request(keys[0])), keys)[1]

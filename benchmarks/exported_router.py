@@ -35,7 +35,7 @@ from jaxroute.gateway import CLOUD, DECLINED, Router
 from jaxroute.networks import build_network
 from jaxroute.runs import CONFIG_FILE, TrainedPolicy, load_policy, run_of, save_params, write_config
 from jaxroute.scenarios import build_env, on_test_prompts
-from jaxroute.serving import running_and_waiting
+from jaxroute.serving import computed, generated, running_and_waiting
 from jaxroute.training.export import export_router
 
 EVERYTHING, STREAMING, ENDS = "everything", "first tokens and ends", "ends"
@@ -75,7 +75,8 @@ class _Seen(NamedTuple):
     up: Any
     running: Any
     waiting: Any
-    slots: Any
+    slots: dict[str, Any]
+    """Of the requests at each expert, `(expert, slot)` as the masks before."""
     info: Any
     """Of the step that led here; None at the start."""
 
@@ -188,9 +189,9 @@ class _Gateway:
     def _listen(self, seen: _Seen) -> None:
         info, slots = seen.info, seen.slots
         there = seen.running | seen.waiting
-        for slot, expert in np.argwhere(there & (slots.ttft > 0)):
-            number = int(slots.request[slot, expert])
-            ttft = float(slots.ttft[slot, expert] + self.network_delay[expert])
+        for expert, slot in np.argwhere(there & (slots["generated"] > 0)):
+            number = int(slots["request"][expert, slot])
+            ttft = float(slots["ttft"][expert, slot] + self.network_delay[expert])
             self._first_token(number, self.routed[number] + ttft)
         for slot, expert in np.argwhere(info["ended"]):
             number = int(info["request"][slot, expert])
@@ -226,13 +227,12 @@ class _Gateway:
             self.router.expert_up(expert)
         self.up = seen.up
         if self.told == EVERYTHING:
-            for slot, expert in np.argwhere(there):
-                at = (slot, expert)
+            for at in zip(*np.nonzero(there), strict=True):
                 self.router.progress(
-                    int(slots.request[at]),
+                    int(slots["request"][at]),
                     now=self.now,
-                    generated=int(slots.generated[at]),
-                    kv_tokens=int(slots.computed[at]),
+                    generated=int(slots["generated"][at]),
+                    kv_tokens=int(slots["computed"][at]),
                     running=bool(seen.running[at]),
                 )
 
@@ -245,9 +245,13 @@ class _Gateway:
 def _look(network: Any, weights: Any, obs: Observation, state: EnvState, info: dict[str, Any] | None) -> _Seen:
     logits, _ = network.apply(weights, network.prepare(obs))
     running, waiting = running_and_waiting(state.site)
-    return _Seen(
-        jnp.argmax(logits), logits, state.step, state.request, state.up, running, waiting, state.site.slots, info
-    )
+    slots = {
+        "request": state.site.slots.request,
+        "ttft": state.site.slots.ttft,
+        "generated": generated(state.site),
+        "computed": computed(state.site),
+    }
+    return _Seen(jnp.argmax(logits), logits, state.step, state.request, state.up, running, waiting, slots, info)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -24,7 +24,7 @@ from jaxroute.networks import HAN, FlatMLP
 from jaxroute.policies import FORMS, RULES, rules_named, with_form
 from jaxroute.policies.protocol import eligible_actions
 from jaxroute.scenarios import build_env, training_env
-from jaxroute.serving import SlotStatus
+from jaxroute.serving import SlotStatus, slot_status
 from jaxroute.workloads.limits import Limits
 
 NUM_ENVS, NUM_STEPS = 4, 96
@@ -101,7 +101,7 @@ def test_a_declined_request_earns_nothing_and_takes_nothing():
     for name in ("qos_sum", "busy_seconds", "kv_token_seconds", "num_completed", "num_late", "num_lost"):
         assert (info[name] == 0).all(), name
     assert (reward == 0).all()
-    assert (state.site.slots.status == SlotStatus.EMPTY).all()
+    assert (slot_status(state.site) == SlotStatus.EMPTY).all()
     assert (obs.experts.num_running + obs.experts.num_waiting == 0).all()
     # What declining is worth can be known before.
     assert not obs.away.to_cloud.any()
@@ -116,7 +116,7 @@ def test_every_request_is_declined_rejected_completed_or_in_flight():
     completed, rejected, declined = (
         np.cumsum(info[name], axis=1) for name in ("num_completed", "rejected", "declined")
     )
-    in_flight = (after.site.slots.status == SlotStatus.ACTIVE).sum((-2, -1))
+    in_flight = (slot_status(after.site) == SlotStatus.ACTIVE).sum((-2, -1))
     np.testing.assert_array_equal(arrived, completed + rejected + declined + in_flight)
     np.testing.assert_array_equal(info["declined"], script == AWAY)
     assert not (info["rejected"] & info["declined"]).any()

@@ -20,7 +20,7 @@ from jaxroute.evaluation.metrics import Outcome, summarise
 from jaxroute.networks import HAN
 from jaxroute.policies import rules_named
 from jaxroute.scenarios import build_env
-from jaxroute.serving import SlotStatus
+from jaxroute.serving import SlotStatus, slot_status
 
 NUM_ENVS, NUM_STEPS, NUM_EXPERTS = 8, 192, 6
 SEATS, WAITING = 4, 2
@@ -101,7 +101,7 @@ def never(params):
 
 
 def active(state):
-    return state.site.slots.status == SlotStatus.ACTIVE
+    return np.asarray(slot_status(state.site)) == SlotStatus.ACTIVE
 
 
 def clock(played):
@@ -236,8 +236,8 @@ def test_a_retried_request_is_the_same_and_as_old_as_it_is():
         retried += (times_routed[info["request"][e][step, slot, expert]] > 1).sum()
         # The router sees the true age of those in flight.
         holds = active(jax.tree.map(lambda leaf, e=e: leaf[e], played.state))
-        step, slot, expert = np.nonzero(holds)
-        who = where[played.state.site.slots.request[e][step, slot, expert]]
+        step, expert, slot = np.nonzero(holds)
+        who = where[played.state.site.slots.request[e][step, expert, slot]]
         seen = played.obs.in_flight.age[e][step, expert, slot]
         np.testing.assert_allclose(seen, time[e][step] - time[e][who], atol=TOLERANCE)
     assert retried > 10

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import jaxroute
 from jaxroute.env import EnvState, Observation
 from jaxroute.errors import UserError
-from jaxroute.serving import SlotStatus
+from jaxroute.serving import SlotStatus, computed, generated, slot_status, with_output_tokens
 from jaxroute.serving.reference import simulate
 
 # The engine's times are float32 and count from now; over an episode of minutes they add up to this.
@@ -145,7 +145,7 @@ def assert_conserved(played):
     completed, rejected, declined = (
         np.cumsum(played.info[name], axis=1) for name in ("num_completed", "rejected", "declined")
     )
-    status = played.next_state.site.slots.status
+    status = np.asarray(slot_status(played.next_state.site))
     np.testing.assert_array_equal(arrived, completed + rejected + declined + count(status == SlotStatus.ACTIVE))
     np.testing.assert_array_equal(played.info["declined"], played.action == 6)
     np.testing.assert_array_equal(played.info["num_completed"], count(played.info["ended"]))
@@ -163,12 +163,11 @@ def assert_within_limits(played, site):
     assert (clock >= played.state.site.clock - 1e-4).all(), "a clock went back"
     assert (after.num_running <= site.max_num_seqs).all()
     assert ((after.kv_held <= site.kv_capacity) | (after.num_running <= 1)).all()
-    running = np.moveaxis(played.obs.running, -1, -2)
-    waiting = np.moveaxis(played.obs.waiting, -1, -2)
-    held = np.where(running, played.state.site.slots.computed, 0).sum(-2)
-    assert ((held <= site.kv_capacity) | (running.sum(-2) <= 1)).all()
-    assert (np.where(running, 0, played.state.site.slots.computed * waiting) == 0).all(), "KV held in the queue"
-    assert (waiting.sum(-2) <= site.max_waiting + site.max_num_seqs).all()
+    running, waiting, tokens = played.obs.running, played.obs.waiting, np.asarray(computed(played.state.site))
+    held = np.where(running, tokens, 0).sum(-1)
+    assert ((held <= site.kv_capacity) | (running.sum(-1) <= 1)).all()
+    assert (np.where(running, 0, tokens * waiting) == 0).all(), "KV held in the queue"
+    assert (waiting.sum(-1) <= site.max_waiting + site.max_num_seqs).all()
     busy_seconds = np.cumsum(played.info["busy_seconds"], axis=1)
     # What is applied was in progress at most since the beginning.
     assert (busy_seconds <= np.cumsum(played.info["gap"], axis=1)[..., None] + 1e-3).all()
@@ -195,13 +194,13 @@ def of_requests(played, values, slots):
     num_experts = values.shape[-1]
     env = np.arange(NUM_ENVS)[:, None, None, None]
     # Empty slots may hold any number.
-    return values[env, np.clip(slots, 0, NUM_STEPS - 1), np.arange(num_experts)]
+    return values[env, np.clip(slots, 0, NUM_STEPS - 1), np.arange(num_experts)[:, None]]
 
 
 def assert_table_follows_requests(played):
     """What is kept beside the engine's slots still belongs to their requests, however they moved."""
     request, slots = played.state.request, played.next_state.site.slots
-    table, used = played.next_state.table, slots.status != SlotStatus.EMPTY
+    table, used = played.next_state.table, np.asarray(slot_status(played.next_state.site)) != SlotStatus.EMPTY
     known = [(slots.output_tokens, request.output_tokens)]
     known += [(getattr(table, name), getattr(request, name)) for name in table._fields if name != "limits"]
     for held, limit in zip(table.limits, request.limits, strict=True):
@@ -386,11 +385,9 @@ def test_truths_stay_hidden(params, single, busy):
     seen = 0
     for e, t in [(e, t) for e in range(NUM_ENVS) for t in (20, 40, 60)]:
         state = lane(busy.state, e, t)._replace(rate=np.float32(1e9))
-        slots, request = state.site.slots, state.request
+        request = state.request
         tampered = state._replace(
-            site=state.site._replace(
-                slots=slots._replace(output_tokens=np.where(slots.output_tokens > 0, slots.generated + 7, 0))
-            ),
+            site=with_output_tokens(params.site, state.site, generated(state.site) + 7),
             table=state.table._replace(quality=1 - state.table.quality),
             request=request._replace(quality=1 - request.quality, output_tokens=request.output_tokens // 2 + 1),
         )
@@ -435,7 +432,7 @@ def test_a_new_episode_starts_idle(stepped):
     for name in ("kv_used", "expected_qos", "recent_latency", "pending_output"):
         assert (getattr(obs.experts, name) == 0).all(), name
     assert (state.potential == 0).all()
-    assert (state.site.slots.status == SlotStatus.EMPTY).all()
+    assert (np.asarray(slot_status(state.site)) == SlotStatus.EMPTY).all()
     # Every episode starts anew, not all with the same request.
     assert len(np.unique(state.request.predicted_quality[:, 0])) == 2
     assert (state.request.predicted_quality != stepped.state.request.predicted_quality[:, 0]).any()

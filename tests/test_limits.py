@@ -260,7 +260,7 @@ def test_retried_requests_keep_their_limits_and_their_first_token(failing):
         for step, slot, expert in np.argwhere(of_env.info["ended"]):
             if int(of_env.info["request"][step, slot, expert]) not in retried:
                 continue
-            before = of_env.state.site.slots.request[step, :, expert] == of_env.info["request"][step, slot, expert]
+            before = of_env.state.site.slots.request[step, expert] == of_env.info["request"][step, slot, expert]
             before &= (seen.running | seen.waiting)[step, :, expert] & (seen.generated[step, :, expert] > 0)
             if before.any():
                 first_tokens += 1

@@ -20,7 +20,7 @@ from jaxroute.policies.planning import (
     lookahead,
     redraw_unknown,
 )
-from jaxroute.serving import with_output_tokens
+from jaxroute.serving import SlotStatus, computed, generated, slot_status, with_output_tokens
 
 pytestmark = pytest.mark.slow
 
@@ -78,15 +78,18 @@ def test_what_is_drawn_anew_agrees_with_what_was_seen():
         states, jax.random.split(jax.random.key(1), 8)
     )
     slots, before = drawn.site.slots, states.site.slots
-    active = np.asarray(before.status) == 1
+    active = np.asarray(slot_status(states.site)) == SlotStatus.ACTIVE
     assert active.sum() > 20
-    assert (slots.output_tokens > slots.generated)[active].all()
-    assert (slots.output_tokens + slots.prompt_tokens <= params.site.kv_capacity)[active].all()
+    assert (slots.output_tokens > generated(drawn.site))[active].all()
+    assert (slots.output_tokens + slots.prompt_tokens <= params.site.kv_capacity[:, None])[active].all()
     assert (slots.output_tokens != before.output_tokens)[active].mean() > 0.5
     np.testing.assert_array_equal(drawn.table.quality, states.table.predicted_quality)
     np.testing.assert_array_equal(drawn.request.quality, states.request.predicted_quality)
-    for name in ("generated", "computed", "ready", "prompt_tokens", "status"):
+    for name in ("arrival", "prompt_tokens", "kept", "prefilled"):
         np.testing.assert_array_equal(getattr(slots, name), getattr(before, name))
+    for what in (generated, computed):
+        np.testing.assert_array_equal(what(drawn.site)[active], what(states.site)[active])
+    np.testing.assert_array_equal(slot_status(drawn.site) == SlotStatus.ACTIVE, active)
 
 
 def test_lengths_follow_the_predictions_given_what_was_generated():
@@ -107,7 +110,7 @@ def test_lookahead_can_not_see_the_truth():
     _, params = scenario()
     _, states = busy_states()
     slots, request = states.site.slots, states.request
-    longer = jnp.minimum(slots.output_tokens + 40, params.site.kv_capacity - slots.prompt_tokens)
+    longer = jnp.minimum(slots.output_tokens + 40, params.site.kv_capacity[:, None] - slots.prompt_tokens)
     other = states._replace(
         site=jax.vmap(lambda state, tokens: with_output_tokens(params.site, state, tokens))(states.site, longer),
         table=states.table._replace(quality=1 - states.table.quality),

@@ -24,7 +24,7 @@ from jaxroute.banks import RequestBank
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, OutageParams, RewardParams
 from jaxroute.env.environment import best_net
 from jaxroute.networks.features import features_of
-from jaxroute.serving import Site, SlotStatus
+from jaxroute.serving import Site, SlotStatus, computed, generated, ready, running_and_waiting, slot_status
 from jaxroute.workloads.arrivals import ArrivalParams, Pattern, mixed, poisson
 from jaxroute.workloads.limits import Limits
 
@@ -180,14 +180,14 @@ def wrong(
 ) -> dict[str, jax.Array]:
     """Where this step has broken which rule; without reductions, which take long to compile."""
     gap, state, slots = info["gap"], after.site, after.site.slots
-    active = slots.status == SlotStatus.ACTIVE
-    running = active & (jnp.arange(env.num_slots)[:, None] < state.num_admitted)
-    num_running = running.sum(0)
-    held = jnp.where(running, slots.computed, 0).sum(0)
+    active = slot_status(state) == SlotStatus.ACTIVE
+    running, waiting = running_and_waiting(state)
+    num_running = running.sum(1)
+    held = jnp.where(running, computed(state), 0).sum(1)
     working = state.duration < 1e29
     # Of a time as long as the gap, the iteration in progress, or the idle time before it.
     rounding = 1e-6 * (1 + gap + jnp.abs(before.site.clock) + jnp.where(working, state.duration, 0.0))
-    head_ready = jnp.where(active & ~running, slots.ready, jnp.inf).min(0)
+    head_ready = jnp.where(waiting, ready(state), jnp.inf).min(1)
     ended, latency = info["ended"], info["latency"]
     tokens, limits = info["output_tokens"], info["limits"]
     in_time = (info["ttft"] <= limits.ttft) & (latency <= limits.e2e)
@@ -213,13 +213,14 @@ def wrong(
         "an iteration has begun in the future": working & (state.clock > rounding),
         "an expert idles before its queue": ~working & (jnp.maximum(state.clock, head_ready) < -rounding),
         "more work than time": info["busy_seconds"] > gap + jnp.maximum(-before.site.clock, 0.0) + rounding,
+        "more run or wait than are counted": (num_running != state.num_running) | (waiting.sum(1) != state.num_waiting),
         "more run than there are seats": num_running > site.max_num_seqs,
-        "more wait than there is room": (active & ~running).sum(0) > site.max_waiting + site.max_num_seqs,
-        "more tokens than a batch may have": slots.scheduled.sum(0) > site.max_num_batched_tokens,
+        "more wait than there is room": waiting.sum(1) > site.max_waiting + site.max_num_seqs,
+        "more tokens than a batch may have": working & (state.kv_held - held > site.max_num_batched_tokens),
         "more KV than there is": (held > site.kv_capacity) | (working & (state.kv_held > site.kv_capacity)),
-        "KV in the queue": active & ~running & (slots.computed > 0),
-        "more answered than asked": active & (slots.generated >= slots.output_tokens),
-        "an expert that is down holds something": ~after.up & active,
+        "KV in the queue": waiting & (computed(state) > 0),
+        "more answered than asked": active & (generated(state) >= slots.output_tokens),
+        "an expert that is down holds something": ~after.up[:, None] & active,
         "an outcome is not finite": ended & ~(jnp.isfinite(latency) & jnp.isfinite(info["ttft"])),
         "the last token comes before the first": ended & (info["ttft"] > latency),
         "an answer comes before its way there and back": ended & (info["ttft"] < 2 * site.network_delay * (1 - 1e-6)),
@@ -263,7 +264,7 @@ def wrong_sums(
     weights = params.reward
     accelerator_time = weights.accelerator_price[0] * info["busy_seconds"].sum()
     qos = reward + accelerator_time - weights.shaping * (after.potential - before.potential)
-    in_flight = (after.site.slots.status == SlotStatus.ACTIVE).sum()
+    in_flight = (slot_status(after.site) == SlotStatus.ACTIVE).sum()
     given_back = after.request.age > 0
     # The request that waits for its expert has arrived already if it was given back, and so have those marked.
     pending = given_back + (0 if after.retries is None else after.retries.marked.sum())

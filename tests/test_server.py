@@ -12,7 +12,7 @@ from jaxroute.fitting import Limits, ServingLog, calibrate
 from jaxroute.fitting.calibration import _corrected, _most_held, _Replay
 from jaxroute.fitting.server import serve
 from jaxroute.fitting.windows import choose_windows, most_decoding
-from jaxroute.serving.engine import SlotStatus, idle_site
+from jaxroute.serving.engine import SlotStatus, idle_site, slot_status
 from jaxroute.serving.site import check_site
 
 NUM_REQUESTS = 200
@@ -70,8 +70,8 @@ def test_a_long_log_has_bounded_windows_and_slots(long_log):
         assert window.compared.sum() > 900
         assert (window.requests[window.compared] < 2700).all()
         state = window.server(long_log, 4, replay.most_slots, LIMITS.max_num_seqs)
-        assert state.slots.status.shape == (replay.most_slots, 4)
-        assert ((np.asarray(state.slots.status) == SlotStatus.ACTIVE).sum(0) == len(window.running)).all()
+        assert state.slots.request.shape == (4, replay.most_slots)
+        assert ((np.asarray(slot_status(state)) == SlotStatus.ACTIVE).sum(1) == len(window.running)).all()
         assert (np.asarray(state.num_running) <= LIMITS.max_num_seqs).all()
     assert len(windows[0].running) == 0
     assert len(windows[1].running) > 0

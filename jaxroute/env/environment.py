@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.env.cloud import CloudAnswer, ask, describe_away, let_time_pass
+from jaxroute.env.groups import group
 from jaxroute.env.impact import assess, estimate_impact
 from jaxroute.env.types import (
     Arrival,
@@ -43,13 +44,15 @@ from jaxroute.serving import (
     advance,
     can_accept,
     clear,
+    computed,
     enqueue,
-    fold,
+    generated,
     has_free_slot,
     idle_site,
     lanes_last,
-    positions,
+    ready,
     running_and_waiting,
+    slot_status,
 )
 from jaxroute.serving.checks import whole
 from jaxroute.workloads.arrivals import ArrivalProcess, first_arrival_state
@@ -103,7 +106,7 @@ class EdgeRouting:
     def reset(self, key: PRNGKeyArray, params: EnvParams) -> tuple[Observation, EnvState]:
         """Start with an idle site and its first request."""
         key_rate, key_start, key_request = jax.random.split(key, 3)
-        nothing = jnp.zeros((self.num_slots, self.num_experts), jnp.float32)
+        nothing = jnp.zeros((self.num_experts, self.num_slots), jnp.float32)
         # `split` uses the numbers below 3.
         fleet = _draw_fleet(jax.random.fold_in(key, 3), params, self.random_sites) if self.random_sites else None
         rate = _draw_rate(key_rate, params, fleet)
@@ -250,10 +253,13 @@ class EdgeRouting:
 
     def _observe(self, state: EnvState, params: EnvParams, gap: Float[Array, ""]) -> tuple[Observation, EnvState]:
         """Return what the router sees, and the state that remembers it."""
+        site = site_of(state, params)
         seen, potential, obs, net = _see(
-            site_of(state, params),
+            site,
             by_expert(params.bank.log_length_error, state.fleet),
-            state,
+            _batch(site, state),
+            # It has seen them.
+            state._replace(site=None, table=None, retries=None),
             gap,
             params.refresh_interval,
         )
@@ -318,45 +324,50 @@ class _Served(NamedTuple):
     info: dict[str, Any]
 
 
-@lanes_last
 def _serve(
     site: Site, state: EnvState, failed: Bool[Array, "expert"], action: Int[Array, ""], gap: Float[Array, ""]
 ) -> _Served:
     """Send the request to the chosen expert, if it accepts it, and let `gap` s pass, after which experts may fail."""
-    request, table, retries, up = state.request, state.table, state.retries, state.up
+    request, retries, up = state.request, state.retries, state.up
     prompt = jnp.broadcast_to(request.prompt_tokens, request.output_tokens.shape)
-    welcome = (positions(up) == action) & up & can_accept(site, state.site, prompt, request.output_tokens)
+    welcome = (jnp.arange(up.shape[0]) == action) & up & can_accept(site, state.site, prompt, request.output_tokens)
     accepted = welcome & has_free_slot(state.site)
-    experts, placement = enqueue(site, state.site, accepted, request.number, prompt, request.output_tokens)
-    table = SlotTable(
-        quality=placement.put(table.quality, request.quality),
-        predicted_quality=placement.put(table.predicted_quality, request.predicted_quality),
-        predicted_output_tokens=placement.put(table.predicted_output_tokens, request.predicted_output_tokens),
-        limits=jax.tree.map(placement.put, table.limits, request.limits),
+    entry = SlotTable(request.quality, request.predicted_quality, request.predicted_output_tokens, request.limits)
+    again = None if retries is None else (retries.number, retries.row, retries.age)
+    again_entry = None if retries is None else (request.number, request.row, request.age)
+    experts, (table, again) = enqueue(
+        site,
+        state.site,
+        accepted,
+        request.number,
+        prompt,
+        request.output_tokens,
+        tables=(state.table, again),
+        entries=(entry, again_entry),
     )
-    age_before: Array | float = 0.0
-    if retries is not None:
-        retries = retries._replace(
-            number=placement.put(retries.number, request.number),
-            row=placement.put(retries.row, request.row),
-            age=placement.put(retries.age, request.age),
-        )
-        age_before = retries.age
     experts = advance(site, experts, gap)
 
-    slots = experts.slots
-    ended = slots.status == SlotStatus.ENDED
-    lost = failed & (slots.status == SlotStatus.ACTIVE)
+    slots, status = experts.slots, slot_status(experts)
+    ended = status == SlotStatus.ENDED
+    lost = failed[:, None] & (status == SlotStatus.ACTIVE)
+    way_back = site.network_delay[:, None]
     if retries is not None:
-        age = retries.age + site.network_delay - slots.ready
-        retries = retries._replace(marked=retries.marked | lost, age=jnp.where(lost, age, retries.age))
+        number, row, age_before = again
+        age = age_before + way_back - ready(experts)
+        retries = Retries(
+            marked=retries.marked | lost,
+            number=number,
+            row=row,
+            age=jnp.where(lost, age, age_before),
+            since_arrival=retries.since_arrival,
+        )
+        way_back = way_back + age_before
         lost = jnp.zeros_like(lost)
-    latency = slots.latency + site.network_delay + age_before
-    ttft = slots.ttft + site.network_delay + age_before
+    latency, ttft = slots.latency + way_back, slots.ttft + way_back
     measured = latencies(ttft, latency, slots.output_tokens)
     in_time = ended & table.limits.met(measured)
     qos = jnp.where(in_time, table.quality, 0.0)
-    info = {
+    per_slot = {
         "ended": ended,
         "request": slots.request,
         "qos": qos,
@@ -368,28 +379,26 @@ def _serve(
         "limits": table.limits,
         "preemptions": slots.preemptions,
         "lost": lost,
-        "rejected": ~welcome.any(0),
-        "overflowed": (welcome & ~accepted).any(0),
+    }
+    info = jax.tree.map(jnp.transpose, per_slot) | {
+        "rejected": ~welcome.any(),
+        "overflowed": (welcome & ~accepted).any(),
         "busy_seconds": experts.busy_seconds,
         "kv_token_seconds": experts.kv_token_seconds,
-        "qos_sum": _total(qos),
-        "num_completed": _total(ended.astype(jnp.int32)),
-        "num_late": _total((ended & ~in_time).astype(jnp.int32)),
-        "num_lost": _total(lost.astype(jnp.int32)),
+        "qos_sum": qos.sum(),
+        "num_completed": ended.sum(dtype=jnp.int32),
+        "num_late": (ended & ~in_time).sum(dtype=jnp.int32),
+        "num_lost": lost.sum(dtype=jnp.int32),
     }
     return _Served(
         site=clear(experts, failed),
         table=table,
         retries=retries,
-        latency_sum=fold(jnp.add, jnp.where(ended, measured.normalised, 0.0)),
-        num_ended=fold(jnp.add, ended.astype(jnp.int32)),
-        expected_qos=_total(jnp.where(in_time, table.predicted_quality, 0.0)),
+        latency_sum=jnp.where(ended, measured.normalised, 0.0).sum(1),
+        num_ended=ended.sum(1, dtype=jnp.int32),
+        expected_qos=jnp.where(in_time, table.predicted_quality, 0.0).sum(),
         info=info,
     )
-
-
-def _total(values: Shaped[Array, "slot expert"]) -> Shaped[Array, ""]:
-    return fold(jnp.add, values.reshape(-1, *values.shape[2:]))
 
 
 def _reward(
@@ -521,11 +530,11 @@ def _take_first(
     retries: Retries, table: SlotTable, quality_floor: Float[Array, ""], params: EnvParams, fleet: Fleet | None
 ) -> tuple[Retries, Request]:
     """Take the first marked request, by expert and then by slot; if none is marked, any."""
-    expert, slot = jnp.divmod(jnp.argmax(retries.marked.T), retries.marked.shape[0])
+    expert, slot = jnp.divmod(jnp.argmax(retries.marked), retries.marked.shape[1])
     number, row, age, limits = jax.tree.map(
-        lambda column: column[slot, expert], (retries.number, retries.row, retries.age, table.limits)
+        lambda column: column[expert, slot], (retries.number, retries.row, retries.age, table.limits)
     )
-    marked = retries.marked.at[slot, expert].set(False)
+    marked = retries.marked.at[expert, slot].set(False)
     return retries._replace(marked=marked), _request(number, row, limits, age, quality_floor, params, fleet)
 
 
@@ -635,33 +644,44 @@ def observe(
     )
 
 
-@lanes_last
-def _see(
-    site: Site, log_error: Float[Array, "expert"], state: EnvState, gap: Float[Array, ""], refresh: Float[Array, ""]
-) -> tuple[Snapshot, Float[Array, ""], Observation, Float[Array, ""]]:
-    """Return the latest look at the experts, the potential of their present state, the observation, and the best net.
-
-    `gap` s have passed since the previous step. If the look in `state.seen` is younger than `refresh` s, it still
-    counts; otherwise the router looks again.
-    """
-    slots, table, seen = state.site.slots, state.table, state.seen
-    running, waiting = running_and_waiting(state.site)
-    age = site.network_delay - slots.ready
-    first_token = slots.ttft + site.network_delay
+def _batch(site: Site, state: EnvState) -> Batch:
+    """Return what the router can know of the requests at each expert."""
+    experts, table = state.site, state.table
+    running, waiting = running_and_waiting(experts)
+    way_back = site.network_delay[:, None]
+    age, first_token = way_back - ready(experts), experts.slots.ttft + way_back
     if state.retries is not None:
         age, first_token = age + state.retries.age, first_token + state.retries.age
-    batch = Batch(
+    by_expert = Batch(
         running=running,
         waiting=waiting,
-        prompt_tokens=slots.prompt_tokens.astype(jnp.float32),
-        computed=slots.computed.astype(jnp.float32),
-        generated=slots.generated.astype(jnp.float32),
+        prompt_tokens=experts.slots.prompt_tokens.astype(jnp.float32),
+        computed=computed(experts).astype(jnp.float32),
+        generated=generated(experts).astype(jnp.float32),
         age=age,
         first_token=None if table.limits.ttft is None and table.limits.tpot is None else first_token,
         limits=table.limits,
         predicted_quality=table.predicted_quality,
         predicted_output_tokens=table.predicted_output_tokens,
     )
+    return group(site, jax.tree.map(jnp.transpose, by_expert))
+
+
+@lanes_last
+def _see(
+    site: Site,
+    log_error: Float[Array, "expert"],
+    batch: Batch,
+    state: EnvState,
+    gap: Float[Array, ""],
+    refresh: Float[Array, ""],
+) -> tuple[Snapshot, Float[Array, ""], Observation, Float[Array, ""]]:
+    """Return the latest look at the experts, the potential of their present state, the observation, and the best net.
+
+    `gap` s have passed since the previous step. If the look in `state.seen` is younger than `refresh` s, it still
+    counts; otherwise the router looks again, and sees `batch`.
+    """
+    seen = state.seen
     recent_latency = state.latency_sum / jnp.maximum(state.latency_count, 1e-6)
     look = Snapshot(batch, recent_latency, state.up, age=jnp.zeros_like(gap))
     if seen is not None:

@@ -356,21 +356,21 @@ class Request(NamedTuple):
 class SlotTable(NamedTuple):
     """What the environment knows of the request in each of the engine's slots."""
 
-    quality: Float[Array, "slot expert"]
-    predicted_quality: Float[Array, "slot expert"]
-    predicted_output_tokens: Float[Array, "slot expert"]
+    quality: Float[Array, "expert slot"]
+    predicted_quality: Float[Array, "expert slot"]
+    predicted_output_tokens: Float[Array, "expert slot"]
     limits: Limits
-    """`(slot, expert)`."""
+    """`(expert, slot)`."""
 
 
 class Retries(NamedTuple):
     """What is needed to route the request in each slot again after its expert has failed."""
 
-    marked: Bool[Array, "slot expert"]
+    marked: Bool[Array, "expert slot"]
     """Slots whose request waits to be routed again; the expert is down, so the entries stay."""
-    number: Int[Array, "slot expert"]
-    row: Int[Array, "slot expert"]
-    age: Float[Array, "slot expert"]
+    number: Int[Array, "expert slot"]
+    row: Int[Array, "expert slot"]
+    age: Float[Array, "expert slot"]
     """Time from its first arrival until it was sent here or given back, s."""
     since_arrival: Float[Array, ""]
     """Time between the latest two arrivals, s: the later one may still wait for those that were given back."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxroute.serving.engine import SiteState, SlotStatus, advance, enqueue, num_waiting
+from jaxroute.serving.engine import SiteState, SlotStatus, advance, enqueue, head_ready, slot_status
 from jaxroute.serving.site import Site
 
 # While the last requests are served, times are counted from a new now every second, and stay small and exact.
@@ -67,21 +67,22 @@ def serve(
         outputs: output tokens.
     """
     num_requests, num_lanes = gaps.shape[0], site.num_experts
-    lane = jnp.arange(num_lanes)
+    num_slots = start.slots.request.shape[-1]
+    lane = jnp.arange(num_lanes)[:, None]
 
     def step(now: _Progress) -> _Progress:
         left = now.following < num_requests
-        full = (now.state.slots.status == SlotStatus.ACTIVE).all(0)
+        full = _num_active(now.state) == num_slots
         waits = left & full & (now.until_arrival <= 0)
         to_arrival = jnp.maximum(now.until_arrival, 0.0)
         gap = jnp.where(left, jnp.where(waits, _to_change(now.state), to_arrival), _STRETCH)
         state = advance(site, now.state, gap)
-        crowded = now.crowded | (waits & (num_waiting(state) == 0))
+        crowded = now.crowded | (waits & (state.num_waiting == 0))
 
         slots = state.slots
-        row = jnp.where(slots.status == SlotStatus.ENDED, slots.request, num_requests)
+        row = jnp.where(slot_status(state) == SlotStatus.ENDED, slots.request, num_requests)
         until_arrival = now.until_arrival - gap
-        enters = left & (until_arrival <= 0) & (slots.status != SlotStatus.ACTIVE).any(0)
+        enters = left & (until_arrival <= 0) & (_num_active(state) < num_slots)
         request = jnp.minimum(now.following, num_requests - 1)
         # It reached the server as long ago as it has waited for a slot.
         reached = site._replace(network_delay=until_arrival)
@@ -98,7 +99,7 @@ def serve(
         )
 
     def unfinished(now: _Progress) -> Bool[Array, ""]:
-        return jnp.any(now.following < num_requests) | jnp.any(now.state.slots.status == SlotStatus.ACTIVE)
+        return jnp.any(now.following < num_requests) | jnp.any(_num_active(now.state) > 0)
 
     # One row more takes what belongs to no request.
     unknown = jnp.full((num_requests + 1, num_lanes), jnp.nan, jnp.float32)
@@ -108,10 +109,14 @@ def serve(
     return Outcomes(last.ttft[:num_requests], last.latency[:num_requests], last.crowded)
 
 
+def _num_active(state: SiteState) -> Int[Array, "lane"]:
+    return state.num_running + state.num_waiting
+
+
 def _to_change(state: SiteState) -> Float[Array, "lane"]:
     """Time to just after the first iteration at whose end a request may be admitted or may end, s."""
     # Whoever came during an iteration may be admitted after it; whoever was there before it was turned away.
-    iterations = jnp.where(state.head_ready > state.clock, 1, state.max_iterations).astype(jnp.float32)
+    iterations = jnp.where(head_ready(state) > state.clock, 1, state.max_iterations).astype(jnp.float32)
     end = state.clock + iterations * state.duration + state.growth * (iterations * (iterations - 1) / 2)
     # Without an iteration in progress, the next one begins now.
     end = jnp.where(end < _FAR, jnp.maximum(end, 0.0), 0.0)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxroute.fitting.logs import ServingLog
-from jaxroute.serving.engine import SiteState, SlotStatus, idle_site
+from jaxroute.serving.engine import SiteState, idle_site, under_way
 
 # Requests of a window, at the least and in multiples of the most that decode at once: a window may end in the middle of
 # so many answers, which tell nothing. Together, windows have at most so many requests.
@@ -53,28 +52,14 @@ class Window(NamedTuple):
         generated = 1 + np.floor(progress(log, self.running, np.array([self.begin]))[:, 0] * (output - 1))
         generated = np.clip(generated, 1, np.maximum(output - 1, 1))
         # More than the server takes at once have been preempted: they begin anew, as the first of the queue.
-        admitted = np.arange(number) < max_num_seqs
-
-        def put(column: Array, values: np.ndarray | float) -> Array:
-            return column.at[:number].set(np.broadcast_to(values, number)[:, None].astype(column.dtype))
-
-        slots = state.slots
-        slots = slots._replace(
-            request=put(slots.request, len(self.requests)),
-            prompt_tokens=put(slots.prompt_tokens, prompt),
-            output_tokens=put(slots.output_tokens, np.maximum(output, generated + 1)),
-            ready=put(slots.ready, log.arrival_time[self.running] - self.begin),
-            status=put(slots.status, SlotStatus.ACTIVE),
-            computed=put(slots.computed, np.where(admitted, prompt + generated - 1, 0)),
-            generated=put(slots.generated, generated),
-        )
-        count = jnp.full(num_lanes, admitted.sum(), jnp.int32)
-        waits = bool((~admitted).any())
-        return state._replace(
-            slots=slots,
-            num_admitted=count,
-            num_running=count,
-            head_ready=jnp.zeros(num_lanes) if waits else state.head_ready,
+        return under_way(
+            state,
+            request=np.full(number, len(self.requests)),
+            prompt_tokens=prompt,
+            output_tokens=np.maximum(output, generated + 1),
+            generated=generated,
+            ready=log.arrival_time[self.running] - self.begin,
+            num_running=min(number, max_num_seqs),
         )
 
 

@@ -21,7 +21,7 @@ from jaxroute.env.environment import by_expert, site_of
 from jaxroute.policies.away import FORMS, bid_price, with_form
 from jaxroute.policies.protocol import Memory, Params, Policy, best_action
 from jaxroute.policies.rules import RULES
-from jaxroute.serving import with_output_tokens
+from jaxroute.serving import generated, with_output_tokens
 from jaxroute.workloads.arrivals import poisson
 
 
@@ -169,24 +169,38 @@ def redraw_unknown(state: EnvState, params: EnvParams, key: PRNGKeyArray) -> Env
     site = site_of(state, params)
     log_error = by_expert(params.bank.log_length_error, state.fleet)
 
-    def draw(key: PRNGKeyArray, predicted: Array, generated: Array, prompt_tokens: Array) -> Array:
-        z = (jnp.log(jnp.maximum(generated, 1.0)) - jnp.log(jnp.maximum(predicted, 1.0))) / log_error
+    def draw(
+        key: PRNGKeyArray, predicted: Array, so_far: Array, prompt_tokens: Array, log_error: Array, capacity: Array
+    ) -> Array:
+        z = (jnp.log(jnp.maximum(so_far, 1.0)) - jnp.log(jnp.maximum(predicted, 1.0))) / log_error
         # The upper tail, so that float32 keeps its digits where much more was generated than predicted.
         tail = jax.random.uniform(key, predicted.shape, jnp.float32, minval=1e-6) * ndtr(-z)
         drawn = jnp.exp(jnp.log(jnp.maximum(predicted, 1.0)) - log_error * ndtri(jnp.maximum(tail, 1e-30)))
-        least = generated.astype(jnp.int32) + 1
-        most = jnp.maximum(jnp.minimum(site.kv_capacity - prompt_tokens, 2 * params.bank.output_tokens.max()), least)
+        least = so_far.astype(jnp.int32) + 1
+        most = jnp.maximum(jnp.minimum(capacity - prompt_tokens, 2 * params.bank.output_tokens.max()), least)
         return jnp.clip(drawn.astype(jnp.int32), least, most)
 
     output_tokens = draw(
-        key_slots, table.predicted_output_tokens, slots.generated.astype(jnp.float32), slots.prompt_tokens
+        key_slots,
+        table.predicted_output_tokens,
+        generated(state.site).astype(jnp.float32),
+        slots.prompt_tokens,
+        log_error[:, None],
+        site.kv_capacity[:, None],
     )
     zero = jnp.zeros_like(request.predicted_output_tokens)
     return state._replace(
         site=with_output_tokens(site, state.site, output_tokens),
         table=table._replace(quality=table.predicted_quality),
         request=request._replace(
-            output_tokens=draw(key_request, request.predicted_output_tokens, zero, request.prompt_tokens),
+            output_tokens=draw(
+                key_request,
+                request.predicted_output_tokens,
+                zero,
+                request.prompt_tokens,
+                log_error,
+                site.kv_capacity,
+            ),
             quality=request.predicted_quality,
         ),
     )

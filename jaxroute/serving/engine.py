@@ -1,44 +1,58 @@
 """Continuous batching with event skipping: what happens at the experts between two arrivals.
 
 Semantics: docs/reference/semantics.md (iteration-level scheduling, chunked prefill, KV memory, preemption by
-recompute, as vLLM V1 does them). Nothing steps token by token: while every running request decodes and
-no request can be admitted, any number of iterations is applied in closed form.
+recompute, as vLLM V1 does them). Nothing steps token by token, and nothing is done for each request that only goes on:
+the cost follows what happens, not how many requests there are.
 
-Two choices keep this small. *One ordered list per expert*: its slots hold the running requests in order of
-admission, then the waiting ones in queue order, so that admission and preemption only move the border
-between them (`num_admitted`), and sums over the slots before one give what is left for it. Requests that end leave
-holes; `enqueue` closes one when it needs room. *Times are relative to now*: `advance` ends by shifting them, so float32
-stays exact in an endless run.
+*Progress is one counter per expert.* Every running request that decodes gets one token in every iteration. So the
+expert counts its iterations, and a slot holds the number of the iteration at whose end its request will have all its
+tokens (`finish`), from the moment at which that is certain. What it has generated follows from the two, and what the
+batch costs from four sums (`num_decoding`, `context`, `kv_held`, `num_running`). As a batch takes at least one token of
+each seat (`max_num_batched_tokens >= max_num_seqs`), at most one running request is not done with its prefill after an
+iteration: the one that was admitted last (`partial`).
 
-Most experts just keep decoding from one arrival to the next, which is one formula (`_decode_until`). The few whose
-schedule changes before that are gathered and taken from event to event until none has another (`_next_event`).
+*One ordered list per expert.* Its slots hold the running requests in order of admission, then the waiting ones in queue
+order. A request is entered at the end (`tail`); admission and preemption only move the border between the two
+(`num_admitted`). Requests that end leave holes, and `enqueue` closes all of them when it gets to the last slot.
 
-Slots are the leading axis; the axes behind it (`*lanes`: experts, and environments when batched) are
-independent of each other. So scalars of a lane broadcast, and reductions over slots are sums of long vectors.
+*Slots are touched by events only*: at one place when a request comes, is admitted, has its first token or is preempted;
+and all slots of one expert are looked at when a request ends. Between events, an expert is a few numbers. Most experts
+just keep decoding from one arrival to the next, which is one formula (`_decode_until`). The few whose schedule changes
+before that are gathered and taken from event to event until none has another (`_next_event`).
+
+*Times are relative to now*: `advance` ends by shifting them, so float32 stays exact in an endless run. The times of
+slots are relative to an epoch of their expert, which is moved about every second.
+
+Slots are the last axis; the axes before it (`*lanes`: environments when batched, and experts) are independent of each
+other, and treated as one. So the slots of a lane lie side by side, and a lane is gathered in one piece.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from jaxroute.serving.lanes import computed_once, fold, lanes_last, positions, running_sums
+from jaxroute.serving.lanes import batch_first
 from jaxroute.serving.site import Site
 
 # Finite, so that no product with it is NaN, and later than any time that can occur.
 _NEVER = 1e30
 _MANY = 2**20
+# The `finish` of a request of which it is not certain yet: it waits, or is prefilled in parts.
+_OPEN = 2**30
 
 # On a busy site, about a quarter of the lanes has an event, and 2 % have more than two. So it pays to gather a third of
 # the lanes at first, and then an eighth of those; below `_FEW_LANES` lanes it does not.
 _FEWER = (3, 8)
 _FEW_LANES = 64
-_CHANGED_BY_EVENTS = ("status", "computed", "generated", "scheduled", "preemptions", "ttft", "latency")
-"""The slots' fields that events change; the others need not be put back."""
+# The age of an epoch at which it is moved, s: up to it, float32 is as exact as for any time relative to now.
+_EPOCH = 1.0
 
 
 class SlotStatus(IntEnum):
@@ -52,82 +66,96 @@ class SlotStatus(IntEnum):
 
 
 class Slots(NamedTuple):
-    """The requests at each expert, in the order described above."""
+    """The requests at each expert, in the order described above; any numbers in slots that are empty.
 
-    request: Int[Array, "slot *lanes"]
+    `slot_status`, `generated`, `computed` and `ready` derive what changes all the time.
+    """
+
+    request: Int[Array, "*lanes slot"]
     """The caller's number for the request."""
-    prompt_tokens: Int[Array, "slot *lanes"]
-    output_tokens: Int[Array, "slot *lanes"]
-    ready: Float[Array, "slot *lanes"]
-    """When it reaches the expert (arrival + network delay), s from now."""
-    status: Int[Array, "slot *lanes"]
-    computed: Int[Array, "slot *lanes"]
-    """Tokens whose KV is held."""
-    generated: Int[Array, "slot *lanes"]
-    """Output tokens so far."""
-    scheduled: Int[Array, "slot *lanes"]
-    """Tokens that the iteration in progress computes."""
-    preemptions: Int[Array, "slot *lanes"]
-    ttft: Float[Array, "slot *lanes"]
-    """First token, s after arrival, as seen at the expert."""
-    latency: Float[Array, "slot *lanes"]
-    """Last token, s after arrival, as seen at the expert."""
+    prompt_tokens: Int[Array, "*lanes slot"]
+    output_tokens: Int[Array, "*lanes slot"]
+    arrival: Float[Array, "*lanes slot"]
+    """When it reaches the expert (arrival + network delay), s from the epoch."""
+    finish: Int[Array, "*lanes slot"]
+    """Number of the iteration at whose end it completes; `_OPEN` if that is not certain."""
+    kept: Int[Array, "*lanes slot"]
+    """Output tokens that it had when it was last put into the queue."""
+    prefilled: Int[Array, "*lanes slot"]
+    """Tokens whose KV it holds until it decodes: what it was prefilled in parts."""
+    preemptions: Int[Array, "*lanes slot"]
+    ttft: Float[Array, "*lanes slot"]
+    """First token, s after arrival, as seen at the expert; valid once `generated` is not 0."""
+    latency: Float[Array, "*lanes slot"]
+    """Last token, s after arrival, as seen at the expert; valid once it has ended."""
 
 
 class SiteState(NamedTuple):
     """Everything that the experts remember between two arrivals."""
 
     slots: Slots
+    tail: Int[Array, "*lanes"]
+    """The slots from here on are empty."""
     num_admitted: Int[Array, "*lanes"]
-    """Active slots before this position run, the others wait."""
+    """Active slots before this position run, the others wait; if any does, the head of the queue is here."""
+    num_running: Int[Array, "*lanes"]
+    num_waiting: Int[Array, "*lanes"]
+    """Length of the queue; preempted requests and those still on the network count."""
+    head_ready: Float[Array, "*lanes"]
+    """When the head of the queue is (or was) ready, s from the epoch; `_NEVER` if no request waits."""
     clock: Float[Array, "*lanes"]
     """Start of the iteration in progress, or the boundary at which the next is scheduled, s from now."""
-    head_ready: Float[Array, "*lanes"]
-    """When the head of the waiting queue is (or was) ready, s from now; `_NEVER` if no request waits."""
     duration: Float[Array, "*lanes"]
     """Time of the iteration in progress, s; `_NEVER` if there is none."""
     growth: Float[Array, "*lanes"]
     """How much longer each further decode iteration takes, s."""
     max_iterations: Int[Array, "*lanes"]
     """Iterations like this one until a request ends or KV memory runs out."""
-    num_running: Int[Array, "*lanes"]
+    iterations: Int[Array, "*lanes"]
+    """Number of iterations that have ended."""
+    iterations_before: Int[Array, "*lanes"]
+    """The same at the beginning of the latest `advance`."""
+    next_finish: Int[Array, "*lanes"]
+    """No request completes before the end of the iteration of this number; `_OPEN` if that of none is certain."""
+    num_decoding: Int[Array, "*lanes"]
+    """Running requests that are done with their prefill."""
     context: Int[Array, "*lanes"]
-    """Context tokens of the decoding requests in the iteration in progress."""
+    """Context tokens of these: their prompts, and what they have generated."""
+    num_joining: Int[Array, "*lanes"]
+    """Requests whose prefill is done at the end of the iteration in progress."""
+    joining_context: Int[Array, "*lanes"]
+    """Context tokens of these from then on."""
     kv_held: Int[Array, "*lanes"]
     """KV tokens held at the end of the iteration in progress."""
+    partial: Int[Array, "*lanes"]
+    """Slot of the running request that is not done with its prefill after the iteration in progress."""
+    partial_held: Int[Array, "*lanes"]
+    """Its tokens whose KV is held then."""
+    partial_need: Int[Array, "*lanes"]
+    """Its tokens still to be computed then; 0 if there is no such request."""
+    since_epoch: Float[Array, "*lanes"]
+    """Time since the epoch of the slots' times, s."""
     busy_seconds: Float[Array, "*lanes"]
     """Time spent in iterations during the latest `advance`, s."""
     kv_token_seconds: Float[Array, "*lanes"]
     """KV tokens held, integrated over that time."""
 
 
-class Placement(NamedTuple):
-    """Where `enqueue` put a request."""
-
-    moved: Bool[Array, "slot *lanes"]
-    """Slots whose content came from the slot behind, to close a hole."""
-    taken: Bool[Array, "slot *lanes"]
-    """The slot that holds the new request."""
-
-    def put(self, table: Array, value: Array | float) -> Array:
-        """Move `table`'s entries as the slots moved, and enter the new request's value."""
-        closed = jnp.where(self.moved, jnp.roll(table, -1, axis=0), table)
-        return jnp.where(self.taken, value, closed).astype(table.dtype)
+_Tree = TypeVar("_Tree", bound=PyTree)
 
 
 def idle_site(num_experts: int, num_slots: int) -> SiteState:
     """Return a site at which nothing has arrived yet."""
-    ints = jnp.zeros((num_slots, num_experts), jnp.int32)
-    floats = jnp.zeros((num_slots, num_experts), jnp.float32)
+    ints = jnp.zeros((num_experts, num_slots), jnp.int32)
+    floats = jnp.zeros((num_experts, num_slots), jnp.float32)
     slots = Slots(
         request=ints - 1,
         prompt_tokens=ints,
         output_tokens=ints,
-        ready=floats,
-        status=ints,
-        computed=ints,
-        generated=ints,
-        scheduled=ints,
+        arrival=floats,
+        finish=ints,
+        kept=ints,
+        prefilled=ints,
         preemptions=ints,
         ttft=floats,
         latency=floats,
@@ -136,36 +164,128 @@ def idle_site(num_experts: int, num_slots: int) -> SiteState:
     time = jnp.zeros(num_experts, jnp.float32)
     return SiteState(
         slots=slots,
+        tail=count,
         num_admitted=count,
-        clock=time,
+        num_running=count,
+        num_waiting=count,
         head_ready=time + _NEVER,
+        clock=time,
         duration=time + _NEVER,
         growth=time,
         max_iterations=count,
-        num_running=count,
+        iterations=count,
+        iterations_before=count,
+        next_finish=count + _OPEN,
+        num_decoding=count,
         context=count,
+        num_joining=count,
+        joining_context=count,
         kv_held=count,
+        partial=count,
+        partial_held=count,
+        partial_need=count,
+        since_epoch=time,
         busy_seconds=time,
         kv_token_seconds=time,
     )
 
 
+def under_way(
+    state: SiteState,
+    request: Int[np.ndarray, "request"],
+    prompt_tokens: Int[np.ndarray, "request"],
+    output_tokens: Int[np.ndarray, "request"],
+    generated: Int[np.ndarray, "request"],
+    ready: Float[np.ndarray, "request"],
+    num_running: int,
+) -> SiteState:
+    """Return an idle site with these requests at each expert, in order: the first ones decode, the others wait.
+
+    All have generated some tokens, and fewer than they will in all. The next iteration begins now.
+    """
+    count = len(request)
+    runs = np.arange(count) < num_running
+
+    def put(table: Array, values: np.ndarray) -> Array:
+        return table.at[:, :count].set(values.astype(table.dtype))
+
+    def number(value: int) -> Int[Array, "*lanes"]:
+        return jnp.full_like(state.tail, value)
+
+    context = int((prompt_tokens + generated)[runs].sum())
+    finish = np.where(runs, output_tokens - generated, _OPEN)
+    slots = state.slots._replace(
+        request=put(state.slots.request, request),
+        prompt_tokens=put(state.slots.prompt_tokens, prompt_tokens),
+        output_tokens=put(state.slots.output_tokens, output_tokens),
+        arrival=put(state.slots.arrival, ready),
+        finish=put(state.slots.finish, finish),
+        # Those that run have their latest token from the iteration that has just ended.
+        kept=put(state.slots.kept, generated - runs),
+    )
+    return state._replace(
+        slots=slots,
+        tail=number(count),
+        num_admitted=number(num_running),
+        num_running=number(num_running),
+        num_waiting=number(count - num_running),
+        head_ready=state.head_ready if runs.all() else jnp.full_like(state.head_ready, ready[num_running]),
+        next_finish=number(finish.min(initial=_OPEN)),
+        num_decoding=number(num_running),
+        context=number(context),
+        kv_held=number(context - num_running),
+    )
+
+
 def clear(state: SiteState, failed: Bool[Array, "*lanes"]) -> SiteState:
     """Return the state with failed experts idle, as if nothing had ever arrived there."""
-    # All slots of an idle expert are the same.
-    return jax.tree.map(lambda idle, now: jnp.where(failed, idle.ravel()[0], now), idle_site(1, 1), state)
+    # With the tail at the first slot, all slots are empty whatever is in them.
+    idle = idle_site(1, 1)
+    numbers = jax.tree.map(lambda idle, now: jnp.where(failed, idle[0], now), idle[1:], state[1:])
+    return SiteState(state.slots, *numbers)
 
 
-def running_and_waiting(state: SiteState) -> tuple[Bool[Array, "slot *lanes"], Bool[Array, "slot *lanes"]]:
+def slot_status(state: SiteState) -> Int[Array, "*lanes slot"]:
+    """Return the `SlotStatus` of each slot."""
+    finish = state.slots.finish
+    ended = jnp.where(finish > state.iterations_before[..., None], SlotStatus.ENDED, SlotStatus.EMPTY)
+    status = jnp.where(finish > state.iterations[..., None], SlotStatus.ACTIVE, ended)
+    return jnp.where(_positions(state) < state.tail[..., None], status, SlotStatus.EMPTY).astype(jnp.int32)
+
+
+def generated(state: SiteState) -> Int[Array, "*lanes slot"]:
+    """Return the output tokens so far, of requests that are active or have ended; any number for other slots."""
+    slots = state.slots
+    so_far = slots.output_tokens - jnp.maximum(slots.finish - state.iterations[..., None], 0)
+    return jnp.where(slots.finish == _OPEN, slots.kept, so_far)
+
+
+def computed(state: SiteState) -> Int[Array, "*lanes slot"]:
+    """Return the tokens whose KV is held, of active requests; any number for other slots."""
+    slots, tokens = state.slots, generated(state)
+    return jnp.where(tokens > slots.kept, slots.prompt_tokens + tokens - 1, slots.prefilled)
+
+
+def ready(state: SiteState) -> Float[Array, "*lanes slot"]:
+    """Return when requests reach the expert (arrival + network delay), s from now; any number for empty slots."""
+    return state.slots.arrival - state.since_epoch[..., None]
+
+
+def head_ready(state: SiteState) -> Float[Array, "*lanes"]:
+    """Return when the head of the queue is ready, s from now; never, if no request waits."""
+    # Just as `ready` has it, so that simultaneous requests stay simultaneous.
+    return state.head_ready - state.since_epoch
+
+
+def running_and_waiting(state: SiteState) -> tuple[Bool[Array, "*lanes slot"], Bool[Array, "*lanes slot"]]:
     """Return which slots hold a running and which a waiting request."""
-    active = state.slots.status == SlotStatus.ACTIVE
-    admitted = positions(active) < state.num_admitted
+    active = slot_status(state) == SlotStatus.ACTIVE
+    admitted = _positions(state) < state.num_admitted[..., None]
     return active & admitted, active & ~admitted
 
 
-def num_waiting(state: SiteState) -> Int[Array, "*lanes"]:
-    """Length of each waiting queue; preempted requests and those still on the network count."""
-    return running_and_waiting(state)[1].sum(0)
+def _positions(state: SiteState) -> Int[Array, "slot"]:
+    return jnp.arange(state.slots.finish.shape[-1], dtype=jnp.int32)
 
 
 def can_accept(
@@ -173,16 +293,14 @@ def can_accept(
 ) -> Bool[Array, "*lanes"]:
     """Whether each expert would accept a request of this size now."""
     fits = prompt_tokens + output_tokens <= site.kv_capacity
-    return fits & (num_waiting(state) < site.max_waiting)
+    return fits & (state.num_waiting < site.max_waiting)
 
 
 def has_free_slot(state: SiteState) -> Bool[Array, "*lanes"]:
     """Whether the simulation can hold one more request of each expert."""
-    active = (state.slots.status == SlotStatus.ACTIVE).astype(jnp.int32)
-    return fold(jnp.add, active) < active.shape[0]
+    return state.num_running + state.num_waiting < state.slots.finish.shape[-1]
 
 
-@lanes_last
 def enqueue(
     site: Site,
     state: SiteState,
@@ -190,136 +308,253 @@ def enqueue(
     request: Int[Array, ""],
     prompt_tokens: Int[Array, "*lanes"],
     output_tokens: Int[Array, "*lanes"],
-) -> tuple[SiteState, Placement]:
+    tables: PyTree[Shaped[Array, "*lanes slot"]] = (),
+    entries: PyTree[Shaped[Array, "*lanes"]] = (),
+) -> tuple[SiteState, Any]:
     """Put one request, arriving now, at the end of the chosen experts' queues (at most one; none if rejected).
 
+    A caller can keep `tables` of its own, whose entries stay with the slots' requests: the new request's are `entries`,
+    one for each table.
+
     Returns:
-        The new state, and the placement, with which a caller keeps a table of its own in step with the slots.
+        The new state and the new tables.
     """
-    chosen = computed_once(chosen)
-    slots = state.slots
-    position = positions(slots.status)
-    active = slots.status == SlotStatus.ACTIVE
-    num_slots = position.shape[0]
-    tail = jnp.where(active, position + 1, 0).max(0)
-    hole = jnp.where(active, num_slots, position).min(0)
-    close = chosen & (tail == num_slots)
-    moved = close & (position >= hole)
-    tail = tail - close
-    taken = chosen & (position == tail)
+    experts = state.clock.shape
+    given = (site.network_delay, chosen, request, prompt_tokens, output_tokens, entries)
+    given = jax.tree.map(lambda value: jnp.broadcast_to(value, experts), given)
+    return _enqueue(state, tables, *given)
 
-    placement = Placement(moved, taken)
 
-    slots = Slots(
-        request=placement.put(slots.request, request),
-        prompt_tokens=placement.put(slots.prompt_tokens, prompt_tokens),
-        output_tokens=placement.put(slots.output_tokens, output_tokens),
-        ready=placement.put(slots.ready, jnp.broadcast_to(site.network_delay, chosen.shape)),
-        status=placement.put(slots.status, SlotStatus.ACTIVE),
-        computed=placement.put(slots.computed, 0),
-        generated=placement.put(slots.generated, 0),
-        scheduled=placement.put(slots.scheduled, 0),
-        preemptions=placement.put(slots.preemptions, 0),
-        ttft=placement.put(slots.ttft, 0.0),
-        latency=placement.put(slots.latency, 0.0),
+@batch_first
+def _enqueue(
+    state: SiteState,
+    tables: Any,
+    delay: Float[Array, "*lanes"],
+    chosen: Bool[Array, "*lanes"],
+    request: Int[Array, "*lanes"],
+    prompt_tokens: Int[Array, "*lanes"],
+    output_tokens: Int[Array, "*lanes"],
+    entries: Any,
+) -> tuple[SiteState, Any]:
+    lanes = _lanes_of(state, delay, chosen, request, prompt_tokens, output_tokens, *jax.tree.leaves(entries))
+    state, tables = _by_lane(state, lanes), jax.tree.map(lambda table: _rows(table, lanes), tables)
+    delay, chosen, request, prompt_tokens, output_tokens, entries = jax.tree.map(
+        lambda leaf: _flat(leaf, lanes), (delay, chosen, request, prompt_tokens, output_tokens, entries)
     )
-    num_admitted = state.num_admitted - (close & (hole < state.num_admitted))
+    num_lanes, num_slots = state.slots.finish.shape
+    # An expert that holds no request begins anew.
+    begins = chosen & (state.num_running + state.num_waiting == 0)
+    state = state._replace(tail=jnp.where(begins, 0, state.tail))
+    state, tables = _make_room(state, tables, chosen)
+
+    at = (jnp.arange(num_lanes, dtype=jnp.int32), jnp.where(chosen, state.tail, num_slots))
+
+    def enter(table: Array, entry: Array | float) -> Array:
+        return table.at[at].set(jnp.asarray(entry).astype(table.dtype), mode="drop", unique_indices=True)
+
+    new = Slots(
+        request=request,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        arrival=state.since_epoch + delay,
+        finish=_OPEN,
+        kept=0,
+        prefilled=0,
+        preemptions=0,
+        ttft=0.0,
+        latency=0.0,
+    )
+    first = chosen & (state.num_waiting == 0)
     state = state._replace(
-        slots=slots,
-        # Holes at the end of the batch are dropped, or the new request would seem to be admitted.
-        num_admitted=jnp.where(chosen, jnp.minimum(num_admitted, tail), num_admitted),
-        head_ready=jnp.where(chosen, jnp.minimum(state.head_ready, site.network_delay), state.head_ready),
+        slots=jax.tree.map(enter, state.slots, new),
+        tail=state.tail + chosen,
+        num_admitted=jnp.where(first, state.tail, state.num_admitted),
+        num_waiting=state.num_waiting + chosen,
+        head_ready=jnp.where(first, state.since_epoch + delay, state.head_ready),
     )
-    return state, placement
+    tables = jax.tree.map(enter, tables, entries)
+    return _as_given((state, tables), lanes)
 
 
-def with_output_tokens(site: Site, state: SiteState, output_tokens: Int[Array, "slot *lanes"]) -> SiteState:
+def _make_room(state: SiteState, tables: Any, chosen: Bool[Array, "lane"]) -> tuple[SiteState, Any]:
+    """Move the requests of each chosen lane whose last slot is taken to the front, so that there are no holes."""
+    num_lanes, num_slots = state.slots.finish.shape
+    # So many get there at a time, about.
+    most = max(num_lanes // (2 * num_slots), 8)
+
+    def close_holes(lane: Array, carry: tuple[SiteState, Any]) -> tuple[SiteState, Any]:
+        state, tables = carry
+        slots, border = state.slots, state.num_admitted.at[lane].get(mode="clip")
+        base = state.iterations.at[lane].get(mode="clip")
+        active = slots.finish.at[lane].get(mode="clip") > base[:, None]
+        count = active.sum(1, dtype=jnp.int32)
+        before = (active & (jnp.arange(num_slots) < border[:, None])).sum(1, dtype=jnp.int32)
+        # Those that are active first, in their order.
+        order = jnp.argsort(~active, axis=1, stable=True)
+
+        def close(table: Array) -> Array:
+            rows = table.at[lane].get(mode="clip")
+            return table.at[lane].set(jnp.take_along_axis(rows, order, axis=1), mode="drop", unique_indices=True)
+
+        def put(numbers: Array, new: Array) -> Array:
+            return numbers.at[lane].set(new, mode="drop", unique_indices=True)
+
+        # Iterations are counted anew, so that the number never overflows.
+        slots = jax.tree.map(close, slots)
+        finish = slots.finish.at[lane].get(mode="clip")
+        finish = jnp.where(finish == _OPEN, _OPEN, finish - base[:, None])
+        next_finish = state.next_finish.at[lane].get(mode="clip")
+        partial = state.partial.at[lane].get(mode="clip")
+        partial = jnp.take_along_axis(jnp.cumsum(active, axis=1, dtype=jnp.int32), partial[:, None], axis=1)[:, 0] - 1
+        state = state._replace(
+            slots=slots._replace(finish=put(slots.finish, finish)),
+            tail=put(state.tail, count),
+            num_admitted=put(state.num_admitted, before),
+            iterations=put(state.iterations, jnp.zeros_like(base)),
+            iterations_before=put(state.iterations_before, jnp.zeros_like(base)),
+            next_finish=put(state.next_finish, jnp.where(next_finish == _OPEN, _OPEN, next_finish - base)),
+            partial=put(state.partial, jnp.maximum(partial, 0)),
+        )
+        return state, jax.tree.map(close, tables)
+
+    return _some_at_a_time(chosen & (state.tail == num_slots), most, close_holes, (state, tables))
+
+
+def with_output_tokens(site: Site, state: SiteState, output_tokens: Int[Array, "*lanes slot"]) -> SiteState:
     """Return the state as if these were the true lengths, each beyond what has been generated; for planners."""
-    slots = state.slots
-    decoding = (slots.status == SlotStatus.ACTIVE) & (slots.scheduled > 0)
-    to_completion = jnp.where(decoding, output_tokens - slots.generated, _MANY).min(0)
-    to_full = 1 + (site.kv_capacity - state.kv_held) // jnp.maximum(state.num_running, 1)
+    slots, iterations = state.slots, state.iterations
+    certain = (slot_status(state) == SlotStatus.ACTIVE) & (slots.finish < _OPEN)
+    finish = jnp.where(certain, iterations[..., None] + output_tokens - generated(state), slots.finish)
+    next_finish = jnp.where(certain, finish, _OPEN).min(-1)
+    to_full = 1 + (site.kv_capacity - state.kv_held) // jnp.maximum(state.num_decoding, 1)
     # 1 stays 1: it may mean that the next iteration is not like this one. At worst, it costs one more event.
-    repeats = jnp.where(state.max_iterations > 1, jnp.clip(to_full, 1, to_completion), state.max_iterations)
-    return state._replace(slots=slots._replace(output_tokens=output_tokens), max_iterations=repeats)
+    repeats = jnp.where(state.max_iterations > 1, jnp.clip(to_full, 1, next_finish - iterations), state.max_iterations)
+    slots = slots._replace(output_tokens=output_tokens, finish=finish)
+    return state._replace(slots=slots, next_finish=next_finish, max_iterations=repeats)
 
 
 def advance(site: Site, state: SiteState, gap: Float[Array, ""]) -> SiteState:
     """Let `gap` seconds pass at every expert.
 
     Afterwards each expert has applied exactly the iterations that ended at or before the new now, and the
-    schedule of the iteration that began before it is fixed. Requests that completed are marked
-    `SlotStatus.ENDED` with `ttft` and `latency` set.
+    schedule of the iteration that began before it is fixed. Requests that completed are `SlotStatus.ENDED` with `ttft`
+    and `latency` set.
     """
-    return _advance(site, state, gap)
+    return _advance(site, state, jnp.broadcast_to(gap, state.clock.shape))
 
 
-@lanes_last
+@batch_first
 def _advance(site: Site, state: SiteState, gap: Float[Array, "*lanes"]) -> SiteState:
     """Treat all axes behind the slots as one: experts of all environments are independent of each other."""
-    lanes = jnp.broadcast_shapes(
-        gap.shape,
-        *(leaf.shape for leaf in (*jax.tree.leaves(site), *state[1:])),
-        *(leaf.shape[1:] for leaf in state.slots),
-    )
-
-    def flat(leaf: Array, ndim: int) -> Array:
-        front = leaf.shape[: leaf.ndim - ndim]
-        return jnp.broadcast_to(leaf, (*front, *lanes)).reshape(*front, -1)
-
-    site = jax.tree.map(lambda leaf: flat(leaf, leaf.ndim), site)
-    slots = Slots(*(flat(leaf, leaf.ndim - 1) for leaf in state.slots))
-    state = SiteState(slots, *(flat(leaf, leaf.ndim) for leaf in state[1:]))
-    state = _advance_lanes(site, state, flat(gap, gap.ndim))
-    return jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:-1], *lanes), state)
-
-
-def _advance_lanes(site: Site, state: SiteState, until: Float[Array, "lane"]) -> SiteState:
-    ended = state.slots.status == SlotStatus.ENDED
+    lanes = _lanes_of(state, gap, *site)
+    state, until = _by_lane(state, lanes), _flat(gap, lanes)
+    site = jax.tree.map(lambda leaf: _flat(leaf, lanes), site)
     zero = jnp.zeros_like(until)
-    state = state._replace(
-        slots=state.slots._replace(status=jnp.where(ended, SlotStatus.EMPTY, state.slots.status)),
-        busy_seconds=zero,
-        kv_token_seconds=zero,
-    )
-    return _decode_until(site, _until_no_event(site, state, until, _FEWER), until)
+    state = state._replace(iterations_before=state.iterations, busy_seconds=zero, kv_token_seconds=zero)
+    everyone = jnp.arange(until.shape[0], dtype=jnp.int32)
+    slots, lane = _until_no_event(state.slots, _Lanes(everyone, site, SiteState((), *state[1:]), until), _FEWER)
+    state = _move_epoch(_decode_until(site, lane.state._replace(slots=slots), until))
+    return _as_given(state, lanes)
 
 
-def _until_no_event(site: Site, state: SiteState, until: Float[Array, "lane"], fewer: tuple[int, ...]) -> SiteState:
+# ---- Axes: many lanes are one ----------------------------------------------------------------------------------
+
+
+def _lanes_of(state: SiteState, *others: Array) -> tuple[int, ...]:
+    numbers = (leaf.shape for leaf in (*state[1:], *others))
+    return jnp.broadcast_shapes(state.slots.finish.shape[:-1], *numbers)
+
+
+def _flat(leaf: Array, lanes: tuple[int, ...]) -> Array:
+    return jnp.broadcast_to(leaf, lanes).reshape(-1)
+
+
+def _rows(table: Array, lanes: tuple[int, ...]) -> Array:
+    num_slots = table.shape[-1]
+    return jnp.broadcast_to(table, (*lanes, num_slots)).reshape(-1, num_slots)
+
+
+def _by_lane(state: SiteState, lanes: tuple[int, ...]) -> SiteState:
+    slots = jax.tree.map(lambda table: _rows(table, lanes), state.slots)
+    return SiteState(slots, *(_flat(leaf, lanes) for leaf in state[1:]))
+
+
+def _as_given(tree: _Tree, lanes: tuple[int, ...]) -> _Tree:
+    return jax.tree.map(lambda leaf: leaf.reshape(*lanes, *leaf.shape[1:]), tree)
+
+
+_Carry = TypeVar("_Carry")
+
+
+def _some_at_a_time(
+    where: Bool[Array, "lane"], most: int, change: Callable[[Array, _Carry], _Carry], carry: _Carry
+) -> _Carry:
+    """Let `change` be made to all lanes `where` it is due, to at most so many at a time.
+
+    It is given their numbers, which are past the last lane where there are fewer.
+    """
+    num_lanes = where.shape[0]
+
+    def some(now: tuple[Array, _Carry]) -> tuple[Array, _Carry]:
+        where, carry = now
+        lane = jnp.nonzero(where, size=min(most, num_lanes), fill_value=num_lanes)[0].astype(jnp.int32)
+        return where.at[lane].set(False, mode="drop", unique_indices=True), change(lane, carry)
+
+    return jax.lax.while_loop(lambda now: now[0].any(), some, (where, carry))[1]
+
+
+# ---- From event to event ---------------------------------------------------------------------------------------
+
+
+class _Lanes(NamedTuple):
+    """Some of the lanes."""
+
+    row: Int[Array, "lane"]
+    """Which ones; the number of lanes where there is none."""
+    site: Site
+    state: SiteState
+    """Without the slots, which stay where they are."""
+    until: Float[Array, "lane"]
+
+
+def _until_no_event(slots: Slots, lanes: _Lanes, fewer: tuple[int, ...]) -> tuple[Slots, _Lanes]:
     """Let events happen until no lane has another one before `until`.
 
     All lanes take part until at most one in `fewer[0]` has an event. Then those are gathered, and go on in the same way
     with the rest of `fewer`.
     """
-    num_lanes = until.shape[0]
+    num_lanes = lanes.row.shape[0]
     few = num_lanes // fewer[0] if fewer and num_lanes >= _FEW_LANES else 0
 
-    def one_each(carry: tuple[SiteState, Array]) -> tuple[SiteState, Array]:
-        state = _next_event(site, *carry, until)
-        return state, _iterations_to_event(site, state)
+    def one_each(carry: tuple[Slots, SiteState, Array]) -> tuple[Slots, SiteState, Array]:
+        slots, state, event = carry
+        slots, state = _next_event(slots, lanes._replace(state=state), event)
+        return slots, state, _iterations_to_event(lanes.site, state)
 
-    def too_many(carry: tuple[SiteState, Array]) -> Bool[Array, ""]:
-        return _has_event(*carry, until).sum() > few
+    def too_many(carry: tuple[Slots, SiteState, Array]) -> Bool[Array, ""]:
+        return _has_event(*carry[1:], lanes.until).sum() > few
 
-    state, event = jax.lax.while_loop(too_many, one_each, (state, _iterations_to_event(site, state)))
+    start = (slots, lanes.state, _iterations_to_event(lanes.site, lanes.state))
+    slots, state, event = jax.lax.while_loop(too_many, one_each, start)
+    lanes = lanes._replace(state=state)
     if not few:
-        return state
-    chosen = jnp.nonzero(_has_event(state, event, until), size=few, fill_value=num_lanes)[0]
-    part_site, part, part_until = jax.tree.map(lambda leaf: leaf.at[..., chosen].get(mode="clip"), (site, state, until))
-    new = _until_no_event(part_site, part, part_until, fewer[1:])
-
-    def put_back(leaf: Array, new: Array) -> Array:
-        return leaf.at[..., chosen].set(new, mode="drop")
-
-    changed = {name: put_back(getattr(state.slots, name), getattr(new.slots, name)) for name in _CHANGED_BY_EVENTS}
-    return SiteState(state.slots._replace(**changed), *jax.tree.map(put_back, state[1:], new[1:]))
+        return slots, lanes
+    chosen = jnp.nonzero(_has_event(state, event, lanes.until), size=few, fill_value=num_lanes)[0].astype(jnp.int32)
+    some = jax.tree.map(lambda leaf: leaf.at[chosen].get(mode="clip"), lanes)
+    # Where fewer have an event, the last one is there several times; only one of them may go on.
+    some = some._replace(until=jnp.where(chosen < num_lanes, some.until, -_NEVER))
+    slots, some = _until_no_event(slots, some, fewer[1:])
+    put_back = jax.tree.map(
+        lambda leaf, new: leaf.at[chosen].set(new, mode="drop", unique_indices=True), lanes.state, some.state
+    )
+    return slots, lanes._replace(state=put_back)
 
 
 def _iterations_to_event(site: Site, state: SiteState) -> Int[Array, "lane"]:
     """Iterations like the one in progress until the schedule may change."""
     # Once the head of the queue is ready it may be admitted at the next boundary. A head that was ready when this
     # iteration began was turned away for lack of memory, tokens or seats, and none of these grows.
-    until_ready = state.head_ready - state.clock
+    until_ready = head_ready(state) - state.clock
     to_ready = _iterations_within(until_ready, state.duration, state.growth)
     to_ready += _elapsed(to_ready, state.duration, state.growth) < until_ready
     blocked = (until_ready <= 0) | (state.num_running >= site.max_num_seqs)
@@ -335,119 +570,294 @@ def _has_event(state: SiteState, event: Int[Array, "lane"], until: Float[Array, 
 
 def _next_start(state: SiteState) -> Float[Array, "lane"]:
     """When an expert without an iteration in progress starts the next one, s from now."""
-    start = jnp.where(state.num_running > 0, state.clock, jnp.maximum(state.clock, state.head_ready))
+    start = jnp.where(state.num_running > 0, state.clock, jnp.maximum(state.clock, head_ready(state)))
     return jnp.where(state.duration == _NEVER, start, _NEVER)
 
 
-class _Schedule(NamedTuple):
-    """The iteration that an expert runs next."""
-
-    tokens: Int[Array, "slot lane"]
-    preempted: Bool[Array, "slot lane"]
-    num_admitted: Int[Array, "lane"]
-    head_ready: Float[Array, "lane"]
-    duration: Float[Array, "lane"]
-    growth: Float[Array, "lane"]
-    max_iterations: Int[Array, "lane"]
-    num_running: Int[Array, "lane"]
-    context: Int[Array, "lane"]
-    kv_held: Int[Array, "lane"]
-
-
-def _next_event(site: Site, state: SiteState, event: Int[Array, "lane"], until: Float[Array, "lane"]) -> SiteState:
+def _next_event(slots: Slots, lanes: _Lanes, event: Int[Array, "lane"]) -> tuple[Slots, SiteState]:
     """Apply the iterations up to the next event, and schedule what follows if that is before `until`.
 
     Does nothing to a lane that has no event.
     """
+    state, until = lanes.state, lanes.until
     due = _has_event(state, event, until)
     done = due & (state.duration < _NEVER)
-    k = jnp.where(done, event, 0)
-    elapsed = jnp.where(done, _elapsed(k, state.duration, state.growth), 0.0)
-    clock = jnp.where(due & ~done, _next_start(state), state.clock + elapsed)
-    schedules = due & (clock < until)
-
-    slots = _end_iterations(site, state.slots, done, k, clock)
-    next_ = _schedule(site, slots, state.num_admitted, clock)
-    evicted = schedules & next_.preempted
-    return SiteState(
-        slots=slots._replace(
-            computed=jnp.where(evicted, 0, slots.computed),
-            scheduled=jnp.where(schedules, next_.tokens, jnp.where(done, 0, slots.scheduled)),
-            preemptions=slots.preemptions + evicted,
-        ),
-        num_admitted=jnp.where(schedules, next_.num_admitted, state.num_admitted),
-        clock=clock,
-        head_ready=jnp.where(schedules, next_.head_ready, state.head_ready),
-        duration=jnp.where(schedules, next_.duration, jnp.where(done, _NEVER, state.duration)),
-        growth=jnp.where(schedules, next_.growth, state.growth),
-        max_iterations=jnp.where(schedules, next_.max_iterations, state.max_iterations),
-        num_running=jnp.where(schedules | done, next_.num_running, state.num_running),
-        context=jnp.where(schedules, next_.context, state.context),
-        kv_held=jnp.where(schedules, next_.kv_held, state.kv_held),
-        busy_seconds=state.busy_seconds + elapsed,
-        kv_token_seconds=state.kv_token_seconds + _kv_token_seconds(state, k),
-    )
+    clock = jnp.where(due & ~done, _next_start(state), state.clock)
+    slots, state = _end_iterations(slots, lanes._replace(state=state._replace(clock=clock)), done, event)
+    return _schedule(slots, lanes._replace(state=state), due & (state.clock < until))
 
 
 def _end_iterations(
-    site: Site, slots: Slots, done: Bool[Array, "lane"], k: Int[Array, "lane"], clock: Float[Array, "lane"]
-) -> Slots:
-    """Let k iterations end at `clock`: tokens are computed, and a request that has all that it needs emits one."""
-    worked = done & (slots.scheduled > 0)
-    emitted = worked & (slots.scheduled == slots.prompt_tokens + slots.generated - slots.computed)
-    generated = slots.generated + jnp.where(emitted, k, 0)
-    finished = emitted & (generated >= slots.output_tokens)
-    since_arrival = clock + site.network_delay - slots.ready
-    return slots._replace(
-        status=jnp.where(finished, SlotStatus.ENDED, slots.status),
-        computed=slots.computed + jnp.where(worked, slots.scheduled * k, 0),
-        generated=generated,
-        ttft=jnp.where(emitted & (slots.generated == 0), since_arrival, slots.ttft),
-        latency=jnp.where(finished, since_arrival, slots.latency),
+    slots: Slots, lanes: _Lanes, done: Bool[Array, "lane"], event: Int[Array, "lane"]
+) -> tuple[Slots, SiteState]:
+    """Let iterations end: all tokens are computed, and each request that is done with its prefill emits one."""
+    state = lanes.state
+    k = jnp.where(done, event, 0)
+    elapsed = jnp.where(done, _elapsed(k, state.duration, state.growth), 0.0)
+    slots = slots._replace(
+        prefilled=_put(slots.prefilled, lanes.row, state.partial, state.partial_held, done & (state.partial_need > 0))
     )
+    state = state._replace(
+        clock=state.clock + elapsed,
+        duration=jnp.where(done, _NEVER, state.duration),
+        iterations=state.iterations + k,
+        num_decoding=state.num_decoding + jnp.where(done, state.num_joining, 0),
+        context=state.context + k * state.num_decoding + jnp.where(done, state.joining_context, 0),
+        num_joining=jnp.where(done, 0, state.num_joining),
+        joining_context=jnp.where(done, 0, state.joining_context),
+        kv_held=state.kv_held + jnp.maximum(k - 1, 0) * state.num_decoding,
+        busy_seconds=state.busy_seconds + elapsed,
+        kv_token_seconds=state.kv_token_seconds + _kv_token_seconds(state, k),
+    )
+    return _complete(slots, lanes._replace(state=state), done & (state.iterations == state.next_finish))
 
 
-def _schedule(site: Site, slots: Slots, num_admitted: Int[Array, "lane"], clock: Float[Array, "lane"]) -> _Schedule:
-    """Schedule the iteration that starts at `clock`.
+def _complete(slots: Slots, lanes: _Lanes, completes: Bool[Array, "lane"]) -> tuple[Slots, SiteState]:
+    """Let all requests leave that have all their tokens now, in lanes that may have some."""
+    num_slots = slots.finish.shape[1]
 
-    Running requests come first, in order of admission, then the queue, up to the first request that does not fit. Slots
-    are in this order, so sums over the slots before one give what is left for it.
+    def some_leave(chosen: Array, carry: tuple[Array, SiteState]) -> tuple[Array, SiteState]:
+        latency, state = carry
+        row = lanes.row.at[chosen].get(mode="fill", fill_value=slots.finish.shape[0])
+        site, here = jax.tree.map(lambda leaf: leaf.at[chosen].get(mode="clip"), (lanes.site, state))
+        finish = slots.finish.at[row].get(mode="clip")
+        used = jnp.arange(num_slots) < here.tail[:, None]
+        leaves = used & (finish == here.iterations[:, None])
+        since_arrival = (here.clock + here.since_epoch + site.network_delay)[:, None] - slots.arrival.at[row].get(
+            mode="clip"
+        )
+        latency = latency.at[row].set(
+            jnp.where(leaves, since_arrival, latency.at[row].get(mode="clip")), mode="drop", unique_indices=True
+        )
+        tokens = slots.prompt_tokens.at[row].get(mode="clip") + slots.output_tokens.at[row].get(mode="clip")
+        number = leaves.sum(1, dtype=jnp.int32)
+        freed = jnp.where(leaves, tokens, 0).sum(1, dtype=jnp.int32)
+        others = used & (finish > here.iterations[:, None])
+
+        def put(numbers: Array, new: Array) -> Array:
+            return numbers.at[chosen].set(new, mode="drop", unique_indices=True)
+
+        state = state._replace(
+            next_finish=put(state.next_finish, jnp.where(others, finish, _OPEN).min(1)),
+            num_running=put(state.num_running, here.num_running - number),
+            num_decoding=put(state.num_decoding, here.num_decoding - number),
+            context=put(state.context, here.context - freed),
+            kv_held=put(state.kv_held, here.kv_held - (freed - number)),
+        )
+        return latency, state
+
+    most = -(-lanes.row.shape[0] // 4)
+    latency, state = _some_at_a_time(completes, most, some_leave, (slots.latency, lanes.state))
+    return slots._replace(latency=latency), state
+
+
+class _Admission(NamedTuple):
+    """A schedule while the queue is being admitted."""
+
+    finish: Int[Array, "row slot"]
+    state: SiteState
+    tokens: Int[Array, "lane"]
+    """Scheduled so far."""
+    at_head: Bool[Array, "lane"]
+    """Whether the head of the queue is at the border, or else an empty slot."""
+    open: Bool[Array, "lane"]
+    """Whether the head has not been turned away."""
+
+
+def _schedule(slots: Slots, lanes: _Lanes, starts: Bool[Array, "lane"]) -> tuple[Slots, SiteState]:
+    """Schedule the iterations that start at `clock`.
+
+    All running requests that decode get a token each, the one that is not done with its prefill what is left, and then
+    the queue, up to the first request that does not fit.
     """
-    active = slots.status == SlotStatus.ACTIVE
-    running = active & (positions(active) < num_admitted)
-    need = jnp.where(active, slots.prompt_tokens + slots.generated - slots.computed, 0)
-    # No more than the budget, so that the sums are exact in float32.
-    wanted = jnp.minimum(need, site.max_num_batched_tokens)
-    wanted_so_far, computed_so_far, count = running_sums(wanted, jnp.where(active, slots.computed, 0), active)
-    tokens = jnp.clip(site.max_num_batched_tokens - (wanted_so_far - wanted), 0, need)
-    fits = computed_so_far + jnp.minimum(wanted_so_far, site.max_num_batched_tokens) <= site.kv_capacity
-    welcome = fits & (tokens > 0) & (count <= site.max_num_seqs) & (slots.ready <= clock)
-    turned_away = active & ~jnp.where(running, fits | (count == 1), welcome)
-    (num_turned_away,) = running_sums(turned_away)
-    runs = active & (num_turned_away == 0)
-    tokens = jnp.where(runs, tokens, 0)
-    decoding = runs & (tokens == 1) & (need == 1) & (slots.computed >= slots.prompt_tokens)
-    preempted = running & ~runs
-    head = turned_away & (num_turned_away == 1)
+    site, row = lanes.site, lanes.row
+    slots, state, preempted = _preempt(slots, lanes, starts)
+    budget = site.max_num_batched_tokens
 
-    num_tokens, num_running, num_decoding = _total(tokens), _total(runs), _total(decoding)
-    kv_held = _total(jnp.where(runs, slots.computed, 0)) + num_tokens
-    context = _total(jnp.where(decoding, slots.computed + 1, 0))
-    to_completion = fold(jnp.minimum, jnp.where(decoding, slots.output_tokens - slots.generated, _MANY))
-    to_full = 1 + (site.kv_capacity - kv_held) // jnp.maximum(num_decoding, 1)
-    steady = (num_decoding == num_running) & (_total(preempted) == 0)
-    return _Schedule(
+    # The one that is not done with its prefill goes on, in the last place of the batch.
+    goes_on = starts & (state.partial_need > 0)
+    part = jnp.where(goes_on, jnp.minimum(state.partial_need, budget - state.num_decoding), 0)
+    joins = goes_on & (part == state.partial_need)
+    kept = _at(slots.kept, row, state.partial)
+    finish = state.iterations + _at(slots.output_tokens, row, state.partial) - kept
+    # After a preemption, its last token may be computed as if it had decoded all along.
+    decodes = joins & (part == 1) & (kept > 0)
+    held = state.partial_held + part
+    first = jnp.where(joins, state.partial, state.num_admitted)
+    tokens = jnp.where(starts, state.num_decoding + part, 0)
+    start = _Admission(
+        finish=_put(slots.finish, row, state.partial, finish, joins),
+        state=state._replace(
+            partial_held=held,
+            partial_need=state.partial_need - part,
+            num_joining=jnp.where(joins, 1, state.num_joining),
+            joining_context=jnp.where(joins, held + 1, state.joining_context),
+            next_finish=jnp.where(joins, jnp.minimum(state.next_finish, finish), state.next_finish),
+            kv_held=state.kv_held + tokens,
+        ),
         tokens=tokens,
-        preempted=preempted,
-        num_admitted=_total(num_turned_away == 0),
-        head_ready=fold(jnp.minimum, jnp.where(head, slots.ready, _NEVER)),
-        duration=jnp.where(num_running > 0, site.iteration_time(num_tokens, num_decoding, context), _NEVER),
-        growth=site.attention_per_token * num_decoding,
-        max_iterations=jnp.where(steady, jnp.clip(to_full, 1, to_completion), 1),
-        num_running=num_running,
-        context=context,
-        kv_held=kv_held,
+        at_head=jnp.ones_like(starts),
+        open=starts & ~preempted,
     )
+    admission = _admit(slots, lanes, start)
+    state, tokens = admission.state, admission.tokens
+    slots = slots._replace(finish=admission.finish)
+
+    time = site.iteration_time(tokens, state.num_decoding + decodes, state.context + jnp.where(decodes, held, 0))
+    duration = jnp.where(starts, jnp.where(state.num_running > 0, time, _NEVER), state.duration)
+    to_full = 1 + (site.kv_capacity - state.kv_held) // jnp.maximum(state.num_decoding, 1)
+    steady = (state.num_decoding == state.num_running) & ~preempted
+    repeats = jnp.where(steady, jnp.clip(to_full, 1, state.next_finish - state.iterations), 1)
+    ttft = _note_first_tokens(
+        slots, lanes._replace(state=state), first, starts & (state.num_joining > 0), state.clock + duration
+    )
+    return slots._replace(ttft=ttft), state._replace(
+        duration=duration,
+        growth=jnp.where(starts, site.attention_per_token * state.num_decoding, state.growth),
+        max_iterations=jnp.where(starts, repeats, state.max_iterations),
+    )
+
+
+def _preempt(slots: Slots, lanes: _Lanes, starts: Bool[Array, "lane"]) -> tuple[Slots, SiteState, Bool[Array, "lane"]]:
+    """Take memory from the last admitted requests until it lasts for one more token each; tell where that was so."""
+    site, row = lanes.site, lanes.row
+
+    def over(state: SiteState) -> Bool[Array, "lane"]:
+        part = jnp.minimum(state.partial_need, site.max_num_batched_tokens - state.num_decoding)
+        too_much = state.kv_held + state.num_decoding + part > site.kv_capacity
+        return starts & too_much & (state.num_running > 1)
+
+    def one_goes(carry: tuple) -> tuple:
+        finish, kept, prefilled, preemptions, state, preempted = carry
+        position = state.num_admitted - 1
+        now = _at(finish, row, position)
+        goes = over(state) & (now > state.iterations)  # or else there is none
+        is_partial = state.partial_need > 0
+        tokens = _at(slots.output_tokens, row, position) - (now - state.iterations)
+        tokens = jnp.where(is_partial, _at(kept, row, position), tokens)
+        size = _at(slots.prompt_tokens, row, position) + tokens
+        decoded = goes & ~is_partial
+        state = state._replace(
+            num_admitted=jnp.where(over(state), position, state.num_admitted),
+            num_running=state.num_running - goes,
+            num_waiting=state.num_waiting + goes,
+            head_ready=jnp.where(goes, _at(slots.arrival, row, position), state.head_ready),
+            num_decoding=state.num_decoding - decoded,
+            context=state.context - jnp.where(decoded, size, 0),
+            kv_held=state.kv_held - jnp.where(goes, jnp.where(is_partial, state.partial_held, size - 1), 0),
+            partial_need=jnp.where(goes, 0, state.partial_need),
+        )
+        return (
+            _put(finish, row, position, _OPEN, goes),
+            _put(kept, row, position, tokens, goes),
+            _put(prefilled, row, position, 0, goes),
+            _put(preemptions, row, position, _at(preemptions, row, position) + 1, goes),
+            state,
+            preempted | goes,
+        )
+
+    changed = (slots.finish, slots.kept, slots.prefilled, slots.preemptions)
+    start = (*changed, lanes.state, jnp.zeros_like(starts))
+    finish, kept, prefilled, preemptions, state, preempted = jax.lax.while_loop(
+        lambda carry: over(carry[-2]).any(), one_goes, start
+    )
+    slots = slots._replace(finish=finish, kept=kept, prefilled=prefilled, preemptions=preemptions)
+    return slots, state, preempted
+
+
+def _admit(slots: Slots, lanes: _Lanes, start: _Admission) -> _Admission:
+    """Admit from the head of the queue while tokens, seats and memory last."""
+    site, row = lanes.site, lanes.row
+
+    def may_enter(now: _Admission) -> Bool[Array, "lane"]:
+        state = now.state
+        room = (now.tokens < site.max_num_batched_tokens) & (state.num_running < site.max_num_seqs)
+        return now.open & room & (state.num_waiting > 0) & (head_ready(state) <= state.clock)
+
+    def searches(now: _Admission) -> Bool[Array, "lane"]:
+        return now.open & (now.state.num_waiting > 0) & ~now.at_head
+
+    def one_enters(now: _Admission) -> _Admission:
+        state, position = now.state, now.state.num_admitted
+        asks = now.at_head & may_enter(now)
+        kept, output = _at(slots.kept, row, position), _at(slots.output_tokens, row, position)
+        need = _at(slots.prompt_tokens, row, position) + kept
+        tokens = jnp.minimum(need, site.max_num_batched_tokens - now.tokens)
+        enters = asks & (state.kv_held + tokens <= site.kv_capacity)
+        joins = enters & (tokens == need)
+        stays = enters & (tokens < need)
+        certain = state.iterations + output - kept
+        finish = _put(now.finish, row, position, certain, joins)
+        border = position + (enters | searches(now))
+        num_waiting = state.num_waiting - enters
+        behind = jnp.minimum(border, finish.shape[1] - 1)
+        moved = border > position
+        at_head = jnp.where(moved, _at(finish, row, behind) == _OPEN, now.at_head)
+        next_ready = jnp.where(num_waiting > 0, _at(slots.arrival, row, behind), _NEVER)
+        state = state._replace(
+            num_admitted=border,
+            num_running=state.num_running + enters,
+            num_waiting=num_waiting,
+            head_ready=jnp.where(moved, next_ready, state.head_ready),
+            num_joining=state.num_joining + joins,
+            joining_context=state.joining_context + jnp.where(joins, need + 1, 0),
+            next_finish=jnp.where(joins, jnp.minimum(state.next_finish, certain), state.next_finish),
+            kv_held=state.kv_held + jnp.where(enters, tokens, 0),
+            partial=jnp.where(stays, position, state.partial),
+            partial_held=jnp.where(stays, tokens, state.partial_held),
+            partial_need=jnp.where(stays, need - tokens, state.partial_need),
+        )
+        return _Admission(
+            finish=finish,
+            state=state,
+            tokens=now.tokens + jnp.where(enters, tokens, 0),
+            at_head=at_head,
+            open=now.open & (enters | ~asks),
+        )
+
+    return jax.lax.while_loop(lambda now: (searches(now) | may_enter(now)).any(), one_enters, start)
+
+
+def _note_first_tokens(
+    slots: Slots,
+    lanes: _Lanes,
+    first: Int[Array, "lane"],
+    joined: Bool[Array, "lane"],
+    end: Float[Array, "lane"],
+) -> Float[Array, "row slot"]:
+    """Note the time to first token of the requests from `first` to the border, whose prefill is done at `end`."""
+    state, row = lanes.state, lanes.row
+    end = end + state.since_epoch + lanes.site.network_delay
+
+    def left(position: Array) -> Bool[Array, "lane"]:
+        return joined & (position < state.num_admitted)
+
+    def one_notes(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        ttft, position = carry
+        finish = _at(slots.finish, row, position)
+        joins = left(position) & (finish > state.iterations) & (finish < _OPEN)
+        joins &= _at(slots.kept, row, position) == 0
+        return _put(ttft, row, position, end - _at(slots.arrival, row, position), joins), position + 1
+
+    return jax.lax.while_loop(lambda carry: left(carry[1]).any(), one_notes, (slots.ttft, first))[0]
+
+
+def _at(table: Shaped[Array, "row slot"], row: Int[Array, "lane"], position: Int[Array, "lane"]) -> Array:
+    return table.at[row, position].get(mode="clip")
+
+
+def _put(
+    table: Shaped[Array, "row slot"],
+    row: Int[Array, "lane"],
+    position: Int[Array, "lane"],
+    value: Array | int,
+    where: Bool[Array, "lane"],
+) -> Array:
+    """Enter one value for each lane, `where` it holds."""
+    return table.at[jnp.where(where, row, table.shape[0]), position].set(value, mode="drop", unique_indices=True)
+
+
+# ---- Between events --------------------------------------------------------------------------------------------
 
 
 def _decode_until(site: Site, state: SiteState, until: Float[Array, "lane"]) -> SiteState:
@@ -458,39 +868,48 @@ def _decode_until(site: Site, state: SiteState, until: Float[Array, "lane"]) -> 
     elapsed = jnp.where(k > 0, _elapsed(k, state.duration, state.growth), 0.0)
     # A request that arrives now may join the iteration that starts now.
     pauses = (k > 0) & (elapsed == left)
-    context = state.context + k * state.num_running
-    duration = site.iteration_time(state.num_running, state.num_running, context)
-    slots = state.slots
-    decoded = jnp.where(slots.scheduled > 0, k, 0)
+    context = state.context + k * state.num_decoding
+    duration = site.iteration_time(state.num_decoding, state.num_decoding, context)
+    # Of the iteration in progress, all tokens are counted as held.
+    held = state.kv_held + (k - pauses) * state.num_decoding
     return state._replace(
-        slots=slots._replace(
-            ready=slots.ready - until,
-            computed=slots.computed + decoded,
-            generated=slots.generated + decoded,
-            scheduled=jnp.where(pauses, 0, slots.scheduled),
-        ),
         clock=state.clock + elapsed - until,
-        head_ready=jnp.where(state.head_ready < _NEVER, state.head_ready - until, _NEVER),
         duration=jnp.where(pauses, _NEVER, jnp.where(k > 0, duration, state.duration)),
+        iterations=state.iterations + k,
         max_iterations=state.max_iterations - k,
         context=context,
-        kv_held=state.kv_held + k * state.num_running,
+        kv_held=held,
+        since_epoch=state.since_epoch + until,
         busy_seconds=state.busy_seconds + elapsed,
         kv_token_seconds=state.kv_token_seconds + _kv_token_seconds(state, k),
     )
 
 
+def _move_epoch(state: SiteState) -> SiteState:
+    """Make now the epoch of the slots' times where it is too long ago for them to be exact."""
+
+    def move(lane: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        arrival, head_ready, since = carry
+        passed = since.at[lane].get(mode="clip")
+        return (
+            arrival.at[lane].add(-passed[:, None], mode="drop", unique_indices=True),
+            head_ready.at[lane].add(-passed, mode="drop", unique_indices=True),
+            since.at[lane].set(0.0, mode="drop", unique_indices=True),
+        )
+
+    most = max(state.clock.shape[0] // 16, 8)
+    times = (state.slots.arrival, state.head_ready, state.since_epoch)
+    arrival, head, since = _some_at_a_time(state.since_epoch > _EPOCH, most, move, times)
+    return state._replace(slots=state.slots._replace(arrival=arrival), head_ready=head, since_epoch=since)
+
+
 def _kv_token_seconds(state: SiteState, k: Int[Array, "lane"]) -> Float[Array, "lane"]:
     """Sum over i < k of (duration + growth i) (held + batch i): KV grows by one token per sequence and iteration."""
-    batch = jnp.where(state.max_iterations > 1, state.num_running, 0).astype(jnp.float32)
+    batch = jnp.where(state.max_iterations > 1, state.num_decoding, 0).astype(jnp.float32)
     i = k.astype(jnp.float32)
     sum_1, sum_2 = i * (i - 1) / 2, (i - 1) * i * (2 * i - 1) / 6
     held = state.kv_held.astype(jnp.float32) * _elapsed(k, state.duration, state.growth)
     return jnp.where(k > 0, held + batch * (state.duration * sum_1 + state.growth * sum_2), 0.0)
-
-
-def _total(column: Shaped[Array, "slot lane"]) -> Int[Array, "lane"]:
-    return fold(jnp.add, column.astype(jnp.int32))
 
 
 def _elapsed(k: Int[Array, "*lanes"], duration: Float[Array, "*lanes"], growth: Float[Array, "*lanes"]) -> Array:

@@ -42,6 +42,32 @@ def lanes_last(function: _Function) -> _Function:
     return wraps(function)(batchable)  # type: ignore[return-value]
 
 
+def batch_first(function: _Function) -> _Function:
+    """Let `vmap` add one more first axis to the arrays of `function`, instead of batching each operation in it.
+
+    As `lanes_last`, for functions that broadcast over axes before those that they name.
+    """
+
+    @custom_vmap
+    def batchable(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    @batchable.def_vmap
+    def batched(axis_size: int, in_batched: list, *arguments: Any) -> tuple[Any, Any]:
+        def first(leaf: Array, batched: bool) -> Array:
+            # Where there is no batch, a first axis of one broadcasts.
+            return leaf if batched else jnp.expand_dims(leaf, 0)
+
+        results = batchable(*jax.tree.map(first, arguments, tuple(in_batched)))
+
+        def whole(leaf: Array) -> Array:
+            return jnp.broadcast_to(leaf, (axis_size, *leaf.shape[1:]))
+
+        return jax.tree.map(whole, results), jax.tree.map(lambda _: True, results)
+
+    return wraps(function)(batchable)  # type: ignore[return-value]
+
+
 def positions(like: Shaped[Array, "first *lanes"]) -> Int[Array, "first *ones"]:
     """Number along the first axis, to be broadcast over the others."""
     return jnp.arange(like.shape[0], dtype=jnp.int32).reshape(-1, *(1,) * (like.ndim - 1))

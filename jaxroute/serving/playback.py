@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from jaxroute.errors import UserError
 from jaxroute.serving.checks import real_array, whole_array
-from jaxroute.serving.engine import SiteState, SlotStatus, advance, can_accept, enqueue, idle_site
+from jaxroute.serving.engine import SiteState, SlotStatus, advance, can_accept, enqueue, idle_site, slot_status
 from jaxroute.serving.site import MAX_COUNT, Site, check_site
 
 
@@ -134,7 +134,7 @@ def replay_program(
 
     def note_completed(table: _Table, state: SiteState) -> _Table:
         slots = state.slots
-        row = jnp.where(slots.status == SlotStatus.ENDED, slots.request, spare_row)
+        row = jnp.where(slot_status(state) == SlotStatus.ENDED, slots.request, spare_row)
         return table._replace(
             ttft=table.ttft.at[row].set(slots.ttft),
             latency=table.latency.at[row].set(slots.latency),
@@ -164,5 +164,5 @@ def replay_program(
     carry = (idle_site(num_experts, num_slots), _Table(counts, times, times, counts))
     numbers = jnp.arange(num_requests, dtype=jnp.int32)
     carry, _ = jax.lax.scan(arrive, carry, (numbers, gaps, prompts, outputs, experts))
-    _, table = jax.lax.while_loop(lambda carry: jnp.any(carry[0].slots.status == SlotStatus.ACTIVE), wait, carry)
+    _, table = jax.lax.while_loop(lambda carry: jnp.any(carry[0].num_running + carry[0].num_waiting > 0), wait, carry)
     return tuple(column[:num_requests] for column in table)

@@ -28,7 +28,7 @@ from jaxroute.files import write_file
 from jaxroute.policies import LEARNED, RULES, Policy, rules_named
 from jaxroute.runs import load_policy
 from jaxroute.scenarios import build_env, on_test_prompts
-from jaxroute.serving import Site, running_and_waiting
+from jaxroute.serving import Site, computed, generated, running_and_waiting
 
 SHOWN = 200
 """Requests that the page plays, at most: some twenty seconds at the default rate."""
@@ -230,13 +230,13 @@ def _play(
             rejected=info["rejected"],
             cloud=info.get("cloud"),
             up=state.up,
-            running=running,
-            waiting=waiting,
-            slot_number=slots.request,
-            prompt_tokens=slots.prompt_tokens,
-            computed=slots.computed,
-            generated=slots.generated,
-            preemptions=slots.preemptions,
+            running=running.T,
+            waiting=waiting.T,
+            slot_number=slots.request.T,
+            prompt_tokens=slots.prompt_tokens.T,
+            computed=computed(state.site).T,
+            generated=generated(state.site).T,
+            preemptions=slots.preemptions.T,
             gap=info["gap"],
             info={name: info[name] for name in _INFO},
         )
