@@ -304,7 +304,8 @@ def test_prices_are_drawn_for_each_environment_and_seen():
 
 def test_an_evaluation_has_one_price():
     env, params = scenario("reward.accelerator_price=0.3", *WITH_CLOUD)
-    prices = jax.vmap(lambda key: env.reset(key, params)[1].prices)(jax.random.split(jax.random.key(0), 4))
+    of_each = jax.vmap(lambda key: env.reset(key, params)[1].prices)
+    prices = jax.jit(of_each)(jax.random.split(jax.random.key(0), 4))
     np.testing.assert_allclose(prices.accelerator, 0.3)
     np.testing.assert_allclose(prices.cloud, 1.0)
 
@@ -331,9 +332,8 @@ def test_what_is_below_the_quality_floor_is_worth_nothing():
     open_ = obs.away.to_cloud
     expected = jnp.where(of_cloud >= floor, of_cloud, 0.0)
     chex.assert_trees_all_equal(obs.away.predicted_quality[open_], expected[open_])
-    answers = jax.vmap(lambda key, request: ask(key, params.cloud, jnp.zeros(1), request, Prices(0.0, 1.0), True))(
-        keys, state.request
-    )
+    asked = jax.vmap(lambda key, request: ask(key, params.cloud, jnp.zeros(1), request, Prices(0.0, 1.0), True))
+    answers = jax.jit(asked)(keys, state.request)
     assert (answers.quality[of_cloud < floor] == 0).all()
     assert (answers.expected_qos[of_cloud < floor] == 0).all()
 
@@ -358,8 +358,10 @@ def test_a_class_keeps_its_floor(cloud):
         obs, state, _, _, _, info = env.step(key, state, action, params)
         return (obs, state), (limits, info["declined"], action == AWAY, state.served)
 
-    start = env.reset(jax.random.key(1), params)
-    _, (limits, declined, away, served) = jax.lax.scan(step, start, jax.random.split(jax.random.key(2), 1500))
+    def episode(key):
+        return jax.lax.scan(step, env.reset(key, params), jax.random.split(jax.random.key(2), 1500))[1]
+
+    limits, declined, away, served = jax.jit(episode)(jax.random.key(1))
     assert (served >= params.class_floor).all()
     for of_class, floor in zip(params.limits.normalised, params.class_floor, strict=True):
         share = 1 - declined[(limits == of_class)].mean()
@@ -371,13 +373,17 @@ def test_a_class_keeps_its_floor(cloud):
 
 def test_a_network_may_not_decline_below_the_floor():
     env, params = scenario("reward.class_floor={standard: 1}")
-    obs, _ = jax.vmap(lambda key: env.reset(key, params))(jax.random.split(jax.random.key(0), 32))
+    obs, _ = jax.jit(jax.vmap(env.reset, (0, None)))(jax.random.split(jax.random.key(0), 32), params)
     standard = obs.arrival.limits.normalised == params.limits.normalised[1]
     assert 0 < standard.sum() < 32
     for network in (HAN(hidden=8, away=True), FlatMLP(hidden=8, away=True)):
-        features = jax.vmap(network.prepare)(obs)
-        weights = network.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], features))
-        logits, _ = jax.vmap(network.apply, (None, 0))(weights, features)
+
+        def untrained(obs, network=network):
+            features = jax.vmap(network.prepare)(obs)
+            weights = network.init(jax.random.key(0), jax.tree.map(lambda leaf: leaf[0], features))
+            return jax.vmap(network.apply, (None, 0))(weights, features)[0]
+
+        logits = jax.jit(untrained)(obs)
         np.testing.assert_array_equal(logits[:, AWAY] < -1e8, standard)
     np.testing.assert_array_equal(jax.vmap(eligible_actions)(obs)[:, AWAY], ~standard)
 
