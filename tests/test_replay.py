@@ -209,6 +209,7 @@ MISTAKES = [
     ("weight_load", [1.0, 1.0, 1.0]),
     ("max_num_seqs", [4, 0]),
     ("max_num_batched_tokens", [0, 4]),
+    ("max_num_batched_tokens", [3, 4]),
     ("kv_capacity", [0, 4]),
     ("max_waiting", [-1, 4]),
 ]
