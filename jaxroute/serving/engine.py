@@ -348,20 +348,21 @@ def _enqueue(
 
     at = (jnp.arange(num_lanes, dtype=jnp.int32), jnp.where(chosen, state.tail, num_slots))
 
-    def enter(table: Array, entry: Array | float) -> Array:
-        return table.at[at].set(jnp.asarray(entry).astype(table.dtype), mode="drop", unique_indices=True)
+    def enter(table: Array, entry: Array) -> Array:
+        return table.at[at].set(entry.astype(table.dtype), mode="drop", unique_indices=True)
 
+    none, no_time = jnp.zeros_like(state.tail), jnp.zeros_like(delay)
     new = Slots(
         request=request,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         arrival=state.since_epoch + delay,
-        finish=_OPEN,
-        kept=0,
-        prefilled=0,
-        preemptions=0,
-        ttft=0.0,
-        latency=0.0,
+        finish=jnp.full_like(state.tail, _OPEN),
+        kept=none,
+        prefilled=none,
+        preemptions=none,
+        ttft=no_time,
+        latency=no_time,
     )
     first = chosen & (state.num_waiting == 0)
     state = state._replace(
@@ -450,7 +451,8 @@ def _advance(site: Site, state: SiteState, gap: Float[Array, "*lanes"]) -> SiteS
     site = jax.tree.map(lambda leaf: _flat(leaf, lanes), site)
     zero = jnp.zeros_like(until)
     state = state._replace(iterations_before=state.iterations, busy_seconds=zero, kv_token_seconds=zero)
-    everyone = _Lanes(jnp.arange(until.shape[0], dtype=jnp.int32), site, state._replace(slots=()), until)
+    numbers = state._replace(slots=None)  # type: ignore[arg-type]
+    everyone = _Lanes(jnp.arange(until.shape[0], dtype=jnp.int32), site, numbers, until)
     slots, numbers = _let_events_happen(state.slots, everyone)
     state = _move_epoch(_decode_until(site, numbers._replace(slots=slots), until))
     return _as_given(state, lanes)
