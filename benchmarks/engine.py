@@ -1,6 +1,7 @@
 """Environment steps/s and simulated output tokens/s, and where the time of a step goes.
 
-`python -m benchmarks.engine [--quick]` prints medians of several runs and writes outputs/benchmarks/engine.json.
+`python -m benchmarks.engine [--quick]` prints medians of several runs and writes outputs/benchmarks/engine.json. With
+`--seats 12 192`, it measures `edge6` with so many seats per expert instead, and memory and requests in proportion.
 One environment step is one routed request. Routing is random at a rate that keeps each site busy. The engine alone
 queues a request and advances the experts to the next; a whole step also draws requests, keeps the books, assesses the
 requests in flight for the reward, and observes: graph and impact estimates for every expert. The observation's share is
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,10 +40,25 @@ from jaxroute.serving import Site, SiteState, SlotStatus, advance, can_accept, e
 # Scenario and requests/s, by site.
 _BUSY = {"edge3": ("edge3-poisson", 5.0), "edge6": ("edge-poisson", 10.0), "edge16": ("edge16-poisson", 27.0)}
 
+# Requests/s by number of seats; beyond, seats are not what bounds a server.
+_SEATS = {12: 10.0, 48: 36.0, 192: 100.0, 768: 200.0}
+
 # A run makes about this many steps in all, so that it takes a good part of a second on two cores and on an accelerator,
 # within these numbers of steps for each environment.
 _STEPS_PER_RUN_ON_CPU, _STEPS_PER_RUN = 2**15, 2**22
 _FEWEST_STEPS, _MOST_STEPS = 2, 256
+
+
+def with_seats(seats: int) -> tuple[EdgeRouting, EnvParams]:
+    """Return `edge6` with servers of so many seats, a third as many places in the queue, and memory for them."""
+    env, params = jaxroute.make("edge-poisson", rate=_SEATS[seats])
+    site = params.site
+    site = site._replace(
+        max_num_seqs=jnp.full_like(site.max_num_seqs, seats),
+        max_waiting=jnp.full_like(site.max_waiting, seats // 3),
+        kv_capacity=site.kv_capacity * (seats // 12),
+    )
+    return replace(env, num_slots=seats + seats // 3), params._replace(site=site)
 
 
 def num_steps(num_envs: int) -> int:
@@ -155,15 +173,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one small size")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--envs", type=int, nargs="+", default=[1, 64, 256, 320, 1024, 4096, 16384, 65536])
+    parser.add_argument(
+        "--seats", type=int, nargs="+", choices=_SEATS, default=[], help="of edge6, instead of all sites"
+    )
     options = parser.parse_args()
     one_device_per_core()
-    sites, sizes, runs = list(_BUSY), options.envs, options.runs
+    cases = {site: partial(jaxroute.make, scenario, rate=rate) for site, (scenario, rate) in _BUSY.items()}
+    if options.seats:
+        cases = {f"edge6, {seats} seats": partial(with_seats, seats) for seats in options.seats}
+    sites, sizes, runs = list(cases), options.envs, options.runs
     if options.quick:
-        sites, sizes, runs = ["edge3"], [64], 2
+        sites, sizes, runs = sites[:1], [64], 2
     rows = []
     for site, num_envs in track([(site, num_envs) for site in sites for num_envs in sizes], "measuring"):
-        scenario, rate = _BUSY[site]
-        env, params = jaxroute.make(scenario, rate=rate)
+        env, params = cases[site]()
         row = measure(env, params, num_envs, runs)
         if row is not None:
             rows.append({"site": site} | row)
@@ -187,7 +210,7 @@ def main() -> None:
         best = [row for row in rows if row["site"] == site]
         main_figures[f"{site} engine, requests/s"] = max(row["engine_steps_per_second"] for row in best)
         main_figures[f"{site} env.step, steps/s"] = max(row["env_steps_per_second"] for row in best)
-    remember = not options.quick and options.envs == parser.get_default("envs")
+    remember = not options.quick and not options.seats and options.envs == parser.get_default("envs")
     publish("engine", table, {"runs": runs, "rows": rows}, main_figures, remember=remember)
 
 

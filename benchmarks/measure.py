@@ -27,9 +27,11 @@ EVERYWHERE, SPREAD = PartitionSpec(), PartitionSpec("device")
 _Name = TypeVar("_Name", bound=Hashable)
 _Result = TypeVar("_Result")
 
-# A site has filled after so many requests; so many sites are filled apart, and copied if more are asked for.
+# A site has filled after so many requests, or after as many as it has slots; so many sites are filled apart, and copied
+# if more are asked for.
 _FILLING_STEPS = 200
-_FILLED_SITES = 64
+_FILLED_SITES, _FILLED_LARGE_SITES = 64, 16
+_LARGE = 64
 
 
 class Compiled(NamedTuple):
@@ -44,8 +46,9 @@ class Compiled(NamedTuple):
 
 def busy_sites(env: EdgeRouting, params: EnvParams, num_envs: int) -> tuple[Observation, EnvState]:
     """Return observations and states, `(env, ...)`, of sites that random routing has filled."""
-    filled = _fill(env, params, jax.random.split(jax.random.key(0), _FILLED_SITES))
-    return jax.tree.map(lambda leaf: leaf[jnp.arange(num_envs) % _FILLED_SITES], filled)
+    num_filled = _FILLED_SITES if env.num_slots <= _LARGE else _FILLED_LARGE_SITES
+    filled = _fill(env, params, jax.random.split(jax.random.key(0), num_filled))
+    return jax.tree.map(lambda leaf: leaf[jnp.arange(num_envs) % num_filled], filled)
 
 
 @partial(jax.jit, static_argnames="env")
@@ -58,7 +61,8 @@ def _fill(env: EdgeRouting, params: EnvParams, keys: PRNGKeyArray) -> tuple[Obse
             action = jax.random.randint(key_action, (), 0, env.num_actions)
             return env.step(key_env, carry[1], action, params)[:2], None
 
-        return jax.lax.scan(step, env.reset(key_reset, params), jax.random.split(key_steps, _FILLING_STEPS))[0]
+        steps = max(_FILLING_STEPS, env.num_slots * env.num_experts)
+        return jax.lax.scan(step, env.reset(key_reset, params), jax.random.split(key_steps, steps))[0]
 
     return jax.vmap(one)(keys)
 

@@ -6,6 +6,7 @@ import gzip
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -308,6 +309,49 @@ def heavy_case() -> Case:
         prompt_tokens=np.clip(rng.lognormal(5.0, 0.9, count), 4, 1200).astype(np.int32),
         output_tokens=np.clip(rng.lognormal(3.9, 0.8, count), 1, 300).astype(np.int32),
         assignment=rng.integers(0, num_experts, count),
+    )
+
+
+class RealSize(NamedTuple):
+    """What overloads servers with so many seats, and a seed with no close call (see below)."""
+
+    max_num_seqs: int
+    max_waiting: int
+    rate: float
+    """Requests/s."""
+    second: float
+    """Share of the requests that goes to the second server."""
+    lengths: tuple[float, float]
+    """Of prompts and answers, as shares of the memory that there is for each seat."""
+    seed: int
+
+
+REAL_SIZES = (RealSize(256, 32, 60.0, 0.25, (0.4, 1.2), 1), RealSize(1024, 512, 300.0, 0.4, (0.3, 1.8), 5))
+
+
+def real_size_case(size: RealSize) -> Case:
+    """3,000 requests at two servers of real size, with 40,000 and 400,000 KV tokens."""
+    rng = np.random.default_rng(size.seed)
+    count, capacity = 3000, np.array([40_000, 400_000])
+    server = {
+        "iteration_overhead": 0.002,
+        "weight_load": 0.013,
+        "compute_per_token": 7e-5,
+        "decode_per_seq": 2.4e-5,
+        "attention_per_token": 5e-8,
+        "network_delay": 0.0,
+        "max_num_seqs": size.max_num_seqs,
+        "max_num_batched_tokens": 2048,
+        "max_waiting": size.max_waiting,
+    }
+    typical = np.array(size.lengths)[:, None, None] * capacity / size.max_num_seqs
+    prompt, output = np.clip(rng.lognormal(0.0, 0.6, (2, count, 2)) * typical, 2, capacity // 4).astype(np.int32)
+    return Case(
+        site=site_arrays(*(server | {"kv_capacity": tokens} for tokens in capacity)),
+        arrival_time=np.cumsum(rng.exponential(1 / size.rate, count)),
+        prompt_tokens=prompt,
+        output_tokens=output,
+        assignment=(rng.random(count) < size.second).astype(int),
     )
 
 

@@ -135,7 +135,7 @@ def test_an_expert_that_is_down_holds_and_takes_nothing(flags):
     played = episodes(flags)
     down = ~played.state.up
     assert 0.1 < down.mean() < 0.5
-    for count in (active(played.state).sum(-2), played.state.site.num_running, played.state.site.kv_held):
+    for count in (active(played.state).sum(-1), played.state.site.num_running, played.state.site.kv_held):
         assert (count[down] == 0).all()
         assert (count[~down] > 0).any()
     np.testing.assert_array_equal(played.obs.experts.up, played.state.up)
@@ -162,7 +162,7 @@ def test_what_is_lost():
     assert not (lost & info["ended"]).any()
     np.testing.assert_array_equal(info["num_lost"], lost.sum((-2, -1)))
     assert (info["qos"][lost] == 0).all()
-    earned = np.where(info["in_time"], played.next_state.table.predicted_quality, 0).sum((-2, -1))
+    earned = np.where(info["in_time"], np.swapaxes(played.next_state.table.predicted_quality, -1, -2), 0).sum((-2, -1))
     np.testing.assert_allclose(played.reward, tailored_reward(scenario()[1], played, earned), atol=1e-5)
     np.testing.assert_allclose(played.next_state.potential, played.next_obs.experts.expected_qos.sum(-1), rtol=1e-5)
 
@@ -324,7 +324,7 @@ def test_absent_experts_never_get_anything():
     absent = ~played.state.fleet.present
     np.testing.assert_array_equal(played.state.up, ~absent)
     np.testing.assert_array_equal(played.obs.experts.up, ~absent)
-    assert (active(played.state).sum(-2)[absent] == 0).all()
+    assert (active(played.state).sum(-1)[absent] == 0).all()
     sent_to = np.take_along_axis(absent, played.action[..., None], -1)[..., 0]
     assert played.info["rejected"][sent_to].all()
     assert not played.info["rejected"][~sent_to].all()

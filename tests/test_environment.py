@@ -351,7 +351,9 @@ def test_plain_reward_is_the_quality_of_service():
 
 def test_expected_quality_is_rewarded_when_asked(params, stepped):
     info = stepped.info
-    predicted = np.where(info["in_time"], stepped.next_state.table.predicted_quality, 0).sum((-2, -1))
+    predicted = np.where(info["in_time"], np.swapaxes(stepped.next_state.table.predicted_quality, -1, -2), 0).sum(
+        (-2, -1)
+    )
     expected = tailored_reward(params, stepped, earned=predicted)
     # After the last step of an episode, the state is already that of the next.
     within = ~stepped.truncated

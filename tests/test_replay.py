@@ -5,7 +5,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import HAND_CASES, PENCIL, Case, heavy_case, mean_latencies, random_case, random_site, site_arrays, vllm_run
+from cases import (
+    HAND_CASES,
+    PENCIL,
+    REAL_SIZES,
+    Case,
+    heavy_case,
+    mean_latencies,
+    random_case,
+    random_site,
+    real_size_case,
+    site_arrays,
+    vllm_run,
+)
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -116,6 +128,18 @@ def test_heavy_load_agrees_with_the_reference():
     assert_agree(replay(case), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", REAL_SIZES, ids=lambda size: f"{size.max_num_seqs} seats")
+def test_servers_of_real_size_agree_with_the_reference(size):
+    """Full batches, long queues, and preemptions at 40,000 KV tokens and at 400,000."""
+    case = real_size_case(size)
+    expected = simulate(*case.inputs)
+    assert expected.closest_call > RESOLUTION
+    for server in (0, 1):
+        assert expected.preemptions[case.assignment == server].sum() >= 200
+    assert_agree(replay(case), expected)
+
+
 def test_measured_vllm_run(data_dir):
     run = vllm_run(data_dir)
     outcomes = replay(run.case)
@@ -185,6 +209,7 @@ MISTAKES = [
     ("weight_load", [1.0, 1.0, 1.0]),
     ("max_num_seqs", [4, 0]),
     ("max_num_batched_tokens", [0, 4]),
+    ("max_num_batched_tokens", [3, 4]),
     ("kv_capacity", [0, 4]),
     ("max_waiting", [-1, 4]),
 ]

@@ -109,7 +109,7 @@ def draw_params(key: jax.Array, env: EdgeRouting, rates: jax.Array, most_tokens:
         decode_per_seq=draws.or_zero(1e-9, 1e-2, n),
         attention_per_token=draws.or_zero(1e-12, 1e-5, n),
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=draws.count_between(jnp.maximum(most_tokens / MOST_CHUNKS, 1.0), 2.0**24, n),
+        max_num_batched_tokens=draws.count_between(jnp.maximum(most_tokens / MOST_CHUNKS, max_num_seqs), 2.0**24, n),
         max_waiting=draws.count_between(1.0, env.num_slots - max_num_seqs.astype(jnp.float32), n),
         # Up to room for all; below `most_tokens`, some are turned away for it.
         kv_capacity=draws.count_between(most_tokens / 8 + 2, 2.0**24, n),

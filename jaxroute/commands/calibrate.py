@@ -63,6 +63,11 @@ def _calibrate(options: argparse.Namespace, console: Console) -> None:
         raise UserError(f"--share={options.share:g} must lie between 0 and 1")
     models = _of_each(options.model, options.logs, "--model", [path.name.partition(".")[0] for path in options.logs])
     accelerators = _of_each(options.accelerator, options.logs, "--accelerator", ["unknown"] * len(options.logs))
+    if options.max_num_batched_tokens < options.max_num_seqs:
+        raise UserError(
+            f"--max-num-batched-tokens={options.max_num_batched_tokens} must be at least "
+            f"--max-num-seqs={options.max_num_seqs}, as vLLM demands"
+        )
     limits = Limits(
         options.max_num_seqs, options.max_num_batched_tokens, options.iteration_overhead, options.kv_capacity
     )

@@ -48,8 +48,8 @@ _MANY = 2**20
 _OPEN = 2**30
 
 # On a busy site, about a quarter of the lanes has an event, and 2 % have more than two. So it pays to gather a third of
-# the lanes at first, and then an eighth of those; below `_FEW_LANES` lanes it does not.
-_FEWER = (3, 8)
+# the lanes at a time, and at last an eighth of those; below `_FEW_LANES` lanes it does not.
+_MANY_LANES, _FEWER_LANES = 3, 8
 _FEW_LANES = 64
 # The age of an epoch at which it is moved, s: up to it, float32 is as exact as for any time relative to now.
 _EPOCH = 1.0
@@ -349,20 +349,21 @@ def _enqueue(
 
     at = (jnp.arange(num_lanes, dtype=jnp.int32), jnp.where(chosen, state.tail, num_slots))
 
-    def enter(table: Array, entry: Array | float) -> Array:
-        return table.at[at].set(jnp.asarray(entry).astype(table.dtype), mode="drop", unique_indices=True)
+    def enter(table: Array, entry: Array) -> Array:
+        return table.at[at].set(entry.astype(table.dtype), mode="drop", unique_indices=True)
 
+    none, no_time = jnp.zeros_like(state.tail), jnp.zeros_like(delay)
     new = Slots(
         request=request,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         arrival=state.since_epoch + delay,
-        finish=_OPEN,
-        kept=0,
-        prefilled=0,
-        preemptions=0,
-        ttft=0.0,
-        latency=0.0,
+        finish=jnp.full_like(state.tail, _OPEN),
+        kept=none,
+        prefilled=none,
+        preemptions=none,
+        ttft=no_time,
+        latency=no_time,
     )
     first = chosen & (state.num_waiting == 0)
     state = state._replace(
@@ -451,9 +452,10 @@ def _advance(site: Site, state: SiteState, gap: Float[Array, "*lanes"]) -> SiteS
     site = jax.tree.map(lambda leaf: _flat(leaf, lanes), site)
     zero = jnp.zeros_like(until)
     state = state._replace(iterations_before=state.iterations, busy_seconds=zero, kv_token_seconds=zero)
-    everyone = jnp.arange(until.shape[0], dtype=jnp.int32)
-    slots, lane = _until_no_event(state.slots, _Lanes(everyone, site, SiteState((), *state[1:]), until), _FEWER)
-    state = _move_epoch(_decode_until(site, lane.state._replace(slots=slots), until))
+    numbers = state._replace(slots=None)  # type: ignore[arg-type]
+    everyone = _Lanes(jnp.arange(until.shape[0], dtype=jnp.int32), site, numbers, until)
+    slots, numbers = _let_events_happen(state.slots, everyone)
+    state = _move_epoch(_decode_until(site, numbers._replace(slots=slots), until))
     return _as_given(state, lanes)
 
 
@@ -517,37 +519,50 @@ class _Lanes(NamedTuple):
     until: Float[Array, "lane"]
 
 
-def _until_no_event(slots: Slots, lanes: _Lanes, fewer: tuple[int, ...]) -> tuple[Slots, _Lanes]:
+def _let_events_happen(slots: Slots, lanes: _Lanes) -> tuple[Slots, SiteState]:
     """Let events happen until no lane has another one before `until`.
 
-    All lanes take part until at most one in `fewer[0]` has an event. Then those are gathered, and go on in the same way
-    with the rest of `fewer`.
+    Lanes with an event are gathered, many at a time. When few of these have another one, those go on alone.
     """
     num_lanes = lanes.row.shape[0]
-    few = num_lanes // fewer[0] if fewer and num_lanes >= _FEW_LANES else 0
+    if num_lanes < _FEW_LANES:
+        return _until_few_have_events(slots, lanes, 0)
+    many = num_lanes // _MANY_LANES
+    few = many // _FEWER_LANES
 
-    def one_each(carry: tuple[Slots, SiteState, Array]) -> tuple[Slots, SiteState, Array]:
-        slots, state, event = carry
-        slots, state = _next_event(slots, lanes._replace(state=state), event)
-        return slots, state, _iterations_to_event(lanes.site, state)
+    def many_go_on(chosen: Array, carry: tuple[Slots, SiteState]) -> tuple[Slots, SiteState]:
+        slots, state = carry
+        part = _gather(lanes._replace(state=state), chosen)
+        slots, now = _until_few_have_events(slots, part, few)
+        part = part._replace(state=now)
+        (left,) = jnp.nonzero(_has_event(part), size=few, fill_value=many)
+        slots, last = _until_few_have_events(slots, _gather(part, left.astype(jnp.int32)), 0)
+        return slots, _put_back(state, chosen, _put_back(now, left, last))
 
-    def too_many(carry: tuple[Slots, SiteState, Array]) -> Bool[Array, ""]:
-        return _has_event(*carry[1:], lanes.until).sum() > few
+    return _some_at_a_time(_has_event(lanes), many, many_go_on, (slots, lanes.state))
 
-    start = (slots, lanes.state, _iterations_to_event(lanes.site, lanes.state))
-    slots, state, event = jax.lax.while_loop(too_many, one_each, start)
-    lanes = lanes._replace(state=state)
-    if not few:
-        return slots, lanes
-    chosen = jnp.nonzero(_has_event(state, event, lanes.until), size=few, fill_value=num_lanes)[0].astype(jnp.int32)
+
+def _until_few_have_events(slots: Slots, lanes: _Lanes, few: int) -> tuple[Slots, SiteState]:
+    """Let one event after the other happen, in all lanes at once, until at most `few` lanes have another one."""
+
+    def too_many(carry: tuple[Slots, SiteState]) -> Bool[Array, ""]:
+        return _has_event(lanes._replace(state=carry[1])).sum() > few
+
+    def one_each(carry: tuple[Slots, SiteState]) -> tuple[Slots, SiteState]:
+        slots, state = carry
+        return _next_event(slots, lanes._replace(state=state))
+
+    return jax.lax.while_loop(too_many, one_each, (slots, lanes.state))
+
+
+def _gather(lanes: _Lanes, chosen: Int[Array, "some"]) -> _Lanes:
     some = jax.tree.map(lambda leaf: leaf.at[chosen].get(mode="clip"), lanes)
-    # Where fewer have an event, the last one is there several times; only one of them may go on.
-    some = some._replace(until=jnp.where(chosen < num_lanes, some.until, -_NEVER))
-    slots, some = _until_no_event(slots, some, fewer[1:])
-    put_back = jax.tree.map(
-        lambda leaf, new: leaf.at[chosen].set(new, mode="drop", unique_indices=True), lanes.state, some.state
-    )
-    return slots, lanes._replace(state=put_back)
+    # Past the last lane there is none, and nothing to do.
+    return some._replace(until=jnp.where(chosen < lanes.row.shape[0], some.until, -_NEVER))
+
+
+def _put_back(state: SiteState, chosen: Int[Array, "some"], new: SiteState) -> SiteState:
+    return jax.tree.map(lambda leaf, new: leaf.at[chosen].set(new, mode="drop", unique_indices=True), state, new)
 
 
 def _iterations_to_event(site: Site, state: SiteState) -> Int[Array, "lane"]:
@@ -561,8 +576,10 @@ def _iterations_to_event(site: Site, state: SiteState) -> Int[Array, "lane"]:
     return jnp.where(blocked, state.max_iterations, jnp.clip(to_ready, 1, state.max_iterations))
 
 
-def _has_event(state: SiteState, event: Int[Array, "lane"], until: Float[Array, "lane"]) -> Bool[Array, "lane"]:
+def _has_event(lanes: _Lanes) -> Bool[Array, "lane"]:
     """Whether the schedule changes, or is due, at or before `until`."""
+    state, until = lanes.state, lanes.until
+    event = _iterations_to_event(lanes.site, state)
     # The same comparison as in `_iterations_within`: rounded differently, the loop might never end.
     ends = (state.duration < _NEVER) & (_elapsed(event, state.duration, state.growth) <= until - state.clock)
     return ends | (_next_start(state) < until)
@@ -574,25 +591,23 @@ def _next_start(state: SiteState) -> Float[Array, "lane"]:
     return jnp.where(state.duration == _NEVER, start, _NEVER)
 
 
-def _next_event(slots: Slots, lanes: _Lanes, event: Int[Array, "lane"]) -> tuple[Slots, SiteState]:
+def _next_event(slots: Slots, lanes: _Lanes) -> tuple[Slots, SiteState]:
     """Apply the iterations up to the next event, and schedule what follows if that is before `until`.
 
     Does nothing to a lane that has no event.
     """
     state, until = lanes.state, lanes.until
-    due = _has_event(state, event, until)
+    due = _has_event(lanes)
     done = due & (state.duration < _NEVER)
     clock = jnp.where(due & ~done, _next_start(state), state.clock)
-    slots, state = _end_iterations(slots, lanes._replace(state=state._replace(clock=clock)), done, event)
+    slots, state = _end_iterations(slots, lanes._replace(state=state._replace(clock=clock)), done)
     return _schedule(slots, lanes._replace(state=state), due & (state.clock < until))
 
 
-def _end_iterations(
-    slots: Slots, lanes: _Lanes, done: Bool[Array, "lane"], event: Int[Array, "lane"]
-) -> tuple[Slots, SiteState]:
+def _end_iterations(slots: Slots, lanes: _Lanes, done: Bool[Array, "lane"]) -> tuple[Slots, SiteState]:
     """Let iterations end: all tokens are computed, and each request that is done with its prefill emits one."""
     state = lanes.state
-    k = jnp.where(done, event, 0)
+    k = jnp.where(done, _iterations_to_event(lanes.site, state), 0)
     elapsed = jnp.where(done, _elapsed(k, state.duration, state.growth), 0.0)
     slots = slots._replace(
         prefilled=_put(slots.prefilled, lanes.row, state.partial, state.partial_held, done & (state.partial_need > 0))

@@ -29,7 +29,7 @@ class Site(NamedTuple):
     max_num_seqs: Int[Array, "expert"]
     """Maximum requests in one batch."""
     max_num_batched_tokens: Int[Array, "expert"]
-    """Maximum tokens scheduled in one iteration."""
+    """Maximum tokens scheduled in one iteration; at least `max_num_seqs`."""
     max_waiting: Int[Array, "expert"]
     """Maximum requests in the waiting queue; further arrivals are rejected. `UNBOUNDED` never rejects one for that."""
     kv_capacity: Int[Array, "expert"]
@@ -89,7 +89,8 @@ def check_site(site: Site, name: str = "site") -> Site:
     """Check a site on the host and return it as device arrays of the engine's types.
 
     Raises:
-        UserError: a field has another length than the others, is not finite, or is out of range.
+        UserError: a field has another length than the others, is not finite, or is out of range; a batch takes fewer
+            tokens than sequences.
     """
     if not isinstance(site, Site):
         raise UserError(f"{name} is a {type(site).__name__}; give a jaxroute.Site, e.g. build_site(...) or params.site")
@@ -112,6 +113,14 @@ def check_site(site: Site, name: str = "site") -> Site:
             wanted = wanted if bad[expert] else "a whole number"
             raise UserError(f"{name}: {field_name} of expert {expert} is {values[expert]}; it must be {wanted}")
         checked[field_name] = jnp.asarray(values, jnp.int32 if counts else jnp.float32)
+    few = np.asarray(checked["max_num_batched_tokens"] < checked["max_num_seqs"])
+    if few.any():
+        expert = int(np.argmax(few))
+        tokens, seqs = (int(checked[limit][expert]) for limit in ("max_num_batched_tokens", "max_num_seqs"))
+        raise UserError(
+            f"{name}: max_num_batched_tokens of expert {expert} is {tokens}; it must be at least its max_num_seqs, "
+            f"{seqs}, as vLLM demands: a token for each sequence"
+        )
     return Site(**checked)
 
 
