@@ -678,8 +678,8 @@ def _see(
     """Return the latest look at the experts, the potential of their present state, the observation, and the best net.
 
     `gap` s have passed since the previous step. If the look in `state.seen` is younger than `refresh` s, it still
-    counts; otherwise the router looks again, and sees `batch`, which is all that is asked of the engine's state and of the
-    tables beside it.
+    counts; otherwise the router looks again, and sees `batch`, which is all that is asked of the engine's state and of
+    the tables beside it.
     """
     seen = state.seen
     recent_latency = state.latency_sum / jnp.maximum(state.latency_count, 1e-6)

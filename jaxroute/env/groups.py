@@ -21,13 +21,14 @@ from jaxroute.serving import Site
 from jaxroute.workloads.limits import latencies
 
 # Shares of its limit that a request is expected to use up. On states of rack4, the best expert by these groups is worth
-# .0004 of QoS less than the best by single requests; by half as many, .002 (docs/explanation/learning.md).
-_BOUNDS = np.exp(np.linspace(np.log(0.5), np.log(1.5), 27))
-# Waiting requests differ less: they have used up nothing but time.
-_WAITING_BOUNDS = np.array([0.7, 1.0])
+# .001 of QoS less than the best by single requests, which it is in 95 % of them; by half as many groups, .005 less.
+_BOUNDS = np.exp(np.linspace(np.log(0.5), np.log(1.5), 18))
+# Of requests that are about to lose their memory, and of waiting ones, there are fewer.
+_FEW_BOUNDS = np.exp(np.linspace(np.log(0.6), np.log(1.5), 5))
 _PREFILLING = len(_BOUNDS) + 1
-_WAITING = _PREFILLING + 1
-NUM_GROUPS = _WAITING + len(_WAITING_BOUNDS) + 1
+_AT_RISK = _PREFILLING + 1
+_WAITING = _AT_RISK + len(_FEW_BOUNDS) + 1
+NUM_GROUPS = _WAITING + len(_FEW_BOUNDS) + 1
 
 
 def group(site: Site, batch: Batch) -> Batch:
@@ -50,10 +51,16 @@ def group(site: Site, batch: Batch) -> Batch:
 def _group_expert(site: Site, batch: Batch) -> Batch:
     """Group the requests of one expert; columns are `(slot,)`, and those of the result `(group,)`."""
     active = batch.running | batch.waiting
+    if batch.limits.ttft is not None and batch.first_token is not None:
+        # Once kept, it limits nothing any more: its mean with others would.
+        kept = (batch.generated > 0) & (batch.first_token <= batch.limits.ttft)
+        batch = batch._replace(limits=batch.limits._replace(ttft=jnp.where(kept, jnp.inf, batch.limits.ttft)))
     weight = active.astype(jnp.float32)
     size = weight * (batch.prompt_tokens + batch.generated)
     place, tokens_so_far = _sums_so_far(weight, size)
-    index = jnp.where(place[-1] <= NUM_GROUPS, place.astype(jnp.int32) - 1, _kind(site, batch, weight, size))
+    index = jnp.where(
+        place[-1] <= NUM_GROUPS, place.astype(jnp.int32) - 1, _kind(site, batch, weight, size, tokens_so_far)
+    )
     # Its limits as what they allow per second, which is 0 for none.
     per_second = jax.tree.map(lambda limit: 1 / limit, batch.limits)
     columns = batch._replace(
@@ -77,7 +84,13 @@ def _group_expert(site: Site, batch: Batch) -> Batch:
     )
 
 
-def _kind(site: Site, batch: Batch, weight: Float[Array, "slot"], size: Float[Array, "slot"]) -> Int[Array, "slot"]:
+def _kind(
+    site: Site,
+    batch: Batch,
+    weight: Float[Array, "slot"],
+    size: Float[Array, "slot"],
+    tokens_so_far: Float[Array, "slot"],
+) -> Int[Array, "slot"]:
     """Return the group of each request: by what it does, and by the share of its limit that it comes to use up."""
     num_active = weight.sum()
     num_seqs = jnp.minimum(num_active, site.max_num_seqs)
@@ -90,10 +103,12 @@ def _kind(site: Site, batch: Batch, weight: Float[Array, "slot"], size: Float[Ar
         latency if batch.first_token is None else jnp.where(batch.generated > 0, batch.first_token, batch.age + pace)
     )
     used = batch.limits.relative(latencies(first, latency, tokens))
-    of_decoding = jnp.searchsorted(jnp.asarray(_BOUNDS), used, method="compare_all")
-    of_waiting = jnp.searchsorted(jnp.asarray(_WAITING_BOUNDS), used, method="compare_all")
+    of_many = jnp.searchsorted(jnp.asarray(_BOUNDS), used, method="compare_all")
+    of_few = jnp.searchsorted(jnp.asarray(_FEW_BOUNDS), used, method="compare_all")
     decodes = batch.prompt_tokens + batch.generated - batch.computed <= 1
-    return jnp.where(batch.running, jnp.where(decodes, of_decoding, _PREFILLING), _WAITING + of_waiting)
+    at_risk = tokens_so_far + tokens - batch.generated > site.kv_capacity
+    of_running = jnp.where(decodes, jnp.where(at_risk, _AT_RISK + of_few, of_many), _PREFILLING)
+    return jnp.where(batch.running, of_running, _WAITING + of_few)
 
 
 def _sums_so_far(*columns: Float[Array, "slot"]) -> list[Float[Array, "slot"]]:
