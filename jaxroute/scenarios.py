@@ -28,7 +28,8 @@ SCENARIOS: dict[str, dict[str, str]] = {
 }
 """Named scenarios; "edge" is the site edge6."""
 
-# Of a queue without bound, the simulation holds an expert's share of what arrives in so many s, and at least so many.
+# Of a queue without bound, the simulation holds an expert's share of what arrives in so many s: at least so many
+# requests, and at most as many as it has seats.
 _SECONDS_OF_QUEUE, _SHORTEST_QUEUE = 10.0, 16
 
 # Requests per second. Beyond, gaps and times at the experts are too far apart for float32.
@@ -170,8 +171,9 @@ def _num_slots(config: Config, site: Site, rate: float) -> int:
     seats, waiting = np.asarray(site.max_num_seqs), np.asarray(site.max_waiting)
     given = config.env.num_slots
     if given is None:
-        share = max(math.ceil(_SECONDS_OF_QUEUE * rate / site.num_experts), _SHORTEST_QUEUE)
-        return int(np.max(seats + np.where(waiting < UNBOUNDED, waiting, share)))
+        share = math.ceil(_SECONDS_OF_QUEUE * rate / site.num_experts)
+        queue = np.clip(share, _SHORTEST_QUEUE, np.maximum(seats, _SHORTEST_QUEUE))
+        return int(np.max(seats + np.where(waiting < UNBOUNDED, waiting, queue)))
     if given < seats.max():
         raise UserError(
             f"env: num_slots={given} is less than the {seats.max()} seats of site {config.site.name}: "

@@ -65,7 +65,7 @@ def test_with_enough_slots_nothing_overflows():
     ("words", "slots"),
     [
         (["site=edge3"], 4 + 2),
-        ([*UNBOUNDED_QUEUES, "workload.rate=30"], 4 + 100),
+        ([*UNBOUNDED_QUEUES, "workload.rate=30"], 4 + 16),
         ([*UNBOUNDED_QUEUES, "workload.rate=0.3"], 4 + 16),
         ([*UNBOUNDED_QUEUES, "site.experts.0.max_waiting=500"], 4 + 500),
         (["site=rack4", "workload.rate=40"], 256 + 100),

@@ -61,7 +61,8 @@ class EnvConfig:
     an expert, and full queues choose who goes without."""
     num_slots: int | None = None
     """Most requests that the simulation holds at an expert at once; what would not fit is counted as overflowed. null:
-    its seats and its queue, or, where the queue has no bound, its share of what arrives in ten seconds."""
+    its seats and its queue, or, where the queue has no bound, its share of what arrives in ten seconds, and no more
+    than it has seats."""
 
     def __post_init__(self) -> None:
         if self.num_slots is not None and self.num_slots < 1:
