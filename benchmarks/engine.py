@@ -108,7 +108,7 @@ def engine_steps(num_experts: int) -> Callable[..., Array]:
         ) -> SiteState:
             prompt = jnp.broadcast_to(prompt, output.shape)
             chosen = (jnp.arange(num_experts) == action) & can_accept(site, state, prompt, output)
-            state, _ = enqueue(site, state, chosen, jnp.int32(0), prompt, output)
+            state, _ = enqueue(state, chosen, jnp.int32(0), prompt, output)
             return advance(site, state, gap)
 
         def request(key: PRNGKeyArray) -> tuple[Array, Array]:

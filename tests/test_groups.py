@@ -128,10 +128,9 @@ def test_the_estimate_over_groups_is_close_to_that_over_requests():
         outlooks.append((one.expected_qos, other.expected_qos))
         losses.append((impact.qos_loss, impact_of_nodes.qos_loss))
         pending.append((one.pending_output, other.pending_output))
-    for pairs, most in ((outlooks, 0.12), (pending, 0.1), (losses, 0.5)):
+    for pairs, most in ((outlooks, 0.1), (pending, 0.1), (losses, 0.4)):
         exact, approximate = np.moveaxis(np.asarray(pairs), 1, 0).reshape(2, -1)
-        some = exact > exact.mean() / 4
-        assert np.abs(approximate[some] / exact[some] - 1).mean() < most
+        assert np.abs(approximate - exact).mean() < most * exact.mean()
     assert np.corrcoef(*np.moveaxis(np.asarray(losses), 1, 0).reshape(2, -1))[0, 1] > 0.9
 
 

@@ -27,12 +27,12 @@ from jaxroute.serving import (
     SiteState,
     SlotStatus,
     advance,
+    ages,
     can_accept,
     computed,
     enqueue,
     generated,
     idle_site,
-    ready,
     slot_status,
 )
 from jaxroute.serving.reference import Result, simulate
@@ -79,7 +79,7 @@ def test_random_sites_agree_with_the_reference(seed, num_requests, num_experts):
 
 def contents(state: SiteState) -> dict[str, jax.Array]:
     """What the experts and their requests have come to, however it is kept."""
-    slots = state.slots._replace(arrival=ready(state), finish=generated(state), prefilled=computed(state))
+    slots = state.slots._replace(arrival=ages(state), finish=generated(state), prefilled=computed(state))
     empty = slot_status(state) == SlotStatus.EMPTY
     requests = {name: jnp.where(empty, 0, values) for name, values in slots._asdict().items()}
     experts = {name: getattr(state, name) for name in ("clock", "duration", "num_running", "num_waiting", "kv_held")}
@@ -105,7 +105,7 @@ def test_many_experts_fare_as_each_site_alone():
             expert, prompt, output, gap = request
             prompt, output = (jnp.broadcast_to(tokens, (num_experts,)) for tokens in (prompt, output))
             accepted = (jnp.arange(num_experts) == expert) & can_accept(site, state, prompt, output)
-            state, _ = enqueue(site, state, accepted, jnp.int32(0), prompt, output)
+            state, _ = enqueue(state, accepted, jnp.int32(0), prompt, output)
             state = advance(site, state, gap)
             return state, contents(state)
 

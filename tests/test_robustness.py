@@ -24,7 +24,7 @@ from jaxroute.banks import RequestBank
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, OutageParams, RewardParams
 from jaxroute.env.environment import best_net
 from jaxroute.networks.features import features_of
-from jaxroute.serving import Site, SlotStatus, computed, generated, ready, running_and_waiting, slot_status
+from jaxroute.serving import Site, SlotStatus, ages, computed, generated, running_and_waiting, slot_status
 from jaxroute.workloads.arrivals import ArrivalParams, Pattern, mixed, poisson
 from jaxroute.workloads.limits import Limits
 
@@ -187,7 +187,7 @@ def wrong(
     working = state.duration < 1e29
     # Of a time as long as the gap, the iteration in progress, or the idle time before it.
     rounding = 1e-6 * (1 + gap + jnp.abs(before.site.clock) + jnp.where(working, state.duration, 0.0))
-    head_ready = jnp.where(waiting, ready(state), jnp.inf).min(1)
+    head_ready = jnp.where(waiting, site.network_delay[:, None] - ages(state), jnp.inf).min(1)
     ended, latency = info["ended"], info["latency"]
     tokens, limits = info["output_tokens"], info["limits"]
     in_time = (info["ttft"] <= limits.ttft) & (latency <= limits.e2e)

@@ -42,6 +42,7 @@ from jaxroute.serving import (
     SiteState,
     SlotStatus,
     advance,
+    ages,
     can_accept,
     clear,
     computed,
@@ -50,7 +51,6 @@ from jaxroute.serving import (
     has_free_slot,
     idle_site,
     lanes_last,
-    ready,
     running_and_waiting,
     slot_status,
 )
@@ -335,7 +335,6 @@ def _serve(
     again = None if retries is None else (retries.number, retries.row, retries.age)
     again_entry = None if retries is None else (request.number, request.row, request.age)
     experts, (table, again) = enqueue(
-        site,
         state.site,
         accepted,
         request.number,
@@ -352,12 +351,11 @@ def _serve(
     way_back = site.network_delay[:, None]
     if retries is not None:
         number, row, age_before = again
-        age = age_before + way_back - ready(experts)
         retries = Retries(
             marked=retries.marked | lost,
             number=number,
             row=row,
-            age=jnp.where(lost, age, age_before),
+            age=jnp.where(lost, age_before + ages(experts), age_before),
             since_arrival=retries.since_arrival,
         )
         way_back = way_back + age_before
@@ -648,7 +646,7 @@ def _batch(site: Site, state: EnvState) -> Batch:
     experts, table = state.site, state.table
     running, waiting = running_and_waiting(experts)
     way_back = site.network_delay[:, None]
-    age, first_token = way_back - ready(experts), experts.slots.ttft + way_back
+    age, first_token = ages(experts), experts.slots.ttft + way_back
     if state.retries is not None:
         age, first_token = age + state.retries.age, first_token + state.retries.age
     by_expert = Batch(
@@ -678,8 +676,7 @@ def _see(
     """Return the latest look at the experts, the potential of their present state, the observation, and the best net.
 
     `gap` s have passed since the previous step. If the look in `state.seen` is younger than `refresh` s, it still
-    counts; otherwise the router looks again, and sees `batch`, which is all that is asked of the engine's state and of
-    the tables beside it.
+    counts; otherwise the router looks again, and sees `batch`. No more is asked of the engine's state and its tables.
     """
     seen = state.seen
     recent_latency = state.latency_sum / jnp.maximum(state.latency_count, 1e-6)

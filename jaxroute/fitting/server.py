@@ -75,7 +75,7 @@ def serve(
         full = _num_active(now.state) == num_slots
         waits = left & full & (now.until_arrival <= 0)
         to_arrival = jnp.maximum(now.until_arrival, 0.0)
-        gap = jnp.where(left, jnp.where(waits, _to_change(now.state), to_arrival), _STRETCH)
+        gap = jnp.where(left, jnp.where(waits, _to_change(site, now.state), to_arrival), _STRETCH)
         state = advance(site, now.state, gap)
         crowded = now.crowded | (waits & (state.num_waiting == 0))
 
@@ -84,9 +84,8 @@ def serve(
         until_arrival = now.until_arrival - gap
         enters = left & (until_arrival <= 0) & (_num_active(state) < num_slots)
         request = jnp.minimum(now.following, num_requests - 1)
-        # It reached the server as long ago as it has waited for a slot.
-        reached = site._replace(network_delay=until_arrival)
-        state, _ = enqueue(reached, state, enters, request, prompts[request], outputs[request])
+        # It came as long ago as it has waited for a slot.
+        state, _ = enqueue(state, enters, request, prompts[request], outputs[request], age=-until_arrival)
         following = now.following + enters
         gap_to_next = gaps[jnp.minimum(following, num_requests - 1)]
         return _Progress(
@@ -113,10 +112,10 @@ def _num_active(state: SiteState) -> Int[Array, "lane"]:
     return state.num_running + state.num_waiting
 
 
-def _to_change(state: SiteState) -> Float[Array, "lane"]:
+def _to_change(site: Site, state: SiteState) -> Float[Array, "lane"]:
     """Time to just after the first iteration at whose end a request may be admitted or may end, s."""
     # Whoever came during an iteration may be admitted after it; whoever was there before it was turned away.
-    iterations = jnp.where(head_ready(state) > state.clock, 1, state.max_iterations).astype(jnp.float32)
+    iterations = jnp.where(head_ready(site, state) > state.clock, 1, state.max_iterations).astype(jnp.float32)
     end = state.clock + iterations * state.duration + state.growth * (iterations * (iterations - 1) / 2)
     # Without an iteration in progress, the next one begins now.
     end = jnp.where(end < _FAR, jnp.maximum(end, 0.0), 0.0)

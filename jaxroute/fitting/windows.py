@@ -58,7 +58,7 @@ class Window(NamedTuple):
             prompt_tokens=prompt,
             output_tokens=np.maximum(output, generated + 1),
             generated=generated,
-            ready=log.arrival_time[self.running] - self.begin,
+            arrival=log.arrival_time[self.running] - self.begin,
             num_running=min(number, max_num_seqs),
         )
 

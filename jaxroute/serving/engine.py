@@ -68,7 +68,7 @@ class SlotStatus(IntEnum):
 class Slots(NamedTuple):
     """The requests at each expert, in the order described above; any numbers in slots that are empty.
 
-    `slot_status`, `generated`, `computed` and `ready` derive what changes all the time.
+    `slot_status`, `generated`, `computed` and `ages` derive what changes all the time.
     """
 
     request: Int[Array, "*lanes slot"]
@@ -76,7 +76,7 @@ class Slots(NamedTuple):
     prompt_tokens: Int[Array, "*lanes slot"]
     output_tokens: Int[Array, "*lanes slot"]
     arrival: Float[Array, "*lanes slot"]
-    """When it reaches the expert (arrival + network delay), s from the epoch."""
+    """At the router, s from the epoch."""
     finish: Int[Array, "*lanes slot"]
     """Number of the iteration at whose end it completes; `_OPEN` if that is not certain."""
     kept: Int[Array, "*lanes slot"]
@@ -101,8 +101,8 @@ class SiteState(NamedTuple):
     num_running: Int[Array, "*lanes"]
     num_waiting: Int[Array, "*lanes"]
     """Length of the queue; preempted requests and those still on the network count."""
-    head_ready: Float[Array, "*lanes"]
-    """When the head of the queue is (or was) ready, s from the epoch; `_NEVER` if no request waits."""
+    head_arrival: Float[Array, "*lanes"]
+    """Of the head of the queue, s from the epoch; `_NEVER` if no request waits."""
     clock: Float[Array, "*lanes"]
     """Start of the iteration in progress, or the boundary at which the next is scheduled, s from now."""
     duration: Float[Array, "*lanes"]
@@ -168,7 +168,7 @@ def idle_site(num_experts: int, num_slots: int) -> SiteState:
         num_admitted=count,
         num_running=count,
         num_waiting=count,
-        head_ready=time + _NEVER,
+        head_arrival=time + _NEVER,
         clock=time,
         duration=time + _NEVER,
         growth=time,
@@ -196,7 +196,7 @@ def under_way(
     prompt_tokens: Int[np.ndarray, "request"],
     output_tokens: Int[np.ndarray, "request"],
     generated: Int[np.ndarray, "request"],
-    ready: Float[np.ndarray, "request"],
+    arrival: Float[np.ndarray, "request"],
     num_running: int,
 ) -> SiteState:
     """Return an idle site with these requests at each expert, in order: the first ones decode, the others wait.
@@ -218,7 +218,7 @@ def under_way(
         request=put(state.slots.request, request),
         prompt_tokens=put(state.slots.prompt_tokens, prompt_tokens),
         output_tokens=put(state.slots.output_tokens, output_tokens),
-        arrival=put(state.slots.arrival, ready),
+        arrival=put(state.slots.arrival, arrival),
         finish=put(state.slots.finish, finish),
         # Those that run have their latest token from the iteration that has just ended.
         kept=put(state.slots.kept, generated - runs),
@@ -229,7 +229,7 @@ def under_way(
         num_admitted=number(num_running),
         num_running=number(num_running),
         num_waiting=number(count - num_running),
-        head_ready=state.head_ready if runs.all() else jnp.full_like(state.head_ready, ready[num_running]),
+        head_arrival=state.head_arrival if runs.all() else jnp.full_like(state.head_arrival, arrival[num_running]),
         next_finish=number(finish.min(initial=_OPEN)),
         num_decoding=number(num_running),
         context=number(context),
@@ -266,15 +266,15 @@ def computed(state: SiteState) -> Int[Array, "*lanes slot"]:
     return jnp.where(tokens > slots.kept, slots.prompt_tokens + tokens - 1, slots.prefilled)
 
 
-def ready(state: SiteState) -> Float[Array, "*lanes slot"]:
-    """Return when requests reach the expert (arrival + network delay), s from now; any number for empty slots."""
-    return state.slots.arrival - state.since_epoch[..., None]
+def ages(state: SiteState) -> Float[Array, "*lanes slot"]:
+    """Return the time since requests have arrived at the router, s; any number for empty slots."""
+    return state.since_epoch[..., None] - state.slots.arrival
 
 
-def head_ready(state: SiteState) -> Float[Array, "*lanes"]:
-    """Return when the head of the queue is ready, s from now; never, if no request waits."""
-    # Just as `ready` has it, so that simultaneous requests stay simultaneous.
-    return state.head_ready - state.since_epoch
+def head_ready(site: Site, state: SiteState) -> Float[Array, "*lanes"]:
+    """Return when the head of the queue reaches the expert, s from now; never, if no request waits."""
+    # Always from the same numbers, so that requests that come at the same time stay simultaneous.
+    return state.head_arrival - state.since_epoch + site.network_delay
 
 
 def running_and_waiting(state: SiteState) -> tuple[Bool[Array, "*lanes slot"], Bool[Array, "*lanes slot"]]:
@@ -302,7 +302,6 @@ def has_free_slot(state: SiteState) -> Bool[Array, "*lanes"]:
 
 
 def enqueue(
-    site: Site,
     state: SiteState,
     chosen: Bool[Array, "*lanes"],
     request: Int[Array, ""],
@@ -310,8 +309,11 @@ def enqueue(
     output_tokens: Int[Array, "*lanes"],
     tables: PyTree[Shaped[Array, "*lanes slot"]] = (),
     entries: PyTree[Shaped[Array, "*lanes"]] = (),
+    age: Float[Array, ""] | float = 0.0,
 ) -> tuple[SiteState, Any]:
     """Put one request, arriving now, at the end of the chosen experts' queues (at most one; none if rejected).
+
+    Each expert needs a slot for it; `can_accept` tells. `age` is the time since it arrived, if that is not now, s.
 
     A caller can keep `tables` of its own, whose entries stay with the slots' requests: the new request's are `entries`,
     one for each table.
@@ -320,7 +322,7 @@ def enqueue(
         The new state and the new tables.
     """
     experts = state.clock.shape
-    given = (site.network_delay, chosen, request, prompt_tokens, output_tokens, entries)
+    given = (age, chosen, request, prompt_tokens, output_tokens, entries)
     given = jax.tree.map(lambda value: jnp.broadcast_to(value, experts), given)
     return _enqueue(state, tables, *given)
 
@@ -329,17 +331,17 @@ def enqueue(
 def _enqueue(
     state: SiteState,
     tables: Any,
-    delay: Float[Array, "*lanes"],
+    age: Float[Array, "*lanes"],
     chosen: Bool[Array, "*lanes"],
     request: Int[Array, "*lanes"],
     prompt_tokens: Int[Array, "*lanes"],
     output_tokens: Int[Array, "*lanes"],
     entries: Any,
 ) -> tuple[SiteState, Any]:
-    lanes = _lanes_of(state, delay, chosen, request, prompt_tokens, output_tokens, *jax.tree.leaves(entries))
+    lanes = _lanes_of(state, age, chosen, request, prompt_tokens, output_tokens, *jax.tree.leaves(entries))
     state, tables = _by_lane(state, lanes), jax.tree.map(lambda table: _rows(table, lanes), tables)
-    delay, chosen, request, prompt_tokens, output_tokens, entries = jax.tree.map(
-        lambda leaf: _flat(leaf, lanes), (delay, chosen, request, prompt_tokens, output_tokens, entries)
+    age, chosen, request, prompt_tokens, output_tokens, entries = jax.tree.map(
+        lambda leaf: _flat(leaf, lanes), (age, chosen, request, prompt_tokens, output_tokens, entries)
     )
     num_lanes, num_slots = state.slots.finish.shape
     # An expert that holds no request begins anew.
@@ -352,12 +354,13 @@ def _enqueue(
     def enter(table: Array, entry: Array) -> Array:
         return table.at[at].set(entry.astype(table.dtype), mode="drop", unique_indices=True)
 
-    none, no_time = jnp.zeros_like(state.tail), jnp.zeros_like(delay)
+    arrival = state.since_epoch - age
+    none, no_time = jnp.zeros_like(state.tail), jnp.zeros_like(age)
     new = Slots(
         request=request,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
-        arrival=state.since_epoch + delay,
+        arrival=arrival,
         finish=jnp.full_like(state.tail, _OPEN),
         kept=none,
         prefilled=none,
@@ -371,7 +374,7 @@ def _enqueue(
         tail=state.tail + chosen,
         num_admitted=jnp.where(first, state.tail, state.num_admitted),
         num_waiting=state.num_waiting + chosen,
-        head_ready=jnp.where(first, state.since_epoch + delay, state.head_ready),
+        head_arrival=jnp.where(first, arrival, state.head_arrival),
     )
     tables = jax.tree.map(enter, tables, entries)
     return _as_given((state, tables), lanes)
@@ -569,7 +572,7 @@ def _iterations_to_event(site: Site, state: SiteState) -> Int[Array, "lane"]:
     """Iterations like the one in progress until the schedule may change."""
     # Once the head of the queue is ready it may be admitted at the next boundary. A head that was ready when this
     # iteration began was turned away for lack of memory, tokens or seats, and none of these grows.
-    until_ready = head_ready(state) - state.clock
+    until_ready = head_ready(site, state) - state.clock
     to_ready = _iterations_within(until_ready, state.duration, state.growth)
     to_ready += _elapsed(to_ready, state.duration, state.growth) < until_ready
     blocked = (until_ready <= 0) | (state.num_running >= site.max_num_seqs)
@@ -582,12 +585,12 @@ def _has_event(lanes: _Lanes) -> Bool[Array, "lane"]:
     event = _iterations_to_event(lanes.site, state)
     # The same comparison as in `_iterations_within`: rounded differently, the loop might never end.
     ends = (state.duration < _NEVER) & (_elapsed(event, state.duration, state.growth) <= until - state.clock)
-    return ends | (_next_start(state) < until)
+    return ends | (_next_start(lanes.site, state) < until)
 
 
-def _next_start(state: SiteState) -> Float[Array, "lane"]:
+def _next_start(site: Site, state: SiteState) -> Float[Array, "lane"]:
     """When an expert without an iteration in progress starts the next one, s from now."""
-    start = jnp.where(state.num_running > 0, state.clock, jnp.maximum(state.clock, head_ready(state)))
+    start = jnp.where(state.num_running > 0, state.clock, jnp.maximum(state.clock, head_ready(site, state)))
     return jnp.where(state.duration == _NEVER, start, _NEVER)
 
 
@@ -599,7 +602,7 @@ def _next_event(slots: Slots, lanes: _Lanes) -> tuple[Slots, SiteState]:
     state, until = lanes.state, lanes.until
     due = _has_event(lanes)
     done = due & (state.duration < _NEVER)
-    clock = jnp.where(due & ~done, _next_start(state), state.clock)
+    clock = jnp.where(due & ~done, _next_start(lanes.site, state), state.clock)
     slots, state = _end_iterations(slots, lanes._replace(state=state._replace(clock=clock)), done)
     return _schedule(slots, lanes._replace(state=state), due & (state.clock < until))
 
@@ -634,17 +637,20 @@ def _complete(slots: Slots, lanes: _Lanes, completes: Bool[Array, "lane"]) -> tu
     def some_leave(chosen: Array, carry: tuple[Array, SiteState]) -> tuple[Array, SiteState]:
         latency, state = carry
         row = lanes.row.at[chosen].get(mode="fill", fill_value=slots.finish.shape[0])
-        site, here = jax.tree.map(lambda leaf: leaf.at[chosen].get(mode="clip"), (lanes.site, state))
-        finish = slots.finish.at[row].get(mode="clip")
+        here = jax.tree.map(lambda leaf: leaf.at[chosen].get(mode="clip"), state)
+
+        def of_row(table: Array) -> Array:
+            return table.at[row].get(mode="clip")
+
+        finish = of_row(slots.finish)
         used = jnp.arange(num_slots) < here.tail[:, None]
         leaves = used & (finish == here.iterations[:, None])
-        since_arrival = (here.clock + here.since_epoch + site.network_delay)[:, None] - slots.arrival.at[row].get(
-            mode="clip"
-        )
-        latency = latency.at[row].set(
-            jnp.where(leaves, since_arrival, latency.at[row].get(mode="clip")), mode="drop", unique_indices=True
-        )
-        tokens = slots.prompt_tokens.at[row].get(mode="clip") + slots.output_tokens.at[row].get(mode="clip")
+        since_arrival = here.clock[:, None] + (here.since_epoch[:, None] - of_row(slots.arrival))
+        # A first token may be the last, and its time have been rounded differently.
+        since_arrival = jnp.maximum(since_arrival, of_row(slots.ttft))
+        new = jnp.where(leaves, since_arrival, of_row(latency))
+        latency = latency.at[row].set(new, mode="drop", unique_indices=True)
+        tokens = of_row(slots.prompt_tokens) + of_row(slots.output_tokens)
         number = leaves.sum(1, dtype=jnp.int32)
         freed = jnp.where(leaves, tokens, 0).sum(1, dtype=jnp.int32)
         others = used & (finish > here.iterations[:, None])
@@ -756,7 +762,7 @@ def _preempt(slots: Slots, lanes: _Lanes, starts: Bool[Array, "lane"]) -> tuple[
             num_admitted=jnp.where(over(state), position, state.num_admitted),
             num_running=state.num_running - goes,
             num_waiting=state.num_waiting + goes,
-            head_ready=jnp.where(goes, _at(slots.arrival, row, position), state.head_ready),
+            head_arrival=jnp.where(goes, _at(slots.arrival, row, position), state.head_arrival),
             num_decoding=state.num_decoding - decoded,
             context=state.context - jnp.where(decoded, size, 0),
             kv_held=state.kv_held - jnp.where(goes, jnp.where(is_partial, state.partial_held, size - 1), 0),
@@ -787,7 +793,7 @@ def _admit(slots: Slots, lanes: _Lanes, start: _Admission) -> _Admission:
     def may_enter(now: _Admission) -> Bool[Array, "lane"]:
         state = now.state
         room = (now.tokens < site.max_num_batched_tokens) & (state.num_running < site.max_num_seqs)
-        return now.open & room & (state.num_waiting > 0) & (head_ready(state) <= state.clock)
+        return now.open & room & (state.num_waiting > 0) & (head_ready(site, state) <= state.clock)
 
     def searches(now: _Admission) -> Bool[Array, "lane"]:
         return now.open & (now.state.num_waiting > 0) & ~now.at_head
@@ -808,12 +814,12 @@ def _admit(slots: Slots, lanes: _Lanes, start: _Admission) -> _Admission:
         behind = jnp.minimum(border, finish.shape[1] - 1)
         moved = border > position
         at_head = jnp.where(moved, _at(finish, row, behind) == _OPEN, now.at_head)
-        next_ready = jnp.where(num_waiting > 0, _at(slots.arrival, row, behind), _NEVER)
+        next_arrival = jnp.where(num_waiting > 0, _at(slots.arrival, row, behind), _NEVER)
         state = state._replace(
             num_admitted=border,
             num_running=state.num_running + enters,
             num_waiting=num_waiting,
-            head_ready=jnp.where(moved, next_ready, state.head_ready),
+            head_arrival=jnp.where(moved, next_arrival, state.head_arrival),
             num_joining=state.num_joining + joins,
             joining_context=state.joining_context + jnp.where(joins, need + 1, 0),
             next_finish=jnp.where(joins, jnp.minimum(state.next_finish, certain), state.next_finish),
@@ -842,7 +848,6 @@ def _note_first_tokens(
 ) -> Float[Array, "row slot"]:
     """Note the time to first token of the requests from `first` to the border, whose prefill is done at `end`."""
     state, row = lanes.state, lanes.row
-    end = end + state.since_epoch + lanes.site.network_delay
 
     def left(position: Array) -> Bool[Array, "lane"]:
         return joined & (position < state.num_admitted)
@@ -852,7 +857,9 @@ def _note_first_tokens(
         finish = _at(slots.finish, row, position)
         joins = left(position) & (finish > state.iterations) & (finish < _OPEN)
         joins &= _at(slots.kept, row, position) == 0
-        return _put(ttft, row, position, end - _at(slots.arrival, row, position), joins), position + 1
+        return _put(
+            ttft, row, position, end + (state.since_epoch - _at(slots.arrival, row, position)), joins
+        ), position + 1
 
     return jax.lax.while_loop(lambda carry: left(carry[1]).any(), one_notes, (slots.ttft, first))[0]
 
@@ -904,18 +911,18 @@ def _move_epoch(state: SiteState) -> SiteState:
     """Make now the epoch of the slots' times where it is too long ago for them to be exact."""
 
     def move(lane: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        arrival, head_ready, since = carry
+        arrival, head_arrival, since = carry
         passed = since.at[lane].get(mode="clip")
         return (
             arrival.at[lane].add(-passed[:, None], mode="drop", unique_indices=True),
-            head_ready.at[lane].add(-passed, mode="drop", unique_indices=True),
+            head_arrival.at[lane].add(-passed, mode="drop", unique_indices=True),
             since.at[lane].set(0.0, mode="drop", unique_indices=True),
         )
 
     most = max(state.clock.shape[0] // 16, 8)
-    times = (state.slots.arrival, state.head_ready, state.since_epoch)
+    times = (state.slots.arrival, state.head_arrival, state.since_epoch)
     arrival, head, since = _some_at_a_time(state.since_epoch > _EPOCH, most, move, times)
-    return state._replace(slots=state.slots._replace(arrival=arrival), head_ready=head, since_epoch=since)
+    return state._replace(slots=state.slots._replace(arrival=arrival), head_arrival=head, since_epoch=since)
 
 
 def _kv_token_seconds(state: SiteState, k: Int[Array, "lane"]) -> Float[Array, "lane"]:

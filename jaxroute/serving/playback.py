@@ -148,7 +148,7 @@ def replay_program(
         table = note_completed(table, state)
         chosen = jnp.arange(num_experts) == expert
         accepted = chosen & can_accept(site, state, prompt, output)
-        state, _ = enqueue(site, state, accepted, number, prompt, output)
+        state, _ = enqueue(state, accepted, number, prompt, output)
         status = jnp.where(accepted.any(), 0, 1)
         return (state, table._replace(status=table.status.at[number].set(status))), None
 
