@@ -121,17 +121,15 @@ def test_few_requests_stay_single(seed):
 
 def test_the_estimate_over_groups_is_close_to_that_over_requests():
     """Over many random batches of requests that have not waited long; it is the same only where requests are few."""
-    outlooks, losses, pending = [], [], []
+    outlooks, pending = [], []
     for seed in range(40):
         batch = random_batch(seed, NUM_SLOTS, longest_wait=0.3)
-        (one, _, impact), (other, _, impact_of_nodes) = estimate(batch), estimate(grouped(SITE, batch))
+        (one, *_), (other, *_) = estimate(batch), estimate(grouped(SITE, batch))
         outlooks.append((one.expected_qos, other.expected_qos))
-        losses.append((impact.qos_loss, impact_of_nodes.qos_loss))
         pending.append((one.pending_output, other.pending_output))
-    for pairs, most in ((outlooks, 0.1), (pending, 0.1), (losses, 0.4)):
+    for pairs, most in ((outlooks, 0.1), (pending, 0.1)):
         exact, approximate = np.moveaxis(np.asarray(pairs), 1, 0).reshape(2, -1)
         assert np.abs(approximate - exact).mean() < most * exact.mean()
-    assert np.corrcoef(*np.moveaxis(np.asarray(losses), 1, 0).reshape(2, -1))[0, 1] > 0.9
 
 
 def test_slots_that_are_no_more_than_groups_stay_as_they_are():
