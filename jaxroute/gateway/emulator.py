@@ -13,6 +13,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -165,6 +166,7 @@ class Server:
             self._loop = asyncio.ensure_future(self._run())
             yield
             self._loop.cancel()
+            await asyncio.wait((self._loop,))
             self._end_all()
 
         app.cleanup_ctx.append(run)
@@ -177,10 +179,9 @@ class Server:
             if self.fault != "hang":
                 expert.advance(self._clock.now())
             at = None if self.fault == "hang" else expert.next_time()
-            try:
-                await asyncio.wait_for(self._changed.wait(), None if at is None else self._clock.real(at))
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if at is None else self._clock.real(at)):
+                    await self._changed.wait()
 
     def _end_all(self) -> None:
         for answer in list(self.expert.answers.values()):

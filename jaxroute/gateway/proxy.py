@@ -39,6 +39,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 logger = logging.getLogger("jaxroute.gateway")
 
 _RETRY_AFTER = 1  # s; load changes from second to second
+_MOST_CHARACTERS = 10.0  # per token; of a prompt with images, for instance, text says little
 _LEARNING = 0.02  # how much one answer changes the estimate of characters per token
 
 
@@ -331,7 +332,7 @@ class Proxy:
         exchange.told_prompt_tokens = tally.prompt_tokens
         exchange.end(COMPLETED, now, status=status)
         if tally.prompt_tokens and exchange.demand.characters:
-            measured = exchange.demand.characters / tally.prompt_tokens
+            measured = min(max(exchange.demand.characters / tally.prompt_tokens, 1.0), _MOST_CHARACTERS)
             self.characters_per_token += _LEARNING * (measured - self.characters_per_token)
         if exchange.at_router:
             place = exchange.place or 0

@@ -89,7 +89,7 @@ class RuleDecision:
 
     def __init__(self, rule: Policy, around: Surroundings, seed: int = 0) -> None:
         """Compile it, or take what has been compiled for another with the same name and site."""
-        self._run = _compiled(rule.name, around)
+        self._run = _once(_compiled_rule, rule.name, around)
         self._site, self._memory = around.array(), rule.memory
         self._count, self._seed = 0, seed
 
@@ -117,18 +117,18 @@ def rule_router(rule: Policy, around: Surroundings, rate: float) -> Router:
     )
 
 
-def _compiled(name: str, around: Surroundings) -> Callable[..., Any]:
-    """Compile once per process, however many rules of that name there are: as policy, fallback, after a reload."""
-    key = name, repr(around)
+_COMPILED: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+
+def _once(build: Callable[..., Any], names: str | tuple[str, ...], around: Surroundings) -> Callable[..., Any]:
+    """Compile once per process: a rule may be policy and fallback, and come again at each reload."""
+    key = build, names, repr(around)
     if key not in _COMPILED:
-        _COMPILED[key] = _compile(name, around)
+        _COMPILED[key] = build(names, around)
     return _COMPILED[key]
 
 
-_COMPILED: dict[tuple[str, str], Callable[..., Any]] = {}
-
-
-def _compile(name: str, around: Surroundings) -> Callable[..., Any]:
+def _compiled_rule(name: str, around: Surroundings) -> Callable[..., Any]:
     rule = rule_named(name, around.away)
     cloud, away = around.cloud, around.away
 
@@ -189,39 +189,11 @@ class Assessor:
 
     def __init__(self, around: Surroundings, shadows: Sequence[str]) -> None:
         """Compile the estimator, and the rules that would have decided too."""
-        self._site, self._away = around.array(), around.away
+        self._site = around.array()
         self._rules = [rule_named(name, around.away) for name in shadows]
         self._memories = [rule.memory for rule in self._rules]
         self._count = 0
-        cloud, away, rules = around.cloud, around.away, self._rules
-
-        def assess(
-            site: Array, batch: Array, experts: Array, arrival: Array, draw: UInt32[Array, "2"], memories: Any
-        ) -> tuple[Array, Array, list[Array], list[Any]]:
-            obs = observation(site, batch, experts, arrival, away=away, cloud=cloud)
-            impact, of = obs.candidates.impact, obs.experts
-            table = jnp.stack(
-                [
-                    obs.candidates.predicted_quality,
-                    obs.candidates.predicted_output_tokens,
-                    impact.ttft,
-                    impact.tpot,
-                    impact.normalised_latency,
-                    impact.in_time,
-                    impact.qos,
-                    impact.qos_loss,
-                    of.num_running,
-                    of.num_waiting,
-                    of.kv_used / of.kv_capacity,
-                    of.eligible.astype(jnp.float32),
-                ]
-            )
-            of_cloud = jnp.zeros(5) if obs.away is None else jnp.stack([jnp.asarray(row, float) for row in obs.away])
-            acted = [_act(rule, obs, draw, memory) for rule, memory in zip(rules, memories, strict=True)]
-            return table, of_cloud, [action for action, _ in acted], [memory for _, memory in acted]
-
-        draw = jax.ShapeDtypeStruct((2,), np.uint32)
-        self._run = jax.jit(assess).lower(*around.shapes(), draw, self._memories).compile()
+        self._run = _once(_compiled_assessment, tuple(shadows), around)
 
     def __call__(self, seen: Arrays) -> Assessment:
         """Assess a decision; rules that remember take them in the order of the calls."""
@@ -234,6 +206,39 @@ class Assessor:
         cloud = {"quality": quality, "in_time": in_time, "qos": qos, "cost": cost} if to_cloud else None
         shadows = {rule.name: int(action) for rule, action in zip(self._rules, actions, strict=True)}
         return Assessment(expected, cloud, shadows)
+
+
+def _compiled_assessment(names: tuple[str, ...], around: Surroundings) -> Callable[..., Any]:
+    rules = [rule_named(name, around.away) for name in names]
+    cloud, away = around.cloud, around.away
+
+    def assess(
+        site: Array, batch: Array, experts: Array, arrival: Array, draw: UInt32[Array, "2"], memories: Any
+    ) -> tuple[Array, Array, list[Array], list[Any]]:
+        obs = observation(site, batch, experts, arrival, away=away, cloud=cloud)
+        impact, of = obs.candidates.impact, obs.experts
+        table = jnp.stack(
+            [
+                obs.candidates.predicted_quality,
+                obs.candidates.predicted_output_tokens,
+                impact.ttft,
+                impact.tpot,
+                impact.normalised_latency,
+                impact.in_time,
+                impact.qos,
+                impact.qos_loss,
+                of.num_running,
+                of.num_waiting,
+                of.kv_used / of.kv_capacity,
+                of.eligible.astype(jnp.float32),
+            ]
+        )
+        of_cloud = jnp.zeros(5) if obs.away is None else jnp.stack([jnp.asarray(row, float) for row in obs.away])
+        acted = [_act(rule, obs, draw, memory) for rule, memory in zip(rules, memories, strict=True)]
+        return table, of_cloud, [action for action, _ in acted], [memory for _, memory in acted]
+
+    draw = jax.ShapeDtypeStruct((2,), np.uint32)
+    return jax.jit(assess).lower(*around.shapes(), draw, [rule.memory for rule in rules]).compile()
 
 
 def _short(value: Any) -> float:
