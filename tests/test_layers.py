@@ -21,7 +21,7 @@ LAYERS = (
     ("errors",),
     ("files",),
     ("devices", "plotting", "progress"),
-    ("tables",),
+    ("tables", "decisions"),
     ("serving",),
     ("banks", "workloads"),
     ("predictors", "fitting", "env"),
@@ -38,7 +38,7 @@ LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 
 LOOSE_FILES = {
     *("__init__", "__main__", "errors", "files", "tables", "devices", "plotting", "progress", "scenarios", "runs"),
-    "emulate",
+    *("decisions", "emulate"),
 }
 NOT_CODE = {"configs", "pretrained", "__pycache__"}
 
