@@ -50,6 +50,7 @@ async def _serve(fleet, config, params, options, console) -> None:  # type: igno
     await fleet.start()
     for expert, url in zip(config.site.experts, fleet.urls, strict=True):
         say(console, f"{url}  {expert.label}")
+    console.file.flush()
     if options.fleet is not None:
         write_file(options.fleet, emulated_fleet_yaml(config, params, fleet.urls, options.speed))
         say(console, f"Use it with: python -m jaxroute.gateway {options.fleet}")

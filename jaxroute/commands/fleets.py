@@ -147,17 +147,18 @@ def emulated_fleet_yaml(
 ) -> str:
     """Return a fleet file for emulated servers of a site.
 
-    Quality and length are the means of the bank's predictions, and classes of service those of the workload. A policy
-    other than a rule brings its site.
+    Quality and length are the means of the bank's predictions, and classes of service those of the workload. An
+    exported router brings its site.
     """
     bank = params.bank
     quality = np.asarray(bank.predicted_quality).mean(0)
     length = np.median(np.asarray(bank.predicted_output_tokens), axis=0)
     error = np.asarray(bank.log_length_error)
+    exported = policy is not None and (Path(policy) / MANIFEST).is_file()
     fleet: dict[str, Any] = {
         "listen": "127.0.0.1:8080",
-        "policy": policy or "impact_greedy+rate_price",
-        "site": config.site.name,
+        "policy": str(Path(policy).resolve()) if policy and exported else policy or "impact_greedy+rate_price",
+        "site": None if exported else config.site.name,
         "rate": float(np.mean(np.asarray(params.rate))),
         "speed": float(speed),
         "experts": [

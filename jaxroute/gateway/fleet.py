@@ -134,7 +134,7 @@ class HealthOptions:
 
     interval_s: float = 2.0
     """Time between two probes of a server, s."""
-    timeout_s: float = 1.0
+    timeout_s: float = 2.0
     """Most time for a probe, s."""
     failures: int = 3
     """Consecutive failures, of probes and requests, after which a server counts as down."""

@@ -129,8 +129,13 @@ class Gateway:
         await asyncio.to_thread(self.proxy.recorder.close)
         self.proxy.policies.guard.close()
 
-    async def run(self, ready: Callable[[], None]) -> None:
-        """Serve until SIGTERM or SIGINT; SIGHUP reloads. `ready` is called once it listens."""
+    async def run(self, ready: Callable[[], object], stopping: Callable[[], object] = lambda: None) -> None:
+        """Serve until SIGTERM or SIGINT; SIGHUP reloads.
+
+        Args:
+            ready: is called once it listens.
+            stopping: is called before it ends what is in flight.
+        """
         loop, stopped = asyncio.get_running_loop(), asyncio.Event()
         await self.start()
         reloads: set[asyncio.Task[None]] = set()
@@ -146,6 +151,7 @@ class Gateway:
         ready()
         waiting = asyncio.create_task(stopped.wait())
         await asyncio.wait((waiting, self._task), return_when=asyncio.FIRST_COMPLETED)
+        stopping()
         await self.stop()
 
 
