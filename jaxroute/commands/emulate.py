@@ -13,9 +13,9 @@ from rich.console import Console
 
 from jaxroute.commands.arguments import Intermixed, parser_of, run_command
 from jaxroute.commands.console import say
-from jaxroute.commands.fleets import emulated_fleet_yaml
+from jaxroute.commands.fleets import write_emulated_fleet
 from jaxroute.config import load_config
-from jaxroute.files import check_new, write_file
+from jaxroute.files import check_new
 from jaxroute.gateway.emulator import EmulatedFleet
 from jaxroute.scenarios import build_env
 
@@ -52,7 +52,7 @@ async def _serve(fleet, config, params, options, console) -> None:  # type: igno
         say(console, f"{url}  {expert.label}")
     console.file.flush()
     if options.fleet is not None:
-        write_file(options.fleet, emulated_fleet_yaml(config, params, fleet.urls, options.speed))
+        write_emulated_fleet(options.fleet, config, params, fleet.urls, options.speed)
         say(console, f"Use it with: python -m jaxroute.gateway {options.fleet}")
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -14,6 +14,7 @@ from yaml import YAMLError
 from jaxroute.config import Config, load_config
 from jaxroute.env import EnvParams
 from jaxroute.errors import UserError, did_you_mean
+from jaxroute.files import write_file
 from jaxroute.gateway.artefact import MANIFEST, read_manifest, site_config
 from jaxroute.gateway.fleet import Fleet, check_experts, read_fleet
 from jaxroute.gateway.policy import Policies, guarded
@@ -21,6 +22,9 @@ from jaxroute.gateway.router import Router
 from jaxroute.gateway.rules import Surroundings, is_rule, rule_named, rule_router, slots_of
 from jaxroute.policies import RULES
 from jaxroute.serving import CloudConfig, SiteConfig
+
+EMULATED_POLICY = "impact_greedy+rate_price"
+"""What decides in the fleet files of emulated servers, unless told otherwise."""
 
 _USUAL_RATE = 1.0  # 1/s, until requests have come
 
@@ -116,8 +120,8 @@ def _of_run(path: Path, fleet: Fleet, folder: Path) -> tuple[Router, dict[str, A
             f"policy={fleet.policy} is no exported router, no run, no pretrained router and no rule"
             f"{did_you_mean(fleet.policy, known)}; choose a folder, or one of {', '.join(known)}"
         )
-    overrides = [] if fleet.site is None else [f"site={fleet.site}"]
-    router, manifest = router_of(run, overrides=overrides, rate=fleet.rate)
+    site = None if fleet.site is None else _site(path, fleet.site)
+    router, manifest = router_of(run, site=site, rate=fleet.rate)
     check_experts(path, fleet, [expert["model"] for expert in manifest["site"]["experts"]], f"policy {fleet.policy}")
     return router, manifest
 
@@ -142,10 +146,10 @@ def _site(path: Path, name: str) -> SiteConfig:
     return site
 
 
-def emulated_fleet_yaml(
-    config: Config, params: EnvParams, urls: list[str], speed: float, policy: str | None = None
-) -> str:
-    """Return a fleet file for emulated servers of a site.
+def write_emulated_fleet(
+    path: Path, config: Config, params: EnvParams, urls: list[str], speed: float, policy: str = EMULATED_POLICY
+) -> None:
+    """Write a fleet file for emulated servers of a site; and the site beside it, if it is none of configs/site.
 
     Quality and length are the means of the bank's predictions, and classes of service those of the workload. An
     exported router brings its site.
@@ -154,11 +158,15 @@ def emulated_fleet_yaml(
     quality = np.asarray(bank.predicted_quality).mean(0)
     length = np.median(np.asarray(bank.predicted_output_tokens), axis=0)
     error = np.asarray(bank.log_length_error)
-    exported = policy is not None and (Path(policy) / MANIFEST).is_file()
+    exported = (Path(policy) / MANIFEST).is_file()
+    site: str | None = config.site.name
+    if load_config([f"site={site}"]).site != config.site:
+        site = f"{path.stem}-site.yaml"
+        write_file(path.parent / site, OmegaConf.to_yaml(OmegaConf.structured(config.site)))
     fleet: dict[str, Any] = {
         "listen": "127.0.0.1:8080",
-        "policy": str(Path(policy).resolve()) if policy and exported else policy or "impact_greedy+rate_price",
-        "site": None if exported else config.site.name,
+        "policy": str(Path(policy).resolve()) if exported else policy,
+        "site": None if exported else site,
         "rate": float(np.mean(np.asarray(params.rate))),
         "speed": float(speed),
         "experts": [
@@ -182,4 +190,4 @@ def emulated_fleet_yaml(
         },
     }
     header = "# For the emulated servers of python -m jaxroute.emulate; docs/gateway.md explains every option.\n"
-    return header + OmegaConf.to_yaml(OmegaConf.create(fleet))
+    write_file(path, header + OmegaConf.to_yaml(OmegaConf.create(fleet)))

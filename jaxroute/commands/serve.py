@@ -21,11 +21,10 @@ from rich.console import Console
 
 from jaxroute.commands.arguments import Intermixed, parser_of, run_command
 from jaxroute.commands.console import say
-from jaxroute.commands.fleets import emulated_fleet_yaml, load_fleet
+from jaxroute.commands.fleets import load_fleet, write_emulated_fleet
 from jaxroute.config import load_config
 from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
-from jaxroute.files import write_file
 from jaxroute.gateway.load import Prompts, poisson, send_all
 from jaxroute.gateway.service import Gateway
 from jaxroute.scenarios import build_env
@@ -58,7 +57,8 @@ def _serve(options: argparse.Namespace, console: Console) -> None:
     num_experts = len(config.site.experts)
     urls = [f"http://127.0.0.1:{options.port + e}/v1" for e in range(num_experts)]
     with tempfile.TemporaryDirectory() as folder:
-        path = write_file(Path(folder) / "fleet.yaml", emulated_fleet_yaml(config, params, urls, 1.0, options.policy))
+        path = Path(folder) / "fleet.yaml"
+        write_emulated_fleet(path, config, params, urls, 1.0, options.policy)
         # A process each: none waits for another's turn, as on machines of their own.
         emulator = subprocess.Popen(
             [sys.executable, "-m", "jaxroute.emulate", *options.options, f"--port={options.port}"],

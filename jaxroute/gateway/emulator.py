@@ -248,7 +248,9 @@ class Server:
         reply = _Reply(self.model, f"{'chatcmpl' if chat else 'cmpl'}-{request.index}", chat, body, prompt, stopped)
         try:
             if body.get("stream"):
-                return await self._stream(http, answer, reply)
+                with suppress(ConnectionResetError):  # the client has left
+                    return await self._stream(http, answer, reply)
+                return web.Response()
             async for number in answer.tokens(self._clock):
                 reply.words(number)
                 self._metrics.count(0, number)

@@ -44,6 +44,7 @@ from jaxroute.gateway.observed import observation
 from jaxroute.gateway.router import Router
 from jaxroute.runs import CONFIG_FILE, TrainedPolicy, load_policy, run_of
 from jaxroute.scenarios import build_env
+from jaxroute.serving import SiteConfig
 
 PLATFORMS = ("cpu", "cuda")
 
@@ -73,37 +74,42 @@ def export_router(
     """
     check_new(folder, "--out")
     check_flatbuffers()
-    manifest, policy, cloud = _described(run, predictor, overrides)
+    for option in overrides:
+        if option.split("=")[0].split(".")[0] not in _OPTIONS:
+            raise UserError(f"{option} does not change an export; options are those of {', '.join(_OPTIONS)}")
+    of_run = _config_of(run)
+    manifest, policy, cloud = _described(run, predictor, of_run, load_config(overrides, of_run))
     _write(folder, manifest, _exported(policy, manifest, cloud), predictor)
     return manifest
 
 
-def router_of(run: Path, *, overrides: Sequence[str] = (), rate: float | None = None) -> tuple[Router, dict[str, Any]]:
+def router_of(run: Path, *, site: SiteConfig | None = None, rate: float | None = None) -> tuple[Router, dict[str, Any]]:
     """Return a run's router as a gateway uses it, compiled in this process instead of exported; and its manifest.
 
     Args:
         run: a run directory, one of its checkpoints, or `pretrained/<name>`.
-        overrides: as for `export_router`.
+        site: other than the run's; the run's bank must know its LLMs.
         rate: requests per second to expect at first.
 
     Raises:
         UserError: as `export_router`.
     """
-    manifest, policy, cloud = _described(run, None, overrides)
+    of_run = _config_of(run)
+    config = of_run if site is None else dataclasses.replace(of_run, site=site)
+    manifest, policy, cloud = _described(run, None, of_run, config)
     of_site = site_values(manifest)
     program = jax.jit(decision(policy, manifest["away"], cloud)).lower(*_shapes(manifest)).compile()
     return Router.described(manifest, lambda *seen: program(of_site, *seen), rate=rate), manifest
 
 
+def _config_of(run: Path) -> Config:
+    return read_config(run_of(run, "run") / CONFIG_FILE)
+
+
 def _described(
-    run: Path, predictor: Path | None, overrides: Sequence[str]
+    run: Path, predictor: Path | None, of_run: Config, config: Config
 ) -> tuple[dict[str, Any], TrainedPolicy, CloudParams | None]:
-    """Return the manifest of a run's router, the router, and the cloud of its site."""
-    for option in overrides:
-        if option.split("=")[0].split(".")[0] not in _OPTIONS:
-            raise UserError(f"{option} does not change an export; options are those of {', '.join(_OPTIONS)}")
-    of_run = read_config(run_of(run, "run") / CONFIG_FILE)
-    config = load_config(overrides, of_run)
+    """Return the manifest of a run's router for a configuration, the router, and the cloud of its site."""
     env, params = build_env(config)
     policy = load_policy(run, env, params)
     log_length_error, columns = _errors_of(predictor, config, params)
@@ -126,7 +132,7 @@ def _described(
         "slots": env.num_slots,
         "network": dataclasses.asdict(config.network),
         "rate": float(np.mean(params.rate)),
-        "trained": _trained(of_run, build_env(of_run)[1] if overrides else params),
+        "trained": _trained(of_run, build_env(of_run)[1] if config != of_run else params),
         "requirements": [dataclasses.asdict(requirement) for requirement in config.workload.requirements],
         "predictor": columns,
         "platforms": list(PLATFORMS),
