@@ -61,29 +61,43 @@ class Episode(NamedTuple):
     """In the bank."""
     classes: Int[np.ndarray, "request"]
     choices: Int[np.ndarray, "request"]
-    """An expert, or one more than the last for away."""
+    """What the policy chose, or would have chosen: an expert, or one more than the last for away."""
     qos: Float[np.ndarray, "request"]
     """nan where a request had not ended yet."""
 
 
-def played(env: EdgeRouting, params: EnvParams, policy: Policy, requests: int, seed: int = 0) -> Episode:
-    """Let a policy play an episode in the environment."""
+def played(
+    env: EdgeRouting,
+    params: EnvParams,
+    policy: Policy,
+    requests: int,
+    *,
+    seed: int = 0,
+    done: Int[np.ndarray, "request"] | None = None,
+) -> Episode:
+    """Let a policy play an episode in the environment; or do what was `done`, and note what it would have chosen.
+
+    Two routers that differ once see other sites ever after, so each choice is compared in the place of the other's.
+    """
     policy_params = policy.params
 
-    def step(carry: Any, key: Any) -> Any:
+    def step(carry: Any, given: Any) -> Any:
         obs, state, memory = carry
+        key, forced = given
         key_act, key_env = jax.random.split(key)
-        action, memory = policy.act(policy_params, obs, key_act, memory)
+        preferred, memory = policy.act(policy_params, obs, key_act, memory)
+        action = preferred if done is None else forced
         request = state.request
         obs, state, _, _, _, info = env.step(key_env, state, action, params)
         kept = {name: info[name] for name in ("gap", "ended", "request", "qos", "rejected", "declined")}
-        return (obs, state, memory), (request.row, request.limits, action, kept)
+        return (obs, state, memory), (request.row, request.limits, preferred, kept)
 
     @jax.jit
     def run(key: Any) -> Any:
         key_reset, key_steps = jax.random.split(key)
         begin = (*env.reset(key_reset, params), jax.tree.map(jnp.asarray, policy.memory))
-        return jax.lax.scan(step, begin, jax.random.split(key_steps, requests))[1]
+        forced = jnp.zeros(requests, jnp.int32) if done is None else jnp.asarray(done, jnp.int32)
+        return jax.lax.scan(step, begin, (jax.random.split(key_steps, requests), forced))[1]
 
     rows, limits, actions, info = jax.device_get(run(jax.random.key(seed)))
     classes = np.zeros(requests, int)
@@ -245,6 +259,7 @@ def parity(options: Sequence[str], name: str, requests: int, speed: float, folde
     ):
         sent = asyncio.run(send_all(f"{url}/v1", planned_of(episode, names, speed), prompts_of(params)))
     choices = choices_of(sent, config.site.models)
+    preferred = played(env, params, policy_named(name), requests, done=choices).choices
     records = read_decisions(log).records
     quality = np.asarray(params.bank.quality)
     in_time = np.array([bool(record["in_time"]) for record in records])
@@ -254,7 +269,7 @@ def parity(options: Sequence[str], name: str, requests: int, speed: float, folde
     error = np.std(qos[known] - episode.qos[known]) / np.sqrt(known.sum())
     return {
         "requests": requests,
-        "same": float((choices == episode.choices).mean()),
+        "same": float((choices == preferred).mean()),
         "declined": float((choices == len(config.site.models)).mean()),
         "qos_gateway": float(qos[known].mean()),
         "qos_environment": float(episode.qos[known].mean()),

@@ -228,13 +228,7 @@ def read_fleet(path: Path) -> Fleet:
     if not isinstance(given, dict):
         raise UserError(f"{path} is no fleet file: it lists no experts; see docs/gateway.md")
     _check_names(path, given, Fleet, "")
-    try:
-        fleet: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Fleet), OmegaConf.create(given)))
-    except OmegaConfBaseException as error:
-        key = re.sub(r"\[(\d+)\]", r".\1", error.full_key or "")
-        lines = str(error).splitlines()
-        what = "is missing; give it a value" if "missing" in lines[0].lower() else lines[0]
-        raise UserError(f"{path}: {key}: {what}") from None
+    fleet: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Fleet), given))
     # Not as a default of the field, to which the file's classes would be added.
     fleet.classes = fleet.classes or {"standard": ServiceClass(normalised=0.08)}
     _check(path, fleet)
@@ -242,7 +236,7 @@ def read_fleet(path: Path) -> Fleet:
 
 
 def _check_names(path: Path, given: Any, schema: type, prefix: str) -> None:
-    """Check that all keys are known, and that those that are needed are there."""
+    """Check that all keys are known, and that those that are needed are there; and that values have their types."""
     hints = get_type_hints(schema)
     for key in given:
         if key not in hints:
@@ -253,7 +247,13 @@ def _check_names(path: Path, given: Any, schema: type, prefix: str) -> None:
         if entry.default is MISSING and given.get(entry.name) is None:
             raise UserError(f"{path}: {prefix}{entry.name} is missing; give it a value")
     for key, value in given.items():
-        for where, part, kind in _parts(hints[key], value, f"{prefix}{key}"):
+        parts = list(_parts(hints[key], value, f"{prefix}{key}"))
+        if not parts:
+            try:
+                OmegaConf.merge(OmegaConf.structured(schema), {key: value})
+            except OmegaConfBaseException as error:
+                raise UserError(f"{path}: {prefix}{key}: {str(error).splitlines()[0]}") from None
+        for where, part, kind in parts:
             if not isinstance(part, dict):
                 raise UserError(f"{path}: {where} is {part!r}; give it as name: value")
             _check_names(path, part, kind, f"{where}.")

@@ -93,18 +93,20 @@ class Tally:
 
     def _look(self, block: bytes) -> bytes:
         self.is_whole = self.is_whole or b"[DONE]" in block or _FINISH.search(block) is not None
-        usage = _USAGE.search(block) is not None
-        # An event with nothing to count passes unread, once the answer has begun.
-        if self._expects and self.has_content and not usage and b'"error"' not in block:
+        if self._tells_nothing(block):
             return block
         kept, start = [], 0
         for match in [*_BOUNDARY.finditer(block), None]:
             end = match.end() if match else len(block)
             event = block[start:end]
             start = end
-            if event and not (self._read(event) and self._hide):
+            if event and (self._tells_nothing(event) or not (self._read(event) and self._hide)):
                 kept.append(event)
         return b"".join(kept)
+
+    def _tells_nothing(self, block: bytes) -> bool:
+        """Whether events may pass unread: the answer has begun, and its tokens will be told, but not here."""
+        return self._expects and self.has_content and b'"error"' not in block and _USAGE.search(block) is None
 
     def _read(self, event: bytes) -> bool:
         """Read one event; returns whether it holds usage and nothing else."""
