@@ -44,7 +44,7 @@ class ExpertEntry:
     quality: float = 0.5
     """Quality of its answers, from 0 to 1, of requests for which nothing else predicts it."""
     output_tokens: float = 200.0
-    """Tokens of its answers, the median; likewise."""
+    """Tokens of its answers, the median, of such requests."""
     log_length_error: float = 0.7
     """Standard deviation of log(output tokens) around that, if the policy is a rule."""
 
@@ -54,9 +54,11 @@ class CloudEntry:
     """An endpoint elsewhere, to which requests go that are sent away."""
 
     url: str = MISSING
-    """As of an expert; likewise the next two."""
+    """As of an expert."""
     model: str = MISSING
+    """Likewise."""
     key_env: str | None = None
+    """Likewise."""
     price_per_request: float = 0.05
     """In QoS."""
     price_per_1k_tokens: float = 0.1
@@ -66,9 +68,11 @@ class CloudEntry:
     tpot: float = 0.0125
     """Median time per further token, s."""
     quality: float = 0.8
-    """As of an expert; likewise the next two."""
+    """As of an expert."""
     output_tokens: float = 200.0
+    """Likewise."""
     log_length_error: float = 0.7
+    """Likewise."""
     max_in_flight: int = 64
     """Most requests that it has at once."""
 
