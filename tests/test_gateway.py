@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import re
+from pathlib import Path
 
 import aiohttp
 import openai
@@ -14,6 +15,7 @@ from serving import WAIT, Loop, OddServer, begin_stream, chat, client, emulated,
 
 from jaxroute.config import load_config
 from jaxroute.decisions import read_decisions
+from jaxroute.gateway.fleet import read_fleet
 
 pytestmark = pytest.mark.slow
 
@@ -578,3 +580,51 @@ def test_keys_bounds_and_large_bodies(loop, site, tmp_path, monkeypatch):
         "their key": "Bearer sk-theirs",
     }
     assert key not in (tmp_path / "decisions.jsonl").read_text()
+
+
+# --- Documents ----------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_dashboard_and_alerts_name_metrics_that_exist(running, loop):
+    gateway, _, _ = running
+
+    async def run():
+        async with client() as session, session.get(f"{gateway.url}/metrics") as response:
+            return await response.text()
+
+    known = set(re.findall(r"^# TYPE (\w+) (?:counter|gauge)$", loop.run(run()), re.M))
+    known |= {
+        f"{name}{end}"
+        for name in re.findall(r"^# TYPE (\w+) histogram$", loop.run(run()), re.M)
+        for end in ("_bucket", "_count", "_sum")
+    }
+    for text in ("docs/gateway.md", "docs/examples/gateway-dashboard.json"):
+        named = set(re.findall(r"\bjaxroute_\w+", (ROOT / text).read_text()))
+        assert len(named) > 5
+        assert named <= known
+    panels = json.loads((ROOT / "docs/examples/gateway-dashboard.json").read_text())["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+def test_every_field_of_the_log_is_documented(running, loop):
+    gateway, _, folder = running
+
+    async def run():
+        await ask(gateway, chat(max_tokens=1))
+        await settled(gateway)
+
+    loop.run(run())
+    page = (ROOT / "docs/gateway.md").read_text().partition("## The decision log")[2]
+    documented = set(re.findall(r"`(\w+)`", page))
+    assert next(iter(ended(folder).values())).keys() - {"format"} <= documented
+
+
+def test_the_fleet_file_of_the_quick_start_is_right(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAB_KEY", "sk-1")
+    text = re.search(r"```yaml\n(# fleet.yaml.*?)```", (ROOT / "docs/gateway.md").read_text(), re.S)[1]
+    (tmp_path / "fleet.yaml").write_text(text)
+    fleet = read_fleet(tmp_path / "fleet.yaml")
+    assert [expert.model for expert in fleet.experts] == ["google/gemma-2-9b-it", "google/gemma-2-27b-it"]
+    assert fleet.usual_class == "standard"
