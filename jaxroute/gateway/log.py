@@ -27,19 +27,18 @@ class Recorder:
     lost: int
     """Lines that could not be written."""
 
-    def __init__(self, options: LogOptions, folder: Path, assessor: Assessor, ended: Callable[[Record], None]) -> None:
+    def __init__(self, options: LogOptions, folder: Path, assessor: Assessor) -> None:
         """Open the log and start the thread.
 
         Args:
             options: of the fleet file.
             folder: where a relative path starts.
             assessor: looks at decisions.
-            ended: is called, in the thread, with each record once it is complete.
 
         Raises:
             UserError: the log cannot be written.
         """
-        self.assessor, self._ended = assessor, ended
+        self.assessor = assessor
         self.lost = 0
         self._file = None if options.path is None else _File(folder / options.path, options)
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -64,7 +63,7 @@ class Recorder:
         return promised
 
     def end(self, record: Callable[[], Record]) -> None:
-        """Write a request's record, which is asked for once its decision has been assessed."""
+        """Write a request's record, which is asked for, in the thread, once its decision has been assessed."""
 
         def write() -> None:
             line = record()
@@ -73,7 +72,6 @@ class Recorder:
                     self._file.write(line)
                 except OSError:
                     self.lost += 1
-            self._ended(line)
 
         self._queue.put(write)
 

@@ -186,6 +186,7 @@ class Proxy:
                 {"expert": self._name(place), "error": str(last), "time": self.clock.wall(self.clock.now())}
             )
             failed.add(place)
+            exchange.first_token = None
         raise self._given_up(exchange, last)
 
     def _candidates(self, exchange: Exchange, failed: set[int]) -> list[int]:
@@ -290,8 +291,7 @@ class Proxy:
                 continue
             if exchange.first_token is None:
                 await self._first_token(exchange, response, send)
-            if (told := self._progress(exchange, tally, told)) is None and not held:
-                continue
+            told = self._progress(exchange, tally, told)
             if held:
                 await self._send(send, {"type": "http.response.body", "body": held, "more_body": True})
                 held = b""
@@ -409,7 +409,7 @@ class Proxy:
             exchange.at_router = False
 
     def _leave(self, exchange: Exchange) -> None:
-        """A request has ended: count it, and log it."""
+        """A request has ended: log it, and count it once its decision has been assessed."""
         self._forget(exchange)
         exchange.end(FAILED, self.clock.now(), status=500, error="it ended in no known way")
         del self.exchanges[exchange.id]

@@ -66,7 +66,7 @@ class Gateway:
         self._socket = _listen(host, port)
         self._session = client_session(self.fleet.limits)
         metrics = Metrics()
-        recorder = Recorder(self.fleet.log, self._folder, self._policies.assessor, lambda record: None)
+        recorder = Recorder(self.fleet.log, self._folder, self._policies.assessor)
         self.proxy = Proxy(self.fleet, self._policies, self._session, recorder, metrics, WallClock(self.fleet.speed))
         await self.proxy.health.start()
         self.live = Live(self.proxy)
