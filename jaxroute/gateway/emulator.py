@@ -426,6 +426,7 @@ class EmulatedFleet:
                 self.servers[e].app(), access_log=None, handler_cancellation=True, shutdown_timeout=0.1
             )
             await runner.setup()
+            self._runners[e] = runner
             site = web.TCPSite(runner, self._host, self.ports[e], backlog=1024, reuse_address=True)
             try:
                 await site.start()
@@ -434,7 +435,6 @@ class EmulatedFleet:
                 raise UserError(
                     f"{self._host}:{self.ports[e]} cannot be listened on ({error.strerror}); choose another --port"
                 ) from None
-            self._runners[e] = runner
             self.ports[e] = runner.addresses[0][1]
 
     async def stop(self, experts: Sequence[int] | None = None) -> None:

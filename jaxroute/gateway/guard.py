@@ -1,6 +1,7 @@
 """The guard around a policy: a rule decides where the policy fails, is late, or meets what it was not trained on.
 
-The policy runs in a thread of its own, so that one that hangs holds up no request for longer than its deadline.
+A trained policy runs in a thread of its own, so that one that hangs holds up no request for longer than its deadline. A
+rule is what the fallback is, and needs none.
 """
 
 from __future__ import annotations
@@ -64,16 +65,16 @@ class Guard:
         decide: Callable[..., Any],
         fallback: Callable[..., Any],
         *,
-        seconds: float,
+        seconds: float | None,
         site: np.ndarray,
         trained: Trained | None = None,
     ) -> None:
-        """Start the policy's thread.
+        """Start the policy's thread, if it gets one.
 
         Args:
             decide: the policy's decision, on arrays as in `FIELDS`; likewise `fallback`.
             fallback: a rule, which is taken to be quick.
-            seconds: most time for a decision.
+            seconds: most time for a decision; None for a rule, which is waited for.
             site: the site's array.
             trained: what the policy was trained on; None trusts it everywhere.
         """
@@ -84,7 +85,8 @@ class Guard:
         self._outstanding = 0
         self.reason = self.detail = None
         # A daemon: a policy that hangs for ever does not keep the process from ending.
-        threading.Thread(target=self._work, name="policy", daemon=True).start()
+        if seconds is not None:
+            threading.Thread(target=self._work, name="policy", daemon=True).start()
 
     def __call__(self, *seen: np.ndarray) -> tuple[Any, Any, Any]:
         """Return action, scores, and the best net value that an expert offers."""
@@ -109,6 +111,9 @@ class Guard:
     def _ask(self, seen: tuple[np.ndarray, ...]) -> tuple[str | None, str | None, Any]:
         if self._trained is not None and (breach := self._trained.breach(self._site, seen[1], seen[2])):
             return OUTSIDE, breach, None
+        if self._seconds is None:
+            answer = self._checked(seen)
+            return (RAISED, _said(answer), None) if isinstance(answer, Exception) else (None, None, answer)
         while self._outstanding:
             # It was late; is it done by now?
             try:
@@ -124,18 +129,26 @@ class Guard:
             self._outstanding += 1
             return LATE, f"no decision within {self._seconds * 1000:g} ms", None
         if isinstance(answer, Exception):
-            return RAISED, f"{type(answer).__name__}: {answer}", None
+            return RAISED, _said(answer), None
         return None, None, answer
 
     def _work(self) -> None:
         while (seen := self._orders.get()) is not None:
-            try:
-                self._answers.put(_checked(self._decide(*seen), self._site.shape[1]))
-            except Exception as error:  # whatever it is, the fallback decides
-                self._answers.put(error)
+            self._answers.put(self._checked(seen))
+
+    def _checked(self, seen: tuple[np.ndarray, ...]) -> tuple[int, np.ndarray, float] | Exception:
+        """Return the policy's decision, or what it raised."""
+        try:
+            return _on_host(self._decide(*seen), self._site.shape[1])
+        except Exception as error:  # whatever it is, the fallback decides
+            return error
 
 
-def _checked(answer: Any, num_experts: int) -> tuple[int, np.ndarray, float]:
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _on_host(answer: Any, num_experts: int) -> tuple[int, np.ndarray, float]:
     """Return a decision as numbers of the host.
 
     Raises:

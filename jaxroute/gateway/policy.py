@@ -11,7 +11,7 @@ from jaxroute.errors import UserError
 from jaxroute.gateway.fleet import Fleet
 from jaxroute.gateway.guard import Guard, Trained
 from jaxroute.gateway.router import Router
-from jaxroute.gateway.rules import DRAWS, Assessor, RuleDecision, Surroundings, rule_named
+from jaxroute.gateway.rules import DRAWS, Assessor, RuleDecision, Surroundings, is_rule, rule_named
 
 
 @dataclass
@@ -66,7 +66,7 @@ def guarded(
     guard = Guard(
         router.decide,
         fallback,
-        seconds=fleet.guard.decision_ms / 1000,
+        seconds=None if is_rule(name) else fleet.guard.decision_ms / 1000,
         site=around.array(),
         trained=Trained(**trained) if trained and fleet.guard.trained_range else None,
     )

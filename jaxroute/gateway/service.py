@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from jaxroute.gateway.proxy import Proxy, check_take_over
 from jaxroute.gateway.upstream import client_session
 
 logger = logging.getLogger("jaxroute.gateway")
+
+_SWITCH_INTERVAL = 0.0005  # s
 
 Load = Callable[[], tuple[Fleet, Policies]]
 """Reads the fleet file and builds its policy; raises `UserError` if either is wrong."""
@@ -62,6 +65,8 @@ class Gateway:
         Raises:
             UserError: the address is in use, or the log cannot be written.
         """
+        # Log and policy have threads of their own: the loop must not wait 5 ms for its turn.
+        sys.setswitchinterval(_SWITCH_INTERVAL)
         host, port = self.fleet.address
         self._socket = _listen(host, port)
         self._session = client_session(self.fleet.limits)
