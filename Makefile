@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test quick lint docs notebooks build clean
+.PHONY: train serve test quick lint docs notebooks build clean
 
 train: $(VENV)/.run
 	$(BIN)/python train.py $(ARGS)
+
+# Emulated servers, the gateway with a pretrained router, a load: open the page that it names.
+serve: $(VENV)/.gateway
+	$(BIN)/python -m jaxroute serve $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadscope $(ARGS)
@@ -34,6 +38,7 @@ build: $(VENV)/.dev
 
 # What runs the project, what its developers need, and what makes the documentation.
 $(VENV)/.run: EXTRA :=
+$(VENV)/.gateway: EXTRA := [gateway]
 $(VENV)/.dev: EXTRA := [dev]
 $(VENV)/.docs: EXTRA := [docs]
 INSTALL = pip install --quiet --constraint constraints.txt --editable '.$(EXTRA)'

@@ -21,7 +21,7 @@ LAYERS = (
     ("errors",),
     ("files",),
     ("devices", "plotting", "progress"),
-    ("tables",),
+    ("tables", "decisions"),
     ("serving",),
     ("banks", "workloads"),
     ("predictors", "fitting", "env"),
@@ -32,12 +32,13 @@ LAYERS = (
     ("runs",),
     ("training", "evaluation"),
     ("commands",),
-    ("__init__", "__main__"),
+    ("__init__", "__main__", "emulate"),
 )
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 
 LOOSE_FILES = {
-    *("__init__", "__main__", "errors", "files", "tables", "devices", "plotting", "progress", "scenarios", "runs")
+    *("__init__", "__main__", "errors", "files", "tables", "devices", "plotting", "progress", "scenarios", "runs"),
+    *("decisions", "emulate"),
 }
 NOT_CODE = {"configs", "pretrained", "__pycache__"}
 
@@ -45,6 +46,7 @@ NOT_CODE = {"configs", "pretrained", "__pycache__"}
 HEAVY = {
     *("hydra", "omegaconf", "optax", "flax", "orbax", "wandb", "matplotlib", "jraph", "chex", "pandas", "pyarrow"),
     *("scipy", "rich", "jinja2", "gymnasium", "torch"),
+    *("starlette", "uvicorn", "aiohttp", "prometheus_client", "openai"),
 }
 LIGHT = """
 import jaxroute
@@ -77,7 +79,9 @@ def modules() -> Iterator[tuple[str, str, str]]:
     """File, top-level name and dotted package of each module."""
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        yield str(path.relative_to(PACKAGE.parent)), parts[0], ".".join(["jaxroute", *parts[:-1]])
+        # What `python -m jaxroute.PACKAGE` starts is a command.
+        own = parts[-1] if parts[-1] == "__main__" else parts[0]
+        yield str(path.relative_to(PACKAGE.parent)), own, ".".join(["jaxroute", *parts[:-1]])
 
 
 def breaches(file: str, own: str, package: str, source: str) -> list[str]:

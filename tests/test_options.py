@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxroute.commands.configured import _COMMON, _runs
 from jaxroute.commands.train import main as train_main
 from jaxroute.config import load_config
-from jaxroute.config.options import options, page
+from jaxroute.config.options import fleet_options, fleet_table, options, page
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,8 +18,14 @@ def test_the_page_is_up_to_date():
     )
 
 
+def test_the_gateways_page_lists_every_option_of_a_fleet_file():
+    assert fleet_table() in (ROOT / "docs" / "gateway.md").read_text(), (
+        "put what python -m jaxroute.config.options fleet prints into docs/gateway.md"
+    )
+
+
 def test_every_option_is_explained():
-    unexplained = [option.name for option in options() if not option.meaning]
+    unexplained = [option.name for option in [*options(), *fleet_options()] if not option.meaning]
     assert not unexplained
 
 

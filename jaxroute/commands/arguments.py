@@ -1,4 +1,4 @@
-"""Commands with arguments of their own, read by argparse: trace, calibrate, bank, predict, export."""
+"""Commands with arguments of their own, read by argparse: trace, calibrate, bank, predict, export, gateway, emulate."""
 
 from __future__ import annotations
 
@@ -24,6 +24,14 @@ class Parser(argparse.ArgumentParser):
             UserError: always, with a hint at the help.
         """
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+class Intermixed(Parser):
+    """A parser that takes option=value after flags as well as before them."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """Take site=lab after --out router as well as before it."""
+        return self.parse_intermixed_args(args, namespace)
 
 
 def parser_of(command: str, description: str, kind: type[Parser] = Parser) -> Parser:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jaxroute.commands.arguments import Parser, parser_of, run_command
+from jaxroute.commands.arguments import Intermixed, parser_of, run_command
 from jaxroute.commands.console import say
 from jaxroute.training.export import export_router
 
@@ -26,14 +26,8 @@ def _export(options: argparse.Namespace, console: Console) -> None:
     say(console, f"Use it with: jaxroute.gateway.Router.load({str(options.out)!r})")
 
 
-class _Intermixed(Parser):
-    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        """Take site=lab after --out router as well as before it."""
-        return self.parse_intermixed_args(args, namespace)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of("export", "Export a trained router for use in a gateway.", _Intermixed)
+    parser = parser_of("export", "Export a trained router for use in a gateway.", Intermixed)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory or one of its checkpoints")
     parser.add_argument("options", nargs="*", metavar="option=value", help="other than the run's, e.g. site=edge16")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="must not exist yet")

@@ -102,6 +102,8 @@ def _reading_notes(trace: Trace) -> list[str]:
     notes = []
     if trace.failed:
         notes.append(f"Left out: {trace.failed} failed requests.")
+    if trace.torn:
+        notes.append(f"Left out: {trace.torn} torn lines.")
     tied = (np.diff(trace.arrival_time) == 0).mean()
     if tied > _TIED:
         notes.append(

@@ -1,20 +1,25 @@
 """Every option of train.py and eval.py, with its type, default and meaning.
 
-`python -m jaxroute.config.options` prints docs/reference/options.md. All is read from the dataclasses of the
-configuration and the YAML files in configs/, so that nothing is said twice.
+`python -m jaxroute.config.options` prints docs/reference/options.md, and with `fleet` after it the table of the
+gateway's fleet file in docs/gateway.md. All is read from the dataclasses of the configuration and the YAML files in
+configs/, so that nothing is said twice.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from omegaconf import MISSING
+
 from jaxroute.config.load import config_folder, load_config
 from jaxroute.config.schema import Config
+from jaxroute.gateway.fleet import Fleet
 
 
 class Option(NamedTuple):
@@ -81,7 +86,21 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _options(schema: type, values: Any, prefix: str) -> Iterator[Option]:
+def fleet_options() -> list[Option]:
+    """Return all that is said about the gateway's fleet file."""
+    return list(_options(Fleet, Fleet(), "", with_defaults=True))
+
+
+def fleet_table() -> str:
+    """Return the table of docs/gateway.md."""
+    lines = ["| option | type | default | |", "|---|---|---|---|"]
+    for option in fleet_options():
+        default = "" if option.default == f"`{MISSING}`" else option.default
+        lines.append(f"| `{option.name}` | {option.type} | {default} | {option.meaning} |".replace("|  |", "| |"))
+    return "\n".join(lines) + "\n"
+
+
+def _options(schema: type, values: Any, prefix: str, *, with_defaults: bool = False) -> Iterator[Option]:
     hints = get_type_hints(schema)
     about = meanings(schema)
     # What has no parts first, so that sections do not interrupt it.
@@ -91,9 +110,11 @@ def _options(schema: type, values: Any, prefix: str) -> Iterator[Option]:
         if inner is None:
             yield Option(name, _type_name(hint), _shown(value), about.get(entry.name, ""))
         elif hint is inner or hint == inner | None:
-            yield from _options(inner, value, f"{name}.")
+            usual = inner() if value is None and with_defaults else value
+            yield from _options(inner, usual, f"{name}.", with_defaults=with_defaults)
         else:
-            yield from _options(inner, None, f"{name}.<{'name' if 'dict' in str(hint) else 'n'}>.")
+            place = f"{name}.<{'name' if 'dict' in str(hint) else 'n'}>."
+            yield from _options(inner, inner() if with_defaults else None, place, with_defaults=with_defaults)
 
 
 def _inner(hint: Any) -> Any:
@@ -115,4 +136,4 @@ def _shown(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    print(fleet_table() if sys.argv[1:] == ["fleet"] else page(), end="")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int
 
+from jaxroute.decisions import is_decision_log, read_decisions, served
 from jaxroute.errors import UserError
 from jaxroute.files import shown
 from jaxroute.tables import TableReader, number_remedy, open_table
@@ -72,16 +73,20 @@ class _Request(NamedTuple):
 def read_log(path: str | Path) -> ServingLog:
     """Read a serving log in one of the formats of docs/how-to/calibration.md.
 
-    The content, not the name, tells the format. Requests that failed are
-    left out where the format marks them.
+    The content, not the name, tells the format. Requests that failed are left out where the format marks them. Of a
+    gateway's decision log, `FILE#EXPERT` names the expert.
 
     Raises:
         UserError: the file cannot be read or is no log, a request is incomplete or impossible, or there are fewer than
             30.
     """
     path = Path(path)
-    with open_table(path, "a row per request, or a benchmark's result") as table:
-        requests = list(_requests(table))
+    file, _, expert = str(path).rpartition("#")
+    if is_decision_log(file or path):
+        requests = list(_gateway_requests(Path(file or path), expert if file else None))
+    else:
+        with open_table(path, "a row per request, or a benchmark's result") as table:
+            requests = list(_requests(table))
     if len(requests) < MIN_REQUESTS:
         raise UserError(f"{path} has {len(requests)} requests; a calibration needs at least {MIN_REQUESTS}")
     values = np.array([request.values for request in requests])
@@ -118,6 +123,19 @@ def _requests(table: TableReader) -> Iterator[_Request]:
         if names <= set(table.names) and table.names and table.names[0].startswith(beginning):
             raise UserError(f"{table.path} {what}")
     return _rows(table)
+
+
+def _gateway_requests(path: Path, expert: str | None) -> Iterator[_Request]:
+    """Completed streams of one expert in a gateway's decision log."""
+    rows = [row for row in served(read_decisions(path), expert) if row["first_token_time"] is not None]
+    experts = sorted({row["expert"] for row in rows})
+    if len(experts) > 1:
+        raise UserError(f"{path} has requests of {', '.join(experts)}; name one of them, such as {path}#{experts[0]}")
+    if not rows:
+        of = f" of {expert}" if expert else ""
+        raise UserError(f"{path} has no completed stream{of}; name another expert, or stream the answers")
+    for row in rows:
+        yield _request(f"{path}, {row['id']}", tuple(row[column] for column in _COLUMNS))
 
 
 def _rows(table: TableReader) -> Iterator[_Request]:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from jaxroute.env.types import Batch, Recent
 from jaxroute.errors import UserError
-from jaxroute.serving import Site
+from jaxroute.serving import CloudConfig, ExpertConfig, Site, SiteConfig, build_site
 from jaxroute.workloads.limits import Limits
 
 FORMAT, FORMAT_VERSION = "jaxroute-router", 3
@@ -74,6 +74,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file() or file_digest(folder / name) != digest:
             raise UserError(f"{folder / name} is missing or damaged; export the router again")
     return manifest
+
+
+def site_config(manifest: dict[str, Any]) -> SiteConfig:
+    """Return the site of a manifest."""
+    of_site = manifest["site"]
+    experts = [ExpertConfig(**expert) for expert in of_site["experts"]]
+    return SiteConfig(of_site["name"], experts, CloudConfig(**of_site["cloud"]) if of_site["cloud"] else None)
+
+
+def site_values(manifest: dict[str, Any]) -> Float[np.ndarray, "field expert"]:
+    """Return the first argument of the decision, as in `FIELDS`, of a manifest's site."""
+    return site_array(site_config(manifest), [float(error) for error in manifest["log_length_error"]])
+
+
+def site_array(config: SiteConfig, log_length_error: Sequence[float]) -> Float[np.ndarray, "field expert"]:
+    """Return the first argument of the decision, as in `FIELDS`."""
+    table = build_site(config)
+    rows = [getattr(table, name) for name in FIELDS["site"][:-1]] + [log_length_error]
+    return np.stack([np.asarray(row, np.float32) for row in rows])
 
 
 def file_digest(path: Path) -> str:

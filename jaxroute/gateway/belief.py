@@ -13,7 +13,7 @@ from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from jaxroute.errors import UserError
 from jaxroute.gateway.artefact import FIELDS, LIMIT_FIELDS
@@ -53,6 +53,14 @@ class _Held(NamedTuple):
 # Rows of the two arrays, by name.
 _HELD = _Held(*range(len(_Held._fields)))
 _BATCH = {name: row for row, name in enumerate(FIELDS["batch"])}
+
+
+class Loads(NamedTuple):
+    """How busy each expert is believed to be."""
+
+    running: Int[np.ndarray, "expert"]
+    waiting: Int[np.ndarray, "expert"]
+    kv_tokens: Float[np.ndarray, "expert"]
 
 
 class Belief:
@@ -223,6 +231,15 @@ class Belief:
         tokens = (candidate * (held[_HELD.prompt_tokens] + held[_HELD.generated])).cumsum(0)
         fits = (place <= site.max_num_seqs) & ((tokens <= site.kv_capacity) | (place == 1))
         return candidate & ((told == 1) | (fits & (held[_HELD.ready] <= now)))
+
+    def loads(self) -> Loads:
+        """Return how busy the experts are, as of the latest `advance`."""
+        # Requests may have come or gone since.
+        running = self._in_batch(self._now)
+        tokens = np.maximum(
+            self._held[_HELD.prompt_tokens] + self._held[_HELD.generated] - self._held[_HELD.missing], 0
+        )
+        return Loads(running.sum(0), (self._there & ~running).sum(0), (running * tokens).sum(0))
 
     def batch(self) -> Float[np.ndarray, "field slot expert"]:
         """Return the fields of a `Batch` as of the latest `advance`, float32; the next call overwrites it."""

@@ -8,20 +8,29 @@ of recent arrivals. A router that was trained to may also send a request away.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jaxroute.env.environment import LATENCY_WINDOW, remember_gap, remember_net
 from jaxroute.env.types import Prices, Recent
 from jaxroute.errors import UserError
-from jaxroute.gateway.artefact import FIELDS, MANIFEST, compile_decision, load_predictor, read_manifest
-from jaxroute.gateway.belief import Belief
-from jaxroute.serving import CloudConfig, ExpertConfig, SiteConfig, build_site
+from jaxroute.gateway.artefact import (
+    FIELDS,
+    MANIFEST,
+    compile_decision,
+    load_predictor,
+    read_manifest,
+    site_config,
+    site_values,
+)
+from jaxroute.gateway.belief import Belief, Loads
+from jaxroute.serving import SiteConfig, build_site
 from jaxroute.serving.checks import real, real_array, whole
 from jaxroute.workloads.limits import Limits
 
@@ -40,6 +49,10 @@ class Router:
     """The LLM and accelerator behind each expert's number."""
     away: bool
     """Whether it may send requests away."""
+    decide: Callable[..., Any]
+    """The decision, a function of three arrays as in `FIELDS`; a gateway may put one around it."""
+    predict: Callable[[str], tuple[np.ndarray, np.ndarray]] | None
+    """Predicts quality and length from a prompt's text, if the router was exported with a predictor."""
     logits: Float[np.ndarray, "action"]
     """Scores of the latest decision, that of away last if there is one. What was chosen has the highest, unless it had
     to be an expert; experts that are down or full have -1e9."""
@@ -63,13 +76,14 @@ class Router:
         """
         self.experts = [expert.label for expert in site.experts]
         self.away = away
+        self._site, self._slots = site, slots
         self._cloud = site.cloud if away else None
         self._at_cloud: set[Hashable] = set()
         # Numbers on the host, in the environment's types.
         free: list[Any] = [0.0, 1.0]
         self._prices = prices or Prices(*free)
         self._belief = Belief(jax.tree.map(lambda column: np.asarray(column, np.float64), build_site(site)), slots)
-        self._decide, self._predict = decide, predict
+        self.decide, self.predict = decide, predict
         num_experts = len(self.experts)
         self._experts = np.zeros((len(FIELDS["experts"]), num_experts), np.float32)
         self._arrival = np.zeros(len(FIELDS["arrival"]), np.float32)
@@ -81,6 +95,7 @@ class Router:
         self.logits = np.full(num_experts + away, np.nan, np.float32)
         self._chosen: int | None = None
         self._had_to_stay = False
+        self._seen: tuple[np.ndarray, ...] | None = None
         self._last_arrival: float | None = None
         self._last_decision: float | None = None
 
@@ -97,27 +112,45 @@ class Router:
             UserError: the folder is incomplete, damaged, or of another version; a rate out of range.
         """
         folder = Path(folder)
+        manifest = read_manifest(folder)
+        with _manifest_of(folder):
+            of_site, slots, columns = site_values(manifest), int(manifest["slots"]), manifest["predictor"]
+        decide = compile_decision(folder, of_site, slots, platform, f"jax {manifest.get('jax')}")
+        predict = load_predictor(folder, columns) if columns else None
+        with _manifest_of(folder):
+            return cls.described(manifest, decide, predict, rate=rate)
+
+    @classmethod
+    def described(
+        cls,
+        manifest: dict[str, Any],
+        decide: Callable[..., Any],
+        predict: Callable[[str], tuple[np.ndarray, np.ndarray]] | None = None,
+        *,
+        rate: float | None = None,
+    ) -> Router:
+        """Return the router that a manifest describes, whose decision is `decide`; the others are as for `load`.
+
+        Raises:
+            UserError: a rate out of range.
+            KeyError, TypeError, ValueError: the manifest lacks something.
+        """
         if rate is not None:
             rate = real("rate", rate)
-        manifest = read_manifest(folder)
-        try:
-            experts = [ExpertConfig(**expert) for expert in manifest["site"]["experts"]]
-            of_cloud, away = manifest["site"]["cloud"], bool(manifest["away"])
-            site = SiteConfig(manifest["site"]["name"], experts, CloudConfig(**of_cloud) if of_cloud else None)
-            usual: list[Any] = [float(manifest["prices"][name]) for name in Prices._fields]
-            errors, slots = [float(error) for error in manifest["log_length_error"]], int(manifest["slots"])
-            expected = float(manifest["rate"]) if rate is None else rate
-            columns = manifest["predictor"]
-            table = build_site(site)
-            rows = [getattr(table, name) for name in FIELDS["site"][:-1]] + [errors]
-            values = np.stack([np.asarray(row, np.float32) for row in rows])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder / MANIFEST} is damaged ({error}); export the router again") from None
+        usual: list[Any] = [float(manifest["prices"][name]) for name in Prices._fields]
+        expected = float(manifest["rate"]) if rate is None else rate
         if not 0 < expected < math.inf:
             raise UserError(f"rate={expected} must be above 0 requests per second, and finite")
-        decide = compile_decision(folder, values, slots, platform, f"jax {manifest.get('jax')}")
-        predict = load_predictor(folder, columns) if columns else None
-        return cls(site, errors, slots, expected, decide, predict, prices=Prices(*usual), away=away)
+        return cls(
+            site_config(manifest),
+            [float(error) for error in manifest["log_length_error"]],
+            int(manifest["slots"]),
+            expected,
+            decide,
+            predict,
+            prices=Prices(*usual),
+            away=bool(manifest["away"]),
+        )
 
     def route(
         self,
@@ -138,6 +171,7 @@ class Router:
         quality_floor: float = 0.0,
         may_go_away: bool = True,
         local_only: bool = False,
+        among: Sequence[int] | None = None,
     ) -> int:
         """Choose where an arriving request goes; from now on it counts as being there.
 
@@ -160,6 +194,8 @@ class Router:
             quality_floor: predicted quality below which an answer is worth nothing.
             may_go_away: False if the request must go to an expert, whatever the router thinks of it.
             local_only: whether it must not leave the site for the cloud.
+            among: the experts that may have it: those that serve the LLM that the client has named, or those that have
+                not failed it. The one of them with the highest score gets it if the router would choose another.
 
         Returns:
             The expert's number, or `DECLINED` or `CLOUD`. If every expert is full, it may be one of these, which may
@@ -183,6 +219,9 @@ class Router:
             if not -math.inf < arrived <= now:
                 raise UserError(f"{where}: arrived={arrived} must not be later than now={now}")
         prices = self._given_prices(where, accelerator_price, cloud_price)
+        allowed = [self._number(expert) for expert in among or ()]
+        if among is not None and not allowed:
+            raise UserError(f"{where}: among is empty; name the experts that may have it")
         for name, answer in (("may_go_away", may_go_away), ("local_only", local_only)):
             if not isinstance(answer, bool | np.bool_):
                 raise UserError(f"{where}: {name}={answer!r} must be True or False")
@@ -209,7 +248,8 @@ class Router:
             *prices,
             *(to_cloud, *of_cloud),
         )
-        chosen, logits, best_net = self._decide(self._belief.batch(), self._experts, self._arrival)
+        self._seen = self._belief.batch(), self._experts, self._arrival
+        chosen, logits, best_net = self.decide(*self._seen)
         net: Any = float(best_net)
         self._recent = remember_net(self._recent, net)
         self.logits = np.asarray(logits)
@@ -217,6 +257,8 @@ class Router:
         self._had_to_stay = not may_go_away and expert == num_experts
         if self._had_to_stay:
             expert = int(self.logits[:num_experts].argmax())
+        if allowed and expert != num_experts and expert not in allowed:
+            expert = max(allowed, key=lambda number: self.logits[number])
         if expert == num_experts:
             self._chosen = CLOUD if to_cloud else DECLINED
             if to_cloud:
@@ -233,6 +275,35 @@ class Router:
             arrived=arrived,
         )
         return expert
+
+    @property
+    def seen(self) -> tuple[np.ndarray, ...]:
+        """What the latest decision was taken on: copies of its arguments, as in `FIELDS`, without the site."""
+        assert self._seen is not None
+        return tuple(array.copy() for array in self._seen)
+
+    @property
+    def loads(self) -> Loads:
+        """How busy each expert is believed to be, as of the latest event."""
+        return self._belief.loads()
+
+    @property
+    def up(self) -> Bool[np.ndarray, "expert"]:
+        """Which experts serve."""
+        return self._up.copy()
+
+    def take_over(self, other: Router) -> None:
+        """Go on where another router of the same site stands: with its requests, and all that it remembers.
+
+        Raises:
+            UserError: the other router has another site.
+        """
+        if self._site != other._site or self._slots != other._slots:
+            raise UserError("a router can only take over from one of the same site, with as many slots")
+        if (self._cloud is None) != (other._cloud is None):
+            raise UserError("a router can only take over from one with the same cloud")
+        for name in ("_belief", "_at_cloud", "_up", "_recent", "_latency", "_ended", "_last_arrival", "_last_decision"):
+            setattr(self, name, getattr(other, name))
 
     @property
     def reason(self) -> str:
@@ -382,13 +453,13 @@ class Router:
     ) -> tuple[Float[np.ndarray, "expert"], Float[np.ndarray, "expert"], tuple[float, float]]:
         """Return both predictions, those given or those of the prompt's text, for the experts and for the cloud."""
         if prompt is not None:
-            if self._predict is None:
+            if self.predict is None:
                 raise UserError(f"{where}: this router has no predictor; give both predictions, or export it with one")
             if quality is not None or length is not None:
                 raise UserError(f"{where}: give the prompt or predictions, not both")
             if not isinstance(prompt, str):
                 raise UserError(f"{where}: prompt must be text, not {type(prompt).__name__}")
-            quality, length = self._predict(prompt)
+            quality, length = self.predict(prompt)
         quality = real_array(f"{where}: predicted_quality", [] if quality is None else quality).astype(float)
         length = real_array(f"{where}: predicted_output_tokens", [] if length is None else length).astype(float)
         num_experts, cloud = len(self.experts), self._cloud is not None
@@ -420,6 +491,17 @@ class Router:
         self._latency += self._ended
         self._ended[:] = 0
         self._last_decision = now
+
+
+@contextmanager
+def _manifest_of(folder: Path) -> Iterator[None]:
+    """Say which file is damaged if a manifest lacks something."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / MANIFEST} is damaged ({error}); export the router again") from None
 
 
 def _checked(where: str, limits: Limits) -> Limits:

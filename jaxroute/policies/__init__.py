@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -14,6 +14,9 @@ from jaxroute.errors import UserError, did_you_mean
 from jaxroute.policies.away import FORMS, with_form
 from jaxroute.policies.protocol import Memory, Params, Policy, best_available
 from jaxroute.policies.rules import RULES
+
+if TYPE_CHECKING:
+    import flax.linen as nn
 
 __all__ = ["FORMS", "LEARNED", "RULES", "Policy", "best_available", "learned_policy", "rules_named", "with_form"]
 

@@ -23,30 +23,28 @@ from jaxtyping import Array, Float, Int
 
 from jaxroute import __version__
 from jaxroute.config import Config, load_config, read_config
-from jaxroute.env import EdgeRouting, EnvParams
-from jaxroute.env.cloud import expect_away
-from jaxroute.env.environment import best_net, observe
-from jaxroute.env.groups import group
-from jaxroute.env.types import Batch, CloudParams, Described, Prices, Recent, Snapshot
+from jaxroute.env import EnvParams
+from jaxroute.env.environment import best_net
+from jaxroute.env.types import CloudParams
 from jaxroute.errors import UserError
 from jaxroute.files import check_new, complete_folder
 from jaxroute.gateway.artefact import (
-    CLOUD_FIELDS,
     DECIDE,
     FIELDS,
     FORMAT,
     FORMAT_VERSION,
-    LIMIT_FIELDS,
     MANIFEST,
     PREDICTOR,
     check_flatbuffers,
     file_digest,
     predictor_class,
+    site_values,
 )
+from jaxroute.gateway.observed import observation
+from jaxroute.gateway.router import Router
 from jaxroute.runs import CONFIG_FILE, TrainedPolicy, load_policy, run_of
 from jaxroute.scenarios import build_env
-from jaxroute.serving import Site
-from jaxroute.workloads.limits import Limits
+from jaxroute.serving import SiteConfig
 
 PLATFORMS = ("cpu", "cuda")
 
@@ -79,11 +77,44 @@ def export_router(
     for option in overrides:
         if option.split("=")[0].split(".")[0] not in _OPTIONS:
             raise UserError(f"{option} does not change an export; options are those of {', '.join(_OPTIONS)}")
-    config = load_config(overrides, read_config(run_of(run, "run") / CONFIG_FILE))
+    of_run = _config_of(run)
+    manifest, policy, cloud = _described(run, predictor, of_run, load_config(overrides, of_run))
+    _write(folder, manifest, _exported(policy, manifest, cloud), predictor)
+    return manifest
+
+
+def router_of(run: Path, *, site: SiteConfig | None = None, rate: float | None = None) -> tuple[Router, dict[str, Any]]:
+    """Return a run's router as a gateway uses it, compiled in this process instead of exported; and its manifest.
+
+    Args:
+        run: a run directory, one of its checkpoints, or `pretrained/<name>`.
+        site: other than the run's; the run's bank must know its LLMs.
+        rate: requests per second to expect at first.
+
+    Raises:
+        UserError: as `export_router`.
+    """
+    of_run = _config_of(run)
+    config = of_run if site is None else dataclasses.replace(of_run, site=site)
+    manifest, policy, cloud = _described(run, None, of_run, config)
+    of_site = site_values(manifest)
+    program = jax.jit(decision(policy, manifest["away"], cloud)).lower(*_shapes(manifest)).compile()
+    return Router.described(manifest, lambda *seen: program(of_site, *seen), rate=rate), manifest
+
+
+def _config_of(run: Path) -> Config:
+    return read_config(run_of(run, "run") / CONFIG_FILE)
+
+
+def _described(
+    run: Path, predictor: Path | None, of_run: Config, config: Config
+) -> tuple[dict[str, Any], TrainedPolicy, CloudParams | None]:
+    """Return the manifest of a run's router for a configuration, the router, and the cloud of its site."""
     env, params = build_env(config)
     policy = load_policy(run, env, params)
     log_length_error, columns = _errors_of(predictor, config, params)
     cloud = params.cloud
+    of_cloud = None
     if cloud is not None:
         log_length_error, of_cloud = log_length_error[:-1], log_length_error[-1]
         cloud = cloud._replace(log_length_error=jnp.float32(of_cloud))
@@ -95,18 +126,34 @@ def export_router(
         "checkpoint": policy.label,
         "site": dataclasses.asdict(config.site),
         "log_length_error": log_length_error,
+        "cloud_log_length_error": of_cloud,
         "away": env.away,
         "prices": {"accelerator": config.reward.accelerator_price, "cloud": 1.0},
         "slots": env.num_slots,
         "network": dataclasses.asdict(config.network),
         "rate": float(np.mean(params.rate)),
+        "trained": _trained(of_run, build_env(of_run)[1] if config != of_run else params),
         "requirements": [dataclasses.asdict(requirement) for requirement in config.workload.requirements],
         "predictor": columns,
         "platforms": list(PLATFORMS),
         "arguments": {name: list(fields) for name, fields in FIELDS.items()},
     }
-    _write(folder, manifest, _exported(policy, env, cloud), predictor)
-    return manifest
+    return manifest, policy, cloud
+
+
+def _trained(config: Config, params: EnvParams) -> dict[str, float]:
+    """Return the greatest of what the router has met in training, beyond which a gateway may trust a rule instead.
+
+    `load` is requests per second over the site's tokens per second with full batches.
+    """
+    site = params.site
+    capacity = float(np.sum(np.asarray(site.max_num_seqs) / np.asarray(site.weight_load)))
+    return {
+        "experts": len(config.site.experts),
+        "load": config.train.loads[1] * float(np.mean(params.rate)) / capacity,
+        "prompt_tokens": int(np.max(np.asarray(params.bank.prompt_tokens))),
+        "output_tokens": float(np.max(np.asarray(params.bank.predicted_output_tokens))),
+    }
 
 
 def decision(
@@ -129,49 +176,29 @@ def decision(
         arrival: Float[Array, "field"],
     ) -> tuple[Int[Array, ""], Float[Array, "action"], Float[Array, ""]]:
         """Return the action, the logits, and the best net value that an expert offers."""
-        of_site = dict(zip(FIELDS["site"], site, strict=True))
-        log_error = of_site.pop("log_length_error")
-        of_batch = dict(zip(FIELDS["batch"], batch, strict=True))
-        requests = Batch(limits=Limits(*(of_batch.pop(name) for name in LIMIT_FIELDS)), **of_batch)
-        recent_latency, up, predicted_quality, predicted_output_tokens = experts
-        of_arrival = dict(zip(FIELDS["arrival"], arrival, strict=True))
-        known = Snapshot(
-            batch=group(Site(**of_site), requests._replace(running=requests.running > 0, waiting=requests.waiting > 0)),
-            recent_latency=recent_latency,
-            up=up > 0,
-            age=jnp.float32(0.0),
-        )
-        request = Described(
-            prompt_tokens=of_arrival["prompt_tokens"],
-            limits=Limits(*(of_arrival[name] for name in LIMIT_FIELDS)),
-            age=of_arrival["age"],
-            predicted_quality=predicted_quality,
-            predicted_output_tokens=predicted_output_tokens,
-        )
-        recent = Recent(*(of_arrival[name] for name in Recent._fields))
-        prices = Prices(of_arrival["accelerator_price"], of_arrival["cloud_price"])
-        obs = observe(Site(**of_site), log_error, known, request, recent, prices)
-        if away:
-            to_cloud, quality, tokens = (of_arrival[name] for name in CLOUD_FIELDS)
-            obs = obs._replace(away=expect_away(figures, to_cloud > 0, request, quality, tokens, prices))
+        obs = observation(site, batch, experts, arrival, away=away, cloud=figures)
         logits, _ = network.apply(params, network.prepare(obs))
         return jnp.argmax(logits), logits, best_net(obs)
 
     return decide
 
 
-def _exported(policy: TrainedPolicy, env: EdgeRouting, cloud: CloudParams | None) -> bytes:
+def _shapes(manifest: dict[str, Any]) -> list[jax.ShapeDtypeStruct]:
+    """Return the shapes of the decision's arguments."""
+    num_experts = len(manifest["site"]["experts"])
+    shapes = {"site": (num_experts,), "batch": (manifest["slots"], num_experts), "experts": (num_experts,)}
+    return [jax.ShapeDtypeStruct((len(fields), *shapes.get(name, ())), jnp.float32) for name, fields in FIELDS.items()]
+
+
+def _exported(policy: TrainedPolicy, manifest: dict[str, Any], cloud: CloudParams | None) -> bytes:
     """Serialise the decision, for every platform."""
-    shapes = {"site": (env.num_experts,), "batch": (env.num_slots, env.num_experts), "experts": (env.num_experts,)}
-    arguments = [
-        jax.ShapeDtypeStruct((len(fields), *shapes.get(name, ())), jnp.float32) for name, fields in FIELDS.items()
-    ]
     # Without the paths of source files, which are private; and so the same router gives the same bytes everywhere.
     option = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, option)
     jax.config.update(option, 0)
     try:
-        exported = jax.export.export(jax.jit(decision(policy, env.away, cloud)), platforms=PLATFORMS)(*arguments)
+        decide = jax.jit(decision(policy, manifest["away"], cloud))
+        exported = jax.export.export(decide, platforms=PLATFORMS)(*_shapes(manifest))
         return bytes(exported.serialize())
     finally:
         jax.config.update(option, before)

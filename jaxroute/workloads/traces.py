@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64, Shaped
 
+from jaxroute.decisions import arrivals, is_decision_log, read_decisions
 from jaxroute.errors import UserError
 from jaxroute.files import shown
 from jaxroute.tables import Chunk, TableReader, number_remedy, open_table
@@ -28,9 +29,11 @@ class Trace(NamedTuple):
     output_tokens: Int64[np.ndarray, "request"]
     """Tokens generated."""
     format: str
-    """Name of the format in which the file is, one of `FORMATS`."""
+    """Name of the format in which the file is, one of `FORMATS`, or `GATEWAY`."""
     failed: int = 0
     """Rows left out, because the format marks them as failed."""
+    torn: int = 0
+    """Lines left out that a gateway which was killed has left behind."""
 
 
 class Format(NamedTuple):
@@ -113,7 +116,10 @@ FORMATS = (
     ),
     Format("table", ("arrival_time", "prompt_tokens", "output_tokens"), "a time in s", _numbers),
 )  # fmt: skip
-"""All formats, described in docs/how-to/traces.md."""
+"""All formats of tables, described in docs/how-to/traces.md."""
+
+GATEWAY = "gateway"
+"""The decision log of python -m jaxroute.gateway."""
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -134,6 +140,8 @@ def read_trace(path: str | Path) -> Trace:
             has negative tokens or goes back in time; the message names file, line and remedy.
 
     """
+    if is_decision_log(path):
+        return _of_gateway(path)
     parts, failed, latest = [], 0, -np.inf
     with open_table(path, f"the columns of one of {_known_formats()}") as table:
         format, columns = _recognised(table)
@@ -149,6 +157,15 @@ def read_trace(path: str | Path) -> Trace:
     if not len(times):
         raise UserError(f"{path} holds failed requests only ({failed}): give a file with at least one that succeeded")
     return Trace((times - times[0]) / format.per_second, prompt, output, format.name, failed)
+
+
+def _of_gateway(path: str | Path) -> Trace:
+    """Return the requests of a gateway's decision log that were completed; those that failed are counted."""
+    log = read_decisions(path)
+    times, prompt, output = arrivals(log)
+    if not len(times):
+        raise UserError(f"{path} holds no request that was completed: give a log with at least one")
+    return Trace(times, prompt, output, GATEWAY, len(log.records) - len(times), log.torn)
 
 
 def _recognised(table: TableReader) -> tuple[Format, list[str]]:
