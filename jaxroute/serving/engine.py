@@ -298,11 +298,8 @@ def can_accept(
 ) -> Bool[Array, "*lanes"]:
     """Whether each expert would accept a request of this size now."""
     fits = prompt_tokens + output_tokens <= site.kv_capacity
-    return fits & (state.num_waiting < site.max_waiting) & _has_room(state)
-
-
-def _has_room(state: SiteState) -> Bool[Array, "*lanes"]:
-    return state.num_running + state.num_waiting < state.slots.finish.shape[-1]
+    has_slot = state.num_running + state.num_waiting < state.slots.finish.shape[-1]
+    return fits & (state.num_waiting < site.max_waiting) & has_slot
 
 
 def enqueue(
@@ -457,7 +454,7 @@ def advance(site: Site, state: SiteState, gap: Float[Array, ""]) -> SiteState:
 
 @batch_first
 def _advance(site: Site, state: SiteState, gap: Float[Array, "*lanes"]) -> SiteState:
-    """Treat all axes behind the slots as one: experts of all environments are independent of each other."""
+    """Treat all axes before the slots as one: experts of all environments are independent of each other."""
     lanes = _lanes_of(state, gap, *site)
     state, until = _by_lane(state, lanes), _flat(gap, lanes)
     site = jax.tree.map(lambda leaf: _flat(leaf, lanes), site)
