@@ -31,8 +31,8 @@ CLOUD_FIELDS = ("to_cloud", "cloud_predicted_quality", "cloud_predicted_output_t
 # The arguments of the exported function: four float32 arrays, with the fields along the first axis.
 FIELDS: dict[str, tuple[str, ...]] = {
     "site": (*Site._fields, "log_length_error"),  # (field, expert)
-    # (field, slot, expert); masks are 0 or 1
-    "batch": (*(name for name in Batch._fields if name != "limits"), *LIMIT_FIELDS),
+    # (field, slot, expert); masks are 0 or 1. What only groups have comes of the function itself.
+    "batch": (*(name for name in Batch._fields if name not in {"limits", *Batch._field_defaults}), *LIMIT_FIELDS),
     "experts": ("recent_latency", "up", "predicted_quality", "predicted_output_tokens"),  # (field, expert)
     "arrival": (
         "prompt_tokens",

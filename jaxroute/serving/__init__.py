@@ -20,7 +20,7 @@ from jaxroute.serving.engine import (
     slot_status,
     with_output_tokens,
 )
-from jaxroute.serving.lanes import fold, lanes_last, positions, running_sums
+from jaxroute.serving.lanes import fold, lanes_last, running_sums
 from jaxroute.serving.playback import Outcomes, Requests, replay
 from jaxroute.serving.site import CloudConfig, ExpertConfig, Site, SiteConfig, build_site
 
@@ -45,7 +45,6 @@ __all__ = [
     "has_free_slot",
     "idle_site",
     "lanes_last",
-    "positions",
     "replay",
     "running_and_waiting",
     "running_sums",

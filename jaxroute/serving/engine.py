@@ -250,25 +250,25 @@ def slot_status(state: SiteState) -> Int[Array, "*lanes slot"]:
     finish = state.slots.finish
     ended = jnp.where(finish > state.iterations_before[..., None], SlotStatus.ENDED, SlotStatus.EMPTY)
     status = jnp.where(finish > state.iterations[..., None], SlotStatus.ACTIVE, ended)
-    return jnp.where(_positions(state) < state.tail[..., None], status, SlotStatus.EMPTY).astype(jnp.int32)
+    return _before_tail(state, status.astype(jnp.int32))
 
 
 def generated(state: SiteState) -> Int[Array, "*lanes slot"]:
-    """Return the output tokens so far, of requests that are active or have ended; any number for other slots."""
+    """Return the output tokens so far; of requests long gone, those that they had."""
     slots = state.slots
     so_far = slots.output_tokens - jnp.maximum(slots.finish - state.iterations[..., None], 0)
-    return jnp.where(slots.finish == _OPEN, slots.kept, so_far)
+    return _before_tail(state, jnp.where(slots.finish == _OPEN, slots.kept, so_far))
 
 
 def computed(state: SiteState) -> Int[Array, "*lanes slot"]:
-    """Return the tokens whose KV is held, of active requests; any number for other slots."""
+    """Return the tokens whose KV is held; any number where no request is active."""
     slots, tokens = state.slots, generated(state)
     return jnp.where(tokens > slots.kept, slots.prompt_tokens + tokens - 1, slots.prefilled)
 
 
 def ages(state: SiteState) -> Float[Array, "*lanes slot"]:
-    """Return the time since requests have arrived at the router, s; any number for empty slots."""
-    return state.since_epoch[..., None] - state.slots.arrival
+    """Return the time since requests have arrived at the router, s; of requests long gone as well."""
+    return _before_tail(state, state.since_epoch[..., None] - state.slots.arrival)
 
 
 def head_ready(site: Site, state: SiteState) -> Float[Array, "*lanes"]:
@@ -282,6 +282,11 @@ def running_and_waiting(state: SiteState) -> tuple[Bool[Array, "*lanes slot"], B
     active = slot_status(state) == SlotStatus.ACTIVE
     admitted = _positions(state) < state.num_admitted[..., None]
     return active & admitted, active & ~admitted
+
+
+def _before_tail(state: SiteState, values: Shaped[Array, "*lanes slot"]) -> Shaped[Array, "*lanes slot"]:
+    """Return the values, and 0 for the slots past the tail, in which anything may be left."""
+    return jnp.where(_positions(state) < state.tail[..., None], values, 0)
 
 
 def _positions(state: SiteState) -> Int[Array, "slot"]:
@@ -346,7 +351,11 @@ def _enqueue(
     num_lanes, num_slots = state.slots.finish.shape
     # An expert that holds no request begins anew.
     begins = chosen & (state.num_running + state.num_waiting == 0)
-    state = state._replace(tail=jnp.where(begins, 0, state.tail))
+    state = state._replace(
+        tail=jnp.where(begins, 0, state.tail),
+        iterations=jnp.where(begins, 0, state.iterations),
+        iterations_before=jnp.where(begins, 0, state.iterations_before),
+    )
     state, tables = _make_room(state, tables, chosen)
 
     at = (jnp.arange(num_lanes, dtype=jnp.int32), jnp.where(chosen, state.tail, num_slots))
@@ -449,7 +458,7 @@ def advance(site: Site, state: SiteState, gap: Float[Array, ""]) -> SiteState:
 
 @batch_first
 def _advance(site: Site, state: SiteState, gap: Float[Array, "*lanes"]) -> SiteState:
-    """Treat all axes behind the slots as one: experts of all environments are independent of each other."""
+    """Treat all axes before the slots as one: experts of all environments are independent of each other."""
     lanes = _lanes_of(state, gap, *site)
     state, until = _by_lane(state, lanes), _flat(gap, lanes)
     site = jax.tree.map(lambda leaf: _flat(leaf, lanes), site)

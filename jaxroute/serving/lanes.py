@@ -1,4 +1,4 @@
-"""Batching along the last axis."""
+"""Batching along the last axis or the first one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Int, Shaped
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -66,20 +66,6 @@ def batch_first(function: _Function) -> _Function:
         return jax.tree.map(whole, results), jax.tree.map(lambda _: True, results)
 
     return wraps(function)(batchable)  # type: ignore[return-value]
-
-
-def positions(like: Shaped[Array, "first *lanes"]) -> Int[Array, "first *ones"]:
-    """Number along the first axis, to be broadcast over the others."""
-    return jnp.arange(like.shape[0], dtype=jnp.int32).reshape(-1, *(1,) * (like.ndim - 1))
-
-
-def computed_once(mask: Bool[Array, "*lanes"]) -> Bool[Array, "*lanes"]:
-    """Return `mask`, computed only once on a CPU.
-
-    XLA recomputes a cheap value wherever it is used, here for every slot of every table. It does not recompute what it
-    considers expensive, such as a square root; and the roots of 0 and 1 are 0 and 1.
-    """
-    return jnp.sqrt(mask.astype(jnp.float32)) > 0
 
 
 def running_sums(*columns: Shaped[Array, "slot *lanes"]) -> list[Int[Array, "slot *lanes"]]:
