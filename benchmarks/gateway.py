@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,8 @@ from jaxroute.scenarios import build_env
 
 STREAMS = (1, 16, 64)
 TOKENS = 16
-"""Of an answer in the overhead's benchmark."""
+"""Of an answer in the overhead's benchmark; every answer of the bank to this prompt is longer."""
+MESSAGES = [{"role": "user", "content": "word " * 80}]
 
 
 # --- Parity -------------------------------------------------------------------------------------------------
@@ -173,6 +175,47 @@ def gateway(fleet: dict[str, Any], folder: Path, **options: Any) -> Any:
         process.wait()
 
 
+@contextlib.contextmanager
+def litellm(executable: Path, fleet: dict[str, Any], folder: Path) -> Any:
+    """Run LiteLLM's proxy as a process, with the same servers behind one name; gives its address."""
+    models = [
+        {
+            "model_name": "auto",
+            "litellm_params": {"model": f"openai/{expert['model']}", "api_base": expert["url"], "api_key": "none"},
+        }
+        for expert in fleet["experts"]
+    ]
+    path = folder / "litellm.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create({"model_list": models})))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [executable, "--config", path, "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False"],
+        env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"},
+        stdout=subprocess.DEVNULL,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        asyncio.run(_until_alive(f"{url}/health/liveliness"))
+        yield url, process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def _until_alive(url: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        while True:
+            try:
+                async with session.get(url) as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(0.5)
+
+
 # --- Overhead -----------------------------------------------------------------------------------------------
 
 
@@ -195,9 +238,9 @@ async def closed_loop(urls: Sequence[str], models: Sequence[str], streams: int, 
         while left > 0:
             left -= 1
             url, model = next(turns)
-            body = {"model": model, "prompt": [7] * 100, "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
+            body = {"model": model, "messages": MESSAGES, "max_tokens": TOKENS, "stream": True}
             start = time.perf_counter()
-            async with session.post(f"{url}/completions", json=body) as response:
+            async with session.post(f"{url}/chat/completions", json=body) as response:
                 if response.status != 200:
                     raise RuntimeError(await response.text())
                 await response.content.readany()
@@ -210,28 +253,42 @@ async def closed_loop(urls: Sequence[str], models: Sequence[str], streams: int, 
         return Block(np.array(ttft), requests / (time.perf_counter() - start))
 
 
-def overhead(fleet: dict[str, Any], url: str, pid: int, blocks: int, requests: int) -> list[dict[str, float]]:
-    """Measure direct and through the gateway, in turn."""
+def overhead(
+    fleet: dict[str, Any], proxies: dict[str, tuple[str, int]], blocks: int, requests: int
+) -> list[dict[str, Any]]:
+    """Measure direct and through each proxy, in turn.
+
+    Args:
+        fleet: the servers.
+        proxies: address and process of each.
+        blocks: of requests, per way and number of streams.
+        requests: of a block.
+    """
     experts = fleet["experts"]
-    ways = {
-        "direct": ([expert["url"] for expert in experts], [expert["model"] for expert in experts]),
-        "gateway": ([f"{url}/v1"], ["auto"]),
-    }
-    rows = []
+    ways = {"direct": ([expert["url"] for expert in experts], [expert["model"] for expert in experts])}
+    ways |= {name: ([f"{url}/v1"], ["auto"]) for name, (url, _) in proxies.items()}
+    rows: list[dict[str, Any]] = []
     for streams in STREAMS:
         found: dict[str, list[Block]] = {way: [] for way in ways}
-        cpu = 0.0
+        cpu = dict.fromkeys(ways, 0.0)
         for _ in range(blocks):
             for way, (urls, models) in ways.items():
-                before = cpu_seconds(pid)
+                pid = proxies[way][1] if way in proxies else None
+                before = cpu_seconds(pid) if pid else 0.0
                 found[way].append(asyncio.run(closed_loop(urls, models, streams, requests)))
-                cpu += cpu_seconds(pid) - before if way == "gateway" else 0.0
-        row: dict[str, float] = {"streams": streams, "gateway_cpu_ms": 1000 * cpu / (blocks * requests)}
-        for way, blocks_ in found.items():
-            ttft = np.concatenate([block.ttft for block in blocks_])
-            row |= {f"{way}_p{q}_ms": 1000 * float(np.percentile(ttft, q)) for q in (50, 99)}
-            row[f"{way}_rate"] = float(np.median([block.rate for block in blocks_]))
-        rows.append(row)
+                cpu[way] += cpu_seconds(pid) - before if pid else 0.0
+        for way, of_way in found.items():
+            ttft = np.concatenate([block.ttft for block in of_way])
+            rows.append(
+                {
+                    "streams": streams,
+                    "way": way,
+                    "p50_ms": 1000 * float(np.percentile(ttft, 50)),
+                    "p99_ms": 1000 * float(np.percentile(ttft, 99)),
+                    "rate": float(np.median([block.rate for block in of_way])),
+                    "cpu_ms": 1000 * cpu[way] / (blocks * requests),
+                }
+            )
     return rows
 
 
@@ -282,6 +339,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer requests")
     parser.add_argument("--only", choices=("overhead", "parity"))
+    parser.add_argument("--litellm", type=Path, metavar="EXECUTABLE", help="LiteLLM's proxy, to compare with")
     chosen = parser.parse_args(argv)
     use_compilation_cache()
     figures: dict[str, Any] = {}
@@ -292,30 +350,31 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Ten times as quick as a real site, so that servers do not hold up the clients, and with longer queues, as
             # all clients begin at once.
             room = [f"site.experts.{expert}.max_waiting=64" for expert in range(6)]
-            with (
-                servers(["site=edge6", *room], 10.0, folder) as fleet,
-                gateway(fleet | {"policy": "round_robin", "log": {"path": None}}, folder) as (url, process),
-            ):
-                rows = overhead(fleet, url, process.pid, *((2, 100) if chosen.quick else (6, 400)))
+            with contextlib.ExitStack() as stack:
+                fleet = stack.enter_context(servers(["site=edge6", *room], 10.0, folder))
+                options = {"policy": "round_robin", "log": {"path": None}}
+                url, process = stack.enter_context(gateway(fleet | options, folder))
+                proxies = {"gateway": (url, process.pid)}
+                if chosen.litellm is not None:
+                    url, process = stack.enter_context(litellm(chosen.litellm, fleet, folder))
+                    proxies["litellm"] = (url, process.pid)
+                rows = overhead(fleet, proxies, *((2, 100) if chosen.quick else (6, 400)))
             figures["overhead"] = rows
-            for column in ("streams", "first token p50, direct", "gateway", "p99, direct", "gateway"):
-                table.add_column(column, justify="right")
-            for column in ("requests/s, direct", "gateway", "gateway's CPU per request"):
+            for column in ("streams", "way", "first token, p50", "p99", "requests/s", "proxy's CPU per request"):
                 table.add_column(column, justify="right")
             for row in rows:
-                table.add_row(
-                    f"{row['streams']}",
-                    *(f"{row[f'{way}_p{q}_ms']:.1f} ms" for q in (50, 99) for way in ("direct", "gateway")),
-                    *(f"{row[f'{way}_rate']:.0f}" for way in ("direct", "gateway")),
-                    f"{row['gateway_cpu_ms']:.1f} ms",
-                )
+                cpu = f"{row['cpu_ms']:.1f} ms" if row["cpu_ms"] else ""
+                times = f"{row['p50_ms']:.1f} ms", f"{row['p99_ms']:.1f} ms"
+                table.add_row(f"{row['streams']}", row["way"], *times, f"{row['rate']:.0f}", cpu)
         if chosen.only != "overhead":
             for policy in ("impact_greedy+rate_price", "edge6"):
                 requests = 120 if chosen.quick else 800
                 figures[f"parity {policy}"] = parity(["site=edge6"], policy, requests, 1.0, folder)
                 print(policy, figures[f"parity {policy}"])
         main_figures = {
-            f"first token at {row['streams']} streams, ms": row["gateway_p50_ms"] for row in figures.get("overhead", [])
+            f"first token at {row['streams']} streams, ms": row["p50_ms"]
+            for row in figures.get("overhead", [])
+            if row["way"] == "gateway"
         }
         publish("gateway", table, figures, main_figures, remember=not chosen.quick and chosen.only is None)
 
