@@ -188,6 +188,10 @@ EXPECTED = (
 """Rows of an assessment."""
 
 
+OF_CLOUD = ("to_cloud", "predicted_quality", "in_time", "qos", "cost")
+"""What is kept of away: all zeros where there is no cloud."""
+
+
 class Assessor:
     """Looks at decisions again, apart from whoever took them."""
 
@@ -237,7 +241,8 @@ def _compiled_assessment(names: tuple[str, ...], around: Surroundings) -> Callab
                 of.eligible.astype(jnp.float32),
             ]
         )
-        of_cloud = jnp.zeros(5) if obs.away is None else jnp.stack([jnp.asarray(row, float) for row in obs.away])
+        of_away = jnp.zeros(5) if obs.away is None else [getattr(obs.away, name) for name in OF_CLOUD]
+        of_cloud = jnp.stack([jnp.asarray(value, float) for value in of_away])
         acted = [_act(rule, obs, draw, memory) for rule, memory in zip(rules, memories, strict=True)]
         return table, of_cloud, [action for action, _ in acted], [memory for _, memory in acted]
 
