@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from jaxroute.env.cloud import CloudAnswer, ask, describe_away, let_time_pass
 from jaxroute.env.groups import group
@@ -47,6 +47,7 @@ from jaxroute.serving import (
     clear,
     computed,
     enqueue,
+    fold,
     generated,
     has_free_slot,
     idle_site,
@@ -345,25 +346,58 @@ def _serve(
     )
     experts = advance(site, experts, gap)
 
-    slots, status = experts.slots, slot_status(experts)
+    if retries is not None:
+        number, row, age = again
+        retries = retries._replace(number=number, row=row, age=age)
+    retries, sums, per_slot = _outcomes(site, experts, slot_status(experts), table, retries, failed)
+    num_ended, latency_sum, expected_qos, totals = sums
+    info = jax.tree.map(jnp.transpose, per_slot) | {
+        "rejected": ~welcome.any(),
+        "overflowed": (welcome & ~accepted).any(),
+        "busy_seconds": experts.busy_seconds,
+        "kv_token_seconds": experts.kv_token_seconds,
+        **totals,
+    }
+    return _Served(
+        site=clear(experts, failed),
+        table=table,
+        retries=retries,
+        latency_sum=latency_sum,
+        num_ended=num_ended,
+        expected_qos=expected_qos,
+        info=info,
+    )
+
+
+@lanes_last
+def _outcomes(
+    site: Site,
+    experts: SiteState,
+    status: Int[Array, "expert slot"],
+    table: SlotTable,
+    retries: Retries | None,
+    failed: Bool[Array, "expert"],
+) -> tuple[Retries | None, tuple[Array, Array, Array, dict[str, Array]], dict[str, Any]]:
+    """Return what is to be retried, sums over what has ended, and what has become of each slot, `(expert, slot)`."""
+    slots = experts.slots
     ended = status == SlotStatus.ENDED
     lost = failed[:, None] & (status == SlotStatus.ACTIVE)
     way_back = site.network_delay[:, None]
     if retries is not None:
-        number, row, age_before = again
-        retries = Retries(
-            marked=retries.marked | lost,
-            number=number,
-            row=row,
-            age=jnp.where(lost, age_before + ages(experts), age_before),
-            since_arrival=retries.since_arrival,
-        )
-        way_back = way_back + age_before
+        age = retries.age + (experts.since_epoch[:, None] - slots.arrival)
+        way_back = way_back + retries.age
+        retries = retries._replace(marked=retries.marked | lost, age=jnp.where(lost, age, retries.age))
         lost = jnp.zeros_like(lost)
     latency, ttft = slots.latency + way_back, slots.ttft + way_back
     measured = latencies(ttft, latency, slots.output_tokens)
     in_time = ended & table.limits.met(measured)
     qos = jnp.where(in_time, table.quality, 0.0)
+    totals = {
+        "qos_sum": _total(qos),
+        "num_completed": _total(ended.astype(jnp.int32)),
+        "num_late": _total((ended & ~in_time).astype(jnp.int32)),
+        "num_lost": _total(lost.astype(jnp.int32)),
+    }
     per_slot = {
         "ended": ended,
         "request": slots.request,
@@ -377,25 +411,21 @@ def _serve(
         "preemptions": slots.preemptions,
         "lost": lost,
     }
-    info = jax.tree.map(jnp.transpose, per_slot) | {
-        "rejected": ~welcome.any(),
-        "overflowed": (welcome & ~accepted).any(),
-        "busy_seconds": experts.busy_seconds,
-        "kv_token_seconds": experts.kv_token_seconds,
-        "qos_sum": qos.sum(),
-        "num_completed": ended.sum(dtype=jnp.int32),
-        "num_late": (ended & ~in_time).sum(dtype=jnp.int32),
-        "num_lost": lost.sum(dtype=jnp.int32),
-    }
-    return _Served(
-        site=clear(experts, failed),
-        table=table,
-        retries=retries,
-        latency_sum=jnp.where(ended, measured.normalised, 0.0).sum(1),
-        num_ended=ended.sum(1, dtype=jnp.int32),
-        expected_qos=jnp.where(in_time, table.predicted_quality, 0.0).sum(),
-        info=info,
+    sums = (
+        _of_experts(ended.astype(jnp.int32)),
+        _of_experts(jnp.where(ended, measured.normalised, 0.0)),
+        _total(jnp.where(in_time, table.predicted_quality, 0.0)),
+        totals,
     )
+    return retries, sums, per_slot
+
+
+def _of_experts(values: Shaped[Array, "expert slot"]) -> Shaped[Array, "expert"]:
+    return fold(jnp.add, jnp.swapaxes(values, 0, 1))
+
+
+def _total(values: Shaped[Array, "expert slot"]) -> Shaped[Array, ""]:
+    return fold(jnp.add, values.reshape(-1, *values.shape[2:]))
 
 
 def _reward(
