@@ -400,10 +400,12 @@ def _make_room(state: SiteState, tables: Any, chosen: Bool[Array, "lane"]) -> tu
         slots, border = state.slots, state.num_admitted.at[lane].get(mode="clip")
         base = state.iterations.at[lane].get(mode="clip")
         active = slots.finish.at[lane].get(mode="clip") > base[:, None]
-        count = active.sum(1, dtype=jnp.int32)
-        before = (active & (jnp.arange(num_slots) < border[:, None])).sum(1, dtype=jnp.int32)
-        # Those that are active first, in their order.
-        order = jnp.argsort(~active, axis=1, stable=True)
+        so_far = jnp.cumsum(active, axis=1, dtype=jnp.int32)
+        slot = jnp.arange(num_slots, dtype=jnp.int32)
+        before = (active & (slot < border[:, None])).sum(1, dtype=jnp.int32)
+        # Those that are active first, in their order; behind them, anything.
+        some = jnp.arange(lane.shape[0], dtype=jnp.int32)[:, None]
+        order = jnp.zeros_like(so_far).at[some, jnp.where(active, so_far - 1, num_slots)].set(slot, mode="drop")
 
         def close(table: Array) -> Array:
             rows = table.at[lane].get(mode="clip")
@@ -418,10 +420,10 @@ def _make_room(state: SiteState, tables: Any, chosen: Bool[Array, "lane"]) -> tu
         finish = jnp.where(finish == _OPEN, _OPEN, finish - base[:, None])
         next_finish = state.next_finish.at[lane].get(mode="clip")
         partial = state.partial.at[lane].get(mode="clip")
-        partial = jnp.take_along_axis(jnp.cumsum(active, axis=1, dtype=jnp.int32), partial[:, None], axis=1)[:, 0] - 1
+        partial = jnp.take_along_axis(so_far, partial[:, None], axis=1)[:, 0] - 1
         state = state._replace(
             slots=slots._replace(finish=put(slots.finish, finish)),
-            tail=put(state.tail, count),
+            tail=put(state.tail, so_far[:, -1]),
             num_admitted=put(state.num_admitted, before),
             iterations=put(state.iterations, jnp.zeros_like(base)),
             iterations_before=put(state.iterations_before, jnp.zeros_like(base)),
