@@ -108,7 +108,7 @@ def test_a_hung_server_gives_its_waiting_requests_to_others(loop, site, tmp_path
     async def run():
         fleet = emulated(site, lengths=4)
         await fleet.start()
-        health = {"interval_s": 0.05, "timeout_s": 0.2, "failures": 2}
+        health = {"interval_s": 0.05, "timeout_s": 0.5, "failures": 2}
         options = fleet_options(fleet.urls, MODELS, speed=20.0, health=health)
         async with gateway_of(tmp_path, options) as gateway, client() as session:
             await fault(session, fleet, 2, "hang")
