@@ -48,6 +48,8 @@ from jaxroute.scenarios import build_env
 STREAMS = (1, 16, 64)
 TOKENS = 16
 """Of an answer in the overhead's benchmark; every answer of the bank to this prompt is longer."""
+KEY = "sk-benchmark"
+"""LiteLLM wants one."""
 MESSAGES = [{"role": "user", "content": "word " * 80}]
 
 
@@ -181,7 +183,8 @@ def litellm(executable: Path, fleet: dict[str, Any], folder: Path) -> Any:
     models = [
         {
             "model_name": "auto",
-            "litellm_params": {"model": f"openai/{expert['model']}", "api_base": expert["url"], "api_key": "none"},
+            # A name whose tokenizer it has; of others it asks the network. Emulated servers take any.
+            "litellm_params": {"model": "openai/gpt-4o", "api_base": expert["url"], "api_key": "none"},
         }
         for expert in fleet["experts"]
     ]
@@ -192,21 +195,21 @@ def litellm(executable: Path, fleet: dict[str, Any], folder: Path) -> Any:
         port = free.getsockname()[1]
     process = subprocess.Popen(
         [executable, "--config", path, "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False"],
-        env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"},
+        env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "LITELLM_MASTER_KEY": KEY},
         stdout=subprocess.DEVNULL,
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        asyncio.run(_until_alive(f"{url}/health/liveliness"))
+        asyncio.run(_until_alive(f"{url}/health/liveliness", process))
         yield url, process
     finally:
         process.terminate()
         process.wait()
 
 
-async def _until_alive(url: str) -> None:
+async def _until_alive(url: str, process: subprocess.Popen) -> None:
     async with aiohttp.ClientSession() as session:
-        while True:
+        while process.poll() is None:
             try:
                 async with session.get(url) as response:
                     if response.status == 200:
@@ -214,6 +217,7 @@ async def _until_alive(url: str) -> None:
             except aiohttp.ClientError:
                 pass
             await asyncio.sleep(0.5)
+    raise RuntimeError("LiteLLM has not started")
 
 
 # --- Overhead -----------------------------------------------------------------------------------------------
@@ -240,7 +244,8 @@ async def closed_loop(urls: Sequence[str], models: Sequence[str], streams: int, 
             url, model = next(turns)
             body = {"model": model, "messages": MESSAGES, "max_tokens": TOKENS, "stream": True}
             start = time.perf_counter()
-            async with session.post(f"{url}/chat/completions", json=body) as response:
+            headers = {"authorization": f"Bearer {KEY}"}
+            async with session.post(f"{url}/chat/completions", json=body, headers=headers) as response:
                 if response.status != 200:
                     raise RuntimeError(await response.text())
                 await response.content.readany()

@@ -108,7 +108,7 @@ def test_a_hung_server_gives_its_waiting_requests_to_others(loop, site, tmp_path
     async def run():
         fleet = emulated(site, lengths=4)
         await fleet.start()
-        health = {"interval_s": 0.05, "timeout_s": 0.2, "failures": 2}
+        health = {"interval_s": 0.05, "timeout_s": 0.5, "failures": 2}
         options = fleet_options(fleet.urls, MODELS, speed=20.0, health=health)
         async with gateway_of(tmp_path, options) as gateway, client() as session:
             await fault(session, fleet, 2, "hang")
@@ -602,7 +602,7 @@ def test_the_commands_start_reload_are_killed_and_start_again(loop, commands, tm
     assert emulator.wait(WAIT) == 0
 
 
-def test_a_port_in_use_and_a_public_address_are_refused(loop, site, tmp_path):
+def test_a_port_in_use_a_log_that_cannot_be_written_and_a_public_address_are_refused(loop, site, tmp_path):
     async def run():
         fleet = emulated(site)
         await fleet.start()
@@ -614,6 +614,9 @@ def test_a_port_in_use_and_a_public_address_are_refused(loop, site, tmp_path):
                 await (await asyncio.to_thread(Gateway, lambda: load_fleet(path), tmp_path)).start()
         finally:
             await fleet.stop()
+        write_fleet(path, fleet_options(fleet.urls, MODELS, log={"path": "fleet.yaml/d.jsonl"}))
+        with pytest.raises(UserError, match=r"log.path: .*/fleet.yaml/d.jsonl cannot be written"):
+            await (await asyncio.to_thread(Gateway, lambda: load_fleet(path), tmp_path)).start()
         write_fleet(path, fleet_options(fleet.urls, MODELS, listen="0.0.0.0:0"))
         with pytest.raises(UserError, match=r"listen=0.0.0.0:0 can be reached from other machines.*--insecure"):
             await asyncio.to_thread(Gateway, lambda: load_fleet(path), tmp_path)

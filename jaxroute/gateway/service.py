@@ -69,9 +69,9 @@ class Gateway:
         sys.setswitchinterval(_SWITCH_INTERVAL)
         host, port = self.fleet.address
         self._socket = _listen(host, port)
+        recorder = Recorder(self.fleet.log, self._folder, self._policies.assessor)
         self._session = client_session(self.fleet.limits)
         metrics = Metrics()
-        recorder = Recorder(self.fleet.log, self._folder, self._policies.assessor)
         self.proxy = Proxy(self.fleet, self._policies, self._session, recorder, metrics, WallClock(self.fleet.speed))
         await self.proxy.health.start()
         self.live = Live(self.proxy)
