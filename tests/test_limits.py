@@ -296,6 +296,7 @@ def infinite_limits():
     return played(env, params)
 
 
+@pytest.mark.exhaustive
 def test_infinite_limits_are_no_limits(one_limit, infinite_limits):
     others = infinite_limits
     np.testing.assert_array_equal(one_limit.action, others.action)

@@ -156,6 +156,7 @@ def test_a_clairvoyant_value_is_what_happens_less_the_price_of_accelerator_time_
         np.testing.assert_allclose(values[:, first] - priced[:, first], 0.5 * busy, rtol=1e-3)
 
 
+@pytest.mark.exhaustive
 def test_planners_route_in_an_evaluation():
     """Beside a rule on the same requests; who knows the future is not behind who guesses at random."""
     env, params = scenario()

@@ -162,6 +162,7 @@ def test_the_last_states_and_the_best_are_kept(whole):
     assert saved_in(whole[1]) == sorted({448, 512, best})
 
 
+@pytest.mark.exhaustive
 def test_many_seeds_are_resumed_as_one(stopped, tmp_path):
     many = ("train.num_seeds=2",)
     params, _ = go(load_config([*TINY, *many]), tmp_path / "whole")
@@ -242,6 +243,7 @@ def stopped_warm(tmp_path, monkeypatch):
     return start
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("step", [1, 2, 4, 5, 6, 9, 10], ids=lambda step: f"step {step} of 10")
 def test_a_signal_in_the_warm_start_loses_nothing(step, whole_warm, stopped_warm):
     run, error = stopped_warm(step, lambda: signal.raise_signal(signal.SIGTERM))

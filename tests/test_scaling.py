@@ -102,6 +102,7 @@ def test_environments_that_do_not_divide(folder):
 # --- processes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_two_processes_train_as_one(alone, folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -129,6 +130,7 @@ def test_processes_that_are_not_known(folder):
 # --- seeds -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_many_seeds_are_as_many_trainings(alone, folder):
     run = folder / "seeds"
     output = train("train.num_seeds=2", folder=run)
