@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train serve test quick lint docs notebooks build clean
+.PHONY: train serve test quick exhaustive lint docs notebooks build clean
 
 train: $(VENV)/.run
 	$(BIN)/python train.py $(ARGS)
@@ -17,6 +17,9 @@ test: $(VENV)/.dev
 
 quick: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadscope -m 'not slow' $(ARGS)
+
+exhaustive: $(VENV)/.dev
+	$(BIN)/python -m pytest -n auto --dist loadscope -m exhaustive $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
