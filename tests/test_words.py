@@ -124,7 +124,7 @@ def test_there_are_lists():
 
 @pytest.mark.parametrize(("option", "item"), SCALARS)
 def test_one_value_or_several_with_commas_make_a_list(option, item):
-    one, two = ("random", "qos_greedy") if item is str else (1, 2)
+    one, two = {str: ("random", "qos_greedy"), int: (1, 2), float: (0.25, 0.5)}[item]
     short = ["bank=zeroeval", "site=edge3", *(["study=quick"] if option.startswith("study.") else [])]
     several = load_config([*short, f"{option}={one},{two}"])
     assert value_of(several, option) == [one, two]
