@@ -174,7 +174,16 @@ def test_gymnasium_and_gymnax_tell_the_same():
             alone = adapter.step(keys[e], state, jnp.int32(actions[e]))
             np.testing.assert_allclose(obs[e], alone[0], rtol=1e-4, atol=1e-4)
             np.testing.assert_allclose(reward[e], alone[2], rtol=1e-5, atol=1e-5)
-            for name in ("rejected", "declined", "gap", "qos_sum", "num_completed", "num_late", "num_lost"):
+            for name in (
+                "rejected",
+                "overflowed",
+                "declined",
+                "gap",
+                "qos_sum",
+                "num_completed",
+                "num_late",
+                "num_lost",
+            ):
                 np.testing.assert_allclose(infos[name][e], alone[5][name], rtol=1e-5, atol=1e-5, err_msg=name)
             assert infos["declined"][e] == (e == 3)
             assert infos["action_mask"][e, 3] == 1

@@ -117,6 +117,7 @@ class Counting:
             "qos_sum": 2.0,
             "num_late": 1.0,
             "num_lost": 0.0,
+            "overflowed": 0.0,
             **metrics,
         }
 
