@@ -33,6 +33,8 @@ def forget_programs() -> Iterator[None]:
     if jax := sys.modules.get("jax"):
         jax.clear_caches()
         gc.collect()
+    if chex := sys.modules.get("chex"):
+        chex.clear_trace_counter()  # what two files share is traced once in each
 
 
 @pytest.fixture(scope="session")
