@@ -97,16 +97,14 @@ def expect_away(
         return jnp.stack(of_each).min(0)
 
     in_time = (1 - cloud.slow_share) * in_time_if(1.0) + cloud.slow_share * in_time_if(cloud.slow_factor)
-    away = Away(
-        allowed=to_cloud,
-        to_cloud=to_cloud,
-        predicted_quality=quality,
-        in_time=in_time,
-        qos=quality * in_time,
-        cost=_cost(cloud, request.prompt_tokens + mean_tokens, prices),
-    )
-    away = jax.tree.map(lambda value: jnp.where(to_cloud, value, jnp.zeros_like(value)), away)
-    return away._replace(allowed=jnp.ones_like(to_cloud))
+    offer = {
+        "predicted_quality": quality,
+        "in_time": in_time,
+        "qos": quality * in_time,
+        "cost": _cost(cloud, request.prompt_tokens + mean_tokens, prices),
+    }
+    offer = {name: jnp.where(to_cloud, value, jnp.zeros_like(value)) for name, value in offer.items()}
+    return Away(allowed=jnp.ones_like(to_cloud), to_cloud=to_cloud, **offer)
 
 
 def ask(

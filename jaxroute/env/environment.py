@@ -447,7 +447,7 @@ def _draw_rate(key: PRNGKeyArray, params: EnvParams, fleet: Fleet | None) -> Flo
     if fleet is None:
         return rate
     # In proportion to the capacity of the drawn site, so that the load stays in the requested range.
-    return rate * (_capacity(fleet.site) * fleet.present).sum() / _capacity(params.site).sum()
+    return rate * (fleet.site.capacity * fleet.present).sum() / params.site.capacity.sum()
 
 
 def _draw_terms(key: PRNGKeyArray, params: EnvParams) -> tuple[Prices, Float[Array, ""]]:
@@ -480,11 +480,6 @@ def _may_be_declined(state: EnvState, params: EnvParams) -> Bool[Array, ""]:
     assert params.class_floor is not None
     keeps = state.served * (1 - 1 / CLASS_WINDOW) >= params.class_floor
     return (keeps | ~_class_of(state.request.limits, params)).all()
-
-
-def _capacity(site: Site) -> Float[Array, "expert"]:
-    """Tokens per second of a full batch whose time is bounded by streaming the weights."""
-    return site.max_num_seqs / site.weight_load
 
 
 def _draw_fleet(key: PRNGKeyArray, params: EnvParams, share: float) -> Fleet:

@@ -95,6 +95,15 @@ def site_array(config: SiteConfig, log_length_error: Sequence[float]) -> Float[n
     return np.stack([np.asarray(row, np.float32) for row in rows])
 
 
+def decision_shapes(num_experts: int, slots: int) -> list[jax.ShapeDtypeStruct]:
+    """Return the shapes of a decision's arguments, that of the site first."""
+    behind = {"batch": (slots, num_experts), "arrival": ()}
+    return [
+        jax.ShapeDtypeStruct((len(fields), *behind.get(name, (num_experts,))), np.float32)
+        for name, fields in FIELDS.items()
+    ]
+
+
 def file_digest(path: Path) -> str:
     """Return a file's SHA-256."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -113,9 +122,7 @@ def compile_decision(
             f"{folder} was exported by {written_by}, which jax {jax.__version__} cannot read "
             f"({type(error).__name__}); export it again with a jax of about the same age"
         ) from error
-    num_experts = site.shape[1]
-    batch, experts, arrival = (len(FIELDS[name]) for name in ("batch", "experts", "arrival"))
-    shapes = [site.shape, (batch, slots, num_experts), (experts, num_experts), (arrival,)]
+    shapes = [argument.shape for argument in decision_shapes(site.shape[1], slots)]
     if [aval.shape for aval in exported.in_avals] != shapes:
         raise UserError(f"{folder / MANIFEST} is damaged (it is of another site); export the router again")
     if platform not in exported.platforms:

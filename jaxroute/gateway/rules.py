@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from jaxroute.env.environment import best_net
 from jaxroute.env.types import CloudParams, Observation
 from jaxroute.errors import UserError
-from jaxroute.gateway.artefact import FIELDS, site_array
+from jaxroute.gateway.artefact import decision_shapes, site_array
 from jaxroute.gateway.observed import cloud_figures, observation
 from jaxroute.gateway.router import Router
 from jaxroute.policies import RULES, Policy, rules_named
@@ -54,12 +54,7 @@ class Surroundings(NamedTuple):
 
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
         """Return the shapes of a decision's arguments, that of the site first."""
-        num_experts = len(self.site.experts)
-        of = {"batch": (self.slots, num_experts), "arrival": ()}
-        return [
-            jax.ShapeDtypeStruct((len(fields), *of.get(name, (num_experts,))), np.float32)
-            for name, fields in FIELDS.items()
-        ]
+        return decision_shapes(len(self.site.experts), self.slots)
 
 
 def slots_of(site: SiteConfig) -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
+
+# Up to so many slots, running sums are one product.
+_FEW_SLOTS = 64
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -21,25 +25,7 @@ def lanes_last(function: _Function) -> _Function:
     Long vectors then run through its arithmetic, several times as fast on a CPU as short ones behind the batch, and
     its loops run once for all, without selecting old or new for each batch entry in each round.
     """
-
-    @custom_vmap
-    def batchable(*arguments: Any) -> Any:
-        return function(*arguments)
-
-    @batchable.def_vmap
-    def batched(axis_size: int, in_batched: list, *arguments: Any) -> tuple[Any, Any]:
-        def last(leaf: Array, batched: bool) -> Array:
-            # Where there is no batch, a last axis of one broadcasts.
-            return jnp.moveaxis(leaf, 0, -1) if batched else jnp.expand_dims(leaf, -1)
-
-        results = batchable(*jax.tree.map(last, arguments, tuple(in_batched)))
-
-        def first(leaf: Array) -> Array:
-            return jnp.moveaxis(jnp.broadcast_to(leaf, (*leaf.shape[:-1], axis_size)), -1, 0)
-
-        return jax.tree.map(first, results), jax.tree.map(lambda _: True, results)
-
-    return wraps(function)(batchable)  # type: ignore[return-value]
+    return _batched_along(-1, function)
 
 
 def batch_first(function: _Function) -> _Function:
@@ -47,21 +33,25 @@ def batch_first(function: _Function) -> _Function:
 
     As `lanes_last`, for functions that broadcast over axes before those that they name.
     """
+    return _batched_along(0, function)
 
+
+def _batched_along(axis: int, function: _Function) -> _Function:
     @custom_vmap
     def batchable(*arguments: Any) -> Any:
         return function(*arguments)
 
     @batchable.def_vmap
     def batched(axis_size: int, in_batched: list, *arguments: Any) -> tuple[Any, Any]:
-        def first(leaf: Array, batched: bool) -> Array:
-            # Where there is no batch, a first axis of one broadcasts.
-            return leaf if batched else jnp.expand_dims(leaf, 0)
+        def given(leaf: Array, batched: bool) -> Array:
+            # Where there is no batch, an axis of one broadcasts.
+            return jnp.moveaxis(leaf, 0, axis) if batched else jnp.expand_dims(leaf, axis)
 
-        results = batchable(*jax.tree.map(first, arguments, tuple(in_batched)))
+        results = batchable(*jax.tree.map(given, arguments, tuple(in_batched)))
 
         def whole(leaf: Array) -> Array:
-            return jnp.broadcast_to(leaf, (axis_size, *leaf.shape[1:]))
+            first = jnp.moveaxis(leaf, axis, 0)
+            return jnp.broadcast_to(first, (axis_size, *first.shape[1:]))
 
         return jax.tree.map(whole, results), jax.tree.map(lambda _: True, results)
 
@@ -73,9 +63,21 @@ def running_sums(*columns: Shaped[Array, "slot *lanes"]) -> list[Int[Array, "slo
     # As one matrix product: XLA's own running sums take several times as long on a CPU.
     num_slots, *lanes = columns[0].shape
     side_by_side = jnp.concatenate([column.astype(jnp.float32).reshape(num_slots, -1) for column in columns], axis=1)
-    up_to = jnp.tril(jnp.ones((num_slots, num_slots), jnp.float32))
-    sums = jnp.matmul(up_to, side_by_side, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
+    sums = _sums_up_to(side_by_side).astype(jnp.int32)
     return [part.reshape(num_slots, *lanes) for part in jnp.split(sums, len(columns), axis=1)]
+
+
+def _sums_up_to(values: Float[Array, "slot lane"]) -> Float[Array, "slot lane"]:
+    num_slots, num_lanes = values.shape
+    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    if num_slots <= _FEW_SLOTS:
+        return product(jnp.tril(jnp.ones((num_slots, num_slots), jnp.float32)), values)
+    # The cost of one product grows with the square of the slots: within chunks first, and then over chunks.
+    chunk = math.isqrt(num_slots - 1) + 1
+    chunks = jnp.pad(values, ((0, -num_slots % chunk), (0, 0))).reshape(-1, chunk, num_lanes)
+    within = product(jnp.tril(jnp.ones((chunk, chunk), jnp.float32)), chunks)
+    before = product(jnp.tril(jnp.ones((len(chunks), len(chunks)), jnp.float32), -1), within[:, -1])
+    return (within + before[:, None]).reshape(-1, num_lanes)[:num_slots]
 
 
 def fold(operation: Callable[[Array, Array], Array], column: Shaped[Array, "slot *lanes"]) -> Shaped[Array, "*lanes"]:

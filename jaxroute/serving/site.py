@@ -42,6 +42,11 @@ class Site(NamedTuple):
         """Number of experts."""
         return np.shape(self.weight_load)[0]
 
+    @property
+    def capacity(self) -> Float[Array, "*lanes"]:
+        """Tokens per second of a full batch whose time is bounded by streaming the weights."""
+        return self.max_num_seqs / self.weight_load
+
     def iteration_time(
         self,
         num_tokens: Shaped[Array, "*lanes"],

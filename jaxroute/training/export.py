@@ -36,6 +36,7 @@ from jaxroute.gateway.artefact import (
     MANIFEST,
     PREDICTOR,
     check_flatbuffers,
+    decision_shapes,
     file_digest,
     predictor_class,
     site_values,
@@ -146,8 +147,7 @@ def _trained(config: Config, params: EnvParams) -> dict[str, float]:
 
     `load` is requests per second over the site's tokens per second with full batches.
     """
-    site = params.site
-    capacity = float(np.sum(np.asarray(site.max_num_seqs) / np.asarray(site.weight_load)))
+    capacity = float(np.sum(np.asarray(params.site.capacity)))
     return {
         "experts": len(config.site.experts),
         "load": config.train.loads[1] * float(np.mean(params.rate)) / capacity,
@@ -185,9 +185,7 @@ def decision(
 
 def _shapes(manifest: dict[str, Any]) -> list[jax.ShapeDtypeStruct]:
     """Return the shapes of the decision's arguments."""
-    num_experts = len(manifest["site"]["experts"])
-    shapes = {"site": (num_experts,), "batch": (manifest["slots"], num_experts), "experts": (num_experts,)}
-    return [jax.ShapeDtypeStruct((len(fields), *shapes.get(name, ())), jnp.float32) for name, fields in FIELDS.items()]
+    return decision_shapes(len(manifest["site"]["experts"]), manifest["slots"])
 
 
 def _exported(policy: TrainedPolicy, manifest: dict[str, Any], cloud: CloudParams | None) -> bytes:
