@@ -45,3 +45,21 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data: {folder} does not exist (set JAXROUTE_DATA to the folder with vllm_runs/)")
     return folder
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[object]:
+    """An event loop in a thread of its own, for what runs servers."""
+    from serving import Loop
+
+    loop = Loop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def site() -> object:
+    """The site of the emulated servers, edge3."""
+    from jaxroute.config import load_config
+
+    return load_config(["site=edge3"]).site

@@ -16,6 +16,9 @@ from jaxroute.commands.fleets import load_fleet
 from jaxroute.gateway.emulator import EmulatedFleet
 from jaxroute.gateway.service import Gateway
 
+MODELS = ["gemma-2-2b-it", "Meta-Llama-3.1-8B-Instruct", "gemma-2-27b-it"]
+"""Of edge3."""
+
 WAIT = 60.0
 """Nothing that a test waits for takes as long, s."""
 
@@ -123,6 +126,17 @@ async def begin_stream(request):
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
     return response
+
+
+FIELDS = ["model", "messages", "prompt", "stream", "stream_options", "max_tokens", "ignore_eos", "n", "user", "seed"]
+"""What a body may hold that a server could stumble over."""
+
+ODD_BODIES = [
+    {"model": "auto", "messages": [{"role": "user", "content": "x"}], "prompt": "x", field: value}
+    for field in FIELDS
+    for value in (None, True, 0, -3, 1.5, float("inf"), 10**40, "x", "", [], [[]], ["x"], {}, {"include_usage": [1]})
+]
+"""Bodies that are sound but for one field, with a value of each kind."""
 
 
 def client():

@@ -9,9 +9,8 @@ import time
 
 import numpy as np
 import pytest
-from serving import Loop, client, emulated
+from serving import ODD_BODIES, client, emulated
 
-from jaxroute.config import load_config
 from jaxroute.errors import UserError
 from jaxroute.gateway.emulator import Answer, EmulatedFleet, LiveExpert
 from jaxroute.gateway.health import gauges
@@ -19,18 +18,6 @@ from jaxroute.serving import SiteConfig, build_site
 from jaxroute.serving.reference import Expert, Request, simulate
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def site():
-    return load_config(["site=edge3"]).site
-
-
-@pytest.fixture(scope="module")
-def loop():
-    loop = Loop()
-    yield loop
-    loop.close()
 
 
 class Emissions(Answer):
@@ -157,6 +144,24 @@ def test_a_stream_takes_the_time_of_the_site_and_tells_its_usage(site, loop):
     # No token before its time: the network twice, and an iteration per token.
     least = 2 * expert.network_delay + tokens * (expert.iteration_overhead + expert.weight_load)
     assert took * speed >= least
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_no_field_of_a_body_makes_it_fail(site, loop, path):
+    async def run():
+        fleet = emulated(site, lengths=3, speed=50)
+        await fleet.start()
+        statuses = set()
+        async with client() as session:
+            for body in ODD_BODIES:
+                async with session.post(f"{fleet.urls[0]}/{path}", json=body) as response:
+                    answer = await response.read()
+                    assert response.status in (200, 400), (body, answer)
+                    statuses.add(response.status)
+        await fleet.stop()
+        return statuses
+
+    assert loop.run(run()) == {200, 400}
 
 
 def test_it_is_full_when_the_site_says_so_and_refuses_what_it_cannot_hold(site, loop):

@@ -11,15 +11,13 @@ from pathlib import Path
 import aiohttp
 import openai
 import pytest
-from serving import WAIT, Loop, OddServer, begin_stream, chat, client, emulated, fleet_options, gateway_of
+from serving import MODELS, WAIT, Loop, OddServer, begin_stream, chat, client, emulated, fleet_options, gateway_of
 
 from jaxroute.config import load_config
 from jaxroute.decisions import read_decisions
 from jaxroute.gateway.fleet import read_fleet
 
 pytestmark = pytest.mark.slow
-
-MODELS = ["gemma-2-2b-it", "Meta-Llama-3.1-8B-Instruct", "gemma-2-27b-it"]
 
 
 @pytest.fixture(scope="session")

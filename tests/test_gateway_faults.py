@@ -14,10 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from aiohttp import web
-from serving import WAIT, Loop, OddServer, begin_stream, chat, client, emulated, fleet_options, gateway_of, write_fleet
+from serving import (
+    MODELS,
+    WAIT,
+    OddServer,
+    begin_stream,
+    chat,
+    client,
+    emulated,
+    fleet_options,
+    gateway_of,
+    write_fleet,
+)
 
 from jaxroute.commands.fleets import load_fleet
-from jaxroute.config import load_config
 from jaxroute.decisions import read_decisions
 from jaxroute.errors import UserError
 from jaxroute.fitting import read_log
@@ -28,20 +38,7 @@ from jaxroute.workloads import read_trace
 
 pytestmark = pytest.mark.slow
 
-MODELS = ["gemma-2-2b-it", "Meta-Llama-3.1-8B-Instruct", "gemma-2-27b-it"]
 NOWHERE = "http://127.0.0.1:9/v1"
-
-
-@pytest.fixture(scope="module")
-def loop():
-    loop = Loop()
-    yield loop
-    loop.close()
-
-
-@pytest.fixture(scope="module")
-def site():
-    return load_config(["site=edge3"]).site
 
 
 async def ask(session, gateway, body, headers=None):

@@ -11,7 +11,19 @@ import pytest
 from browser import CHROMIUM, opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import WAIT, Loop, OddServer, begin_stream, chat, client, emulated, fleet_options, gateway_of
+from serving import (
+    FIELDS,
+    MODELS,
+    ODD_BODIES,
+    WAIT,
+    OddServer,
+    begin_stream,
+    chat,
+    client,
+    emulated,
+    fleet_options,
+    gateway_of,
+)
 
 from benchmarks.gateway import choices_of, planned_of, played, policy_named, prompts_of
 from jaxroute.commands.fleets import load_fleet, write_emulated_fleet
@@ -23,20 +35,6 @@ from jaxroute.gateway.service import Gateway
 from jaxroute.scenarios import build_env
 
 pytestmark = pytest.mark.slow
-
-MODELS = ["gemma-2-2b-it", "Meta-Llama-3.1-8B-Instruct", "gemma-2-27b-it"]
-
-
-@pytest.fixture(scope="module")
-def loop():
-    loop = Loop()
-    yield loop
-    loop.close()
-
-
-@pytest.fixture(scope="module")
-def site():
-    return load_config(["site=edge3"]).site
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +173,6 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-FIELDS = ("model", "messages", "prompt", "stream", "stream_options", "max_tokens", "n", "user", "seed")
 
 
 @settings(max_examples=150)
@@ -201,6 +198,23 @@ def test_nothing_that_a_client_sends_is_answered_with_a_failure(running, loop, b
     if status != 200:
         assert kind == "application/json"
         assert json.loads(answer)["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_no_field_of_a_body_is_answered_with_a_failure(running, loop, path):
+    async def run():
+        statuses = set()
+        async with client() as session:
+            for body in ODD_BODIES:
+                async with session.post(f"{running.url}/v1/{path}", json=body) as response:
+                    answer = await response.read()
+                    assert response.status in (200, 400, 404), (body, answer)
+                    if response.status != 200:
+                        assert json.loads(answer)["error"]["message"]
+                    statuses.add(response.status)
+        return statuses
+
+    assert loop.run(run()) == {200, 400, 404}
 
 
 def test_a_client_that_sends_or_reads_too_slowly_is_given_up(loop, tmp_path):

@@ -60,8 +60,7 @@ class Demand:
     @property
     def wants_usage(self) -> bool:
         """Whether the client has asked for the tokens of a stream."""
-        options = self.body.get("stream_options")
-        return isinstance(options, dict) and bool(options.get("include_usage"))
+        return bool((self.body.get("stream_options") or {}).get("include_usage"))
 
     @property
     def text(self) -> str:
@@ -111,6 +110,11 @@ def read_demand(
     stream = body.get("stream") or False
     if not isinstance(stream, bool):
         raise RefusalError(400, f"stream is {stream!r}; give true or false", "invalid_request", "stream")
+    options = body.get("stream_options")
+    if not isinstance(options, dict | None):
+        raise RefusalError(
+            400, f"stream_options is {options!r}; give an object, or leave it out", "invalid_request", "stream_options"
+        )
     name = headers.get("x-jaxroute-class", fleet.usual_class)
     service = fleet.classes.get(name)
     if service is None:

@@ -229,7 +229,8 @@ class Server:
         try:
             body = await http.json()
             prompt, output, stopped = self._lengths_of(body, chat)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reply = _Reply(self.model, chat, body, prompt, stopped)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             return _error(400, f"the request cannot be read: {error}", "bad_request")
         now, expert = self._clock.now(), self.expert
         if prompt + output > expert.kv_capacity:
@@ -245,7 +246,7 @@ class Server:
         answer = expert.answers[request.index] = Answer(request, expert.network_delay)
         self._changed.set()
         self._metrics.count(prompt, 0)
-        reply = _Reply(self.model, f"{'chatcmpl' if chat else 'cmpl'}-{request.index}", chat, body, prompt, stopped)
+        reply.name(request.index)
         try:
             if body.get("stream"):
                 with suppress(ConnectionResetError):  # the client has left
@@ -299,14 +300,18 @@ class Server:
 class _Reply:
     """An answer in OpenAI's words."""
 
-    def __init__(self, model: str, name: str, chat: bool, body: dict[str, Any], prompt: int, stopped: bool) -> None:
+    def __init__(self, model: str, chat: bool, body: dict[str, Any], prompt: int, stopped: bool) -> None:
         self._chat, self._prompt, self._reason = chat, prompt, "stop" if stopped else "length"
         options = body.get("stream_options") or {}
         self._usage = bool(options.get("include_usage"))
         self._made = 0
         self._text: list[str] = []
         kind = ("chat.completion" if chat else "text_completion") + (".chunk" if chat and body.get("stream") else "")
-        self._head = {"id": name, "object": kind, "created": int(time.time()), "model": model}
+        self._head = {"id": "", "object": kind, "created": int(time.time()), "model": model}
+
+    def name(self, number: int) -> None:
+        """Number the answer."""
+        self._head["id"] = f"{'chatcmpl' if self._chat else 'cmpl'}-{number}"
 
     def words(self, number: int) -> str:
         """Return the next tokens as text."""

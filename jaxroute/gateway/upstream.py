@@ -64,8 +64,7 @@ class Server:
         body: dict[str, Any] = {**demand.body, "model": self.model}
         added = demand.stream and not demand.wants_usage and self.takes_options
         if added:
-            options = body.get("stream_options")
-            body["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
+            body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
         return json.dumps(body).encode(), added
 
 
