@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.table import Table
 from jaxroute.commands.arguments import parser_of, run_command
 from jaxroute.commands.console import say
 from jaxroute.config.choices import check_choice, usage_of_choice, write_choice
+from jaxroute.decisions import is_decision_log
 from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
 from jaxroute.files import write_file
@@ -46,8 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-waiting", type=int, help="longest queue (default: no bound, as in vLLM)")
     parser.add_argument(
-        "--network-delay", type=float, default=0.005, help="router to expert, one way, s (default 0.005)"
+        "--network-delay",
+        type=float,
+        help="router to expert, one way, s (default: fitted to a gateway's log, else 0.005)",
     )
+    parser.add_argument("--since", type=float, help="leave out requests that arrived before, s on the log's clock")
     parser.add_argument(
         "--share",
         type=float,
@@ -71,19 +76,28 @@ def _calibrate(options: argparse.Namespace, console: Console) -> None:
     limits = Limits(
         options.max_num_seqs, options.max_num_batched_tokens, options.iteration_overhead, options.kv_capacity
     )
+    delay = 0.005 if options.network_delay is None else options.network_delay
     use_compilation_cache()
     experts, figures = [], {}
-    logs = [(path, None if options.profile else read_log(path)) for path in options.logs]
+    logs = [(path, None if options.profile else read_log(path, options.since)) for path in options.logs]
     for (path, log), model, accelerator in zip(logs, models, accelerators, strict=True):
         if log is None:
             coefficients, errors = fit_profile(path, limits)
+            coefficients, errors = coefficients | {"network_delay": delay}, errors | {"network_delay": math.nan}
             notes = [f"fitted to the profile {path.name}"]
             _show(console, model, coefficients, errors, {})
         else:
             with console.status(f"fitting {path}"):
-                fit = calibrate(log, limits, options.share)
+                # A gateway's log holds the way to the server and back, others are the server's own.
+                at_gateway = is_decision_log(str(path).rpartition("#")[0] or path)
+                own = dataclasses.replace(limits, network_delay=options.network_delay if at_gateway else 0.0)
+                fit = calibrate(log, own, options.share)
             coefficients, errors, undetermined = fit.coefficients, fit.standard_error, fit.undetermined()
+            if not at_gateway:
+                coefficients = coefficients | {"network_delay": delay}
             _show(console, model, coefficients, errors, undetermined)
+            for line in fit.trade_offs():
+                console.print(f"  {line}", highlight=False)
             some = "" if fit.num_compared == fit.num_fitted else f"{fit.num_compared} of "
             notes = [
                 f"fitted to {some}the first {fit.num_fitted} of {len(log.ttft)} requests of {path.name}; of the others:"
@@ -148,7 +162,7 @@ def _expert_yaml(
         f"    max_num_batched_tokens: {options.max_num_batched_tokens}",
         f"    max_waiting: {'null' if options.max_waiting is None else options.max_waiting}",
         f"    kv_capacity: {_number(coefficients['kv_capacity'])} # {_error(errors['kv_capacity'])}",
-        f"    network_delay: {options.network_delay:g} # given",
+        f"    network_delay: {coefficients['network_delay']:.4g} # {_error(errors['network_delay'])}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -432,7 +432,7 @@ def _most_held(log: ServingLog) -> float:
 
 
 class _Usual:
-    """What is usual, as a prior of the logarithms: normal, independent parts of weight_load, and the network's delay."""
+    """What is usual, as a prior of the logarithms: normal parts of weight_load, and the network's delay."""
 
     def __init__(self, names: list[str]) -> None:
         known = [(name, *_USUAL[name]) for name in names if name in _USUAL]
