@@ -11,15 +11,22 @@ rule would, and writes down what its log would hold. It prints and writes, to ou
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import rich
 from jaxtyping import Float, Int
+from rich.table import Table
 
+from benchmarks.publish import publish
 from jaxroute.config import load_config
 from jaxroute.decisions import FORMAT
+from jaxroute.devices import use_compilation_cache
+from jaxroute.evaluation.twin import judge
 from jaxroute.evaluation.twin.recorded import Recorded
 from jaxroute.evaluation.twin.simulate import Contender, Played, simulate
 from jaxroute.policies import rules_named
@@ -75,14 +82,14 @@ class Emulated:
         contender: Contender | None,
         *,
         pace: Float[np.ndarray, "request server"] | None = None,
-        seed: int = 0,
+        forced: Int[np.ndarray, "request"] | None = None,
     ) -> tuple[Recorded, Played]:
         """Let a policy decide, and the servers answer; returns what its gateway would have logged."""
         pace = np.ones((len(recorded.arrival), len(self.servers))) if pace is None else pace
         site = Site(*(column[None] for column in self.site))
         played = simulate(
             recorded, contender, site, self.site, log_length_error=self.bank.log_length_error,
-            output_tokens=lengths[None], pace=pace, seed=seed,
+            output_tokens=lengths[None], pace=pace, forced=forced,
         )  # fmt: skip
         choice, nobody = played.choice[0], len(self.servers)
         return (
@@ -133,3 +140,173 @@ def rule(name: str) -> Contender:
     """Return a rule as a contender."""
     (policy,) = rules_named([name])
     return Contender(name, policy, away=policy.declines)
+
+
+# --- Coverage -----------------------------------------------------------------------------------------------
+
+RULES = ("shortest_queue", "round_robin", "impact_greedy")
+"""Each log is of one of them, in turn, and the other two are judged."""
+
+NUM_LOGS, NUM_REQUESTS = 50, 600
+RATES = (0.8, 1.6)  # requests/s: most servers idle at times, and a tenth of the requests turned away
+
+
+def coverage(emulated: Emulated, num_logs: int) -> list[dict[str, Any]]:
+    """Judge two rules on each of the logs, and let them really decide."""
+    rows = []
+    for seed in range(num_logs):
+        rate = float(np.random.default_rng((seed, 1)).uniform(*RATES))
+        requests, lengths = emulated.requests(seed, NUM_REQUESTS, rate)
+        base, *others = (rule(name) for name in np.roll(RULES, -(seed % len(RULES))).tolist())
+        log, _ = emulated.served(requests, lengths, base)
+        twin = judge(log, others, emulated.site, emulated.bank.log_length_error, seed=seed)
+        for judged in twin.policies:
+            real, _ = emulated.served(requests, lengths, rule(judged.name))
+            rows.append(
+                {
+                    "log": seed,
+                    "rate": rate,
+                    "base": base.name,
+                    "policy": judged.name,
+                    "gain": judged.gain.mean,
+                    "ci95": judged.gain.ci95,
+                    "truth": float(real.measured_qos.mean() - log.measured_qos.mean()),
+                    "late": judged.violations.mean,
+                    "late_ci95": judged.violations.ci95,
+                    "late_truth": float(log.measured_in_time.mean() - real.measured_in_time.mean()),
+                    "status": judged.status,
+                    "error": twin.check.error,
+                    "drifts": len(twin.drifts),
+                }
+            )
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Say how often the intervals hold the truth, and how wide they are."""
+    gain, half, truth = (np.array([row[name] for row in rows]) for name in ("gain", "ci95", "truth"))
+    late, late_half, late_truth = (
+        np.array([row[name] for row in rows]) for name in ("late", "late_ci95", "late_truth")
+    )
+    said = np.array([row["status"] in ("better", "worse") for row in rows])
+    return {
+        "verdicts": len(rows),
+        "covered": float((np.abs(gain - truth) <= half).mean()),
+        "late_covered": float((np.abs(late - late_truth) <= late_half).mean()),
+        "mean_error": float((gain - truth).mean()),
+        "rms_error": float(np.sqrt(np.square(gain - truth).mean())),
+        "mean_ci95": float(half.mean()),
+        "shown": float(said.mean()),
+        "shown_with_right_sign": float((np.sign(gain) == np.sign(truth))[said].mean()) if said.any() else np.nan,
+        "refused": float(np.mean([row["status"] == "refused" for row in rows])),
+        "twin_error": float(np.mean([row["error"] for row in rows])),
+        "false_alarms": float(np.mean([row["drifts"] > 0 for row in rows])),
+    }
+
+
+# --- Trouble ------------------------------------------------------------------------------------------------
+
+CHANGE = 0.6  # of the log has passed when a server slows down, or another client comes
+SLOWER, FOREIGN_RATE = 1.5, 0.25  # times; requests/s
+SERVER = 0  # the one that gets most
+
+
+def slowed_down(emulated: Emulated, seed: int) -> tuple[Recorded, int]:
+    """Return a log in which a server slows down, and with which request."""
+    requests, lengths = emulated.requests(1000 + seed, NUM_REQUESTS, 1.2)
+    change = int(CHANGE * NUM_REQUESTS)
+    pace = np.ones((NUM_REQUESTS, len(emulated.servers)))
+    pace[change:, SERVER] = SLOWER
+    return emulated.served(requests, lengths, rule("shortest_queue"), pace=pace)[0], change
+
+
+def with_foreign_client(emulated: Emulated, seed: int) -> tuple[Recorded, int]:
+    """Return a log during which a client comes past the gateway to a server, and with which request it comes."""
+    requests, lengths = emulated.requests(1000 + seed, NUM_REQUESTS, 1.2)
+    rng = np.random.default_rng((seed, 2))
+    begin, end = requests.arrival[int(CHANGE * NUM_REQUESTS)], requests.arrival[-1]
+    others, of_others = emulated.requests(2000 + seed, int(rng.poisson(FOREIGN_RATE * (end - begin))), FOREIGN_RATE)
+    times = np.sort(rng.uniform(begin, end, len(others.arrival)))
+    arrival = np.concatenate([requests.arrival, times])
+    order = np.argsort(arrival, kind="stable")
+    foreign = order >= NUM_REQUESTS
+
+    def both(one: Any, other: Any) -> Any:
+        return np.concatenate([one, other])[order]
+
+    columns = {
+        name: both(value, getattr(others, name))
+        for name, value in requests._asdict().items()
+        if isinstance(value, np.ndarray)
+    }
+    limits = Limits(
+        *(None if one is None else both(one, other) for one, other in zip(requests.limits, others.limits, strict=True))
+    )
+    mixed = requests._replace(**columns | {"arrival": arrival[order], "wall": arrival[order]}, limits=limits)
+    forced = np.where(foreign, SERVER, -1)
+    log, _ = emulated.served(mixed, both(lengths, of_others), rule("shortest_queue"), forced=forced)
+    return log.part(~foreign), int(CHANGE * NUM_REQUESTS)
+
+
+def trouble(emulated: Emulated, make: Any, num_logs: int) -> list[dict[str, Any]]:
+    """Judge logs with trouble: the twin's error without and with remedies, and when it saw what was wrong."""
+    rows = []
+    for seed in range(num_logs):
+        log, change = make(emulated, seed)
+        twin = judge(log, [rule("shortest_queue")], emulated.site, emulated.bank.log_length_error, seed=seed)
+        found = [drift for drift in twin.drifts if drift.server == SERVER and drift.found >= change]
+        there = np.flatnonzero(log.choice == SERVER)
+        row: dict[str, Any] = {"found": bool(found), "false": len(twin.drifts) - len(found)}
+        if found:
+            at = log.arrival[found[0].found] + log.latency[found[0].found]
+            ended = (log.arrival + log.latency)[there[there >= change]]
+            row |= {"answers": int((ended <= at).sum()), "pace": found[0].pace}
+        for name, check in (("plain", twin.plain), ("remedied", twin.check)):
+            server = next(part for part in check.servers if part.name == emulated.servers[SERVER])
+            row |= {
+                f"{name}_qos": check.error,
+                f"{name}_tpot": abs(server.tpot.error),
+                f"{name}_ttft": abs(server.ttft.error),
+                f"{name}_e2e": abs(server.e2e.error),
+            }
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few logs")
+    options = parser.parse_args()
+    use_compilation_cache()
+    emulated = Emulated()
+    num_logs, num_trouble = (3, 1) if options.quick else (NUM_LOGS, 10)
+    rows = coverage(emulated, num_logs)
+    troubles = {
+        "slowed down": trouble(emulated, slowed_down, num_trouble),
+        "foreign client": trouble(emulated, with_foreign_client, num_trouble),
+    }
+    covered = summary(rows)
+    names = list(dict.fromkeys(name for of in troubles.values() for row in of for name in row))
+    means = {
+        kind: {name: float(np.mean([row[name] for row in of if name in row] or [np.nan])) for name in names}
+        for kind, of in troubles.items()
+    }
+    table = Table("", *troubles, title=f"trouble, {num_trouble} logs each")
+    for name in names:
+        table.add_row(name, *(f"{of[name]:.3g}" for of in means.values()))
+    rich.print(table)
+    table = Table("coverage", "", title=f"{num_logs} logs of {NUM_REQUESTS} requests")
+    for name, value in covered.items():
+        table.add_row(name, f"{value:.3g}")
+    publish(
+        "twin",
+        table,
+        {"coverage": covered, "logs": rows, "trouble": means, "troubled_logs": troubles},
+        {"verdicts not covered, share": 1 - covered["covered"], "the twin's error, QoS": covered["twin_error"]},
+        remember=not options.quick,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -144,11 +144,13 @@ def judge(
     def play(contender: Contender | None, table: np.ndarray, *, forced: bool = False) -> Played:
         return simulate(
             recorded, contender, servers.site, site, log_length_error=log_length_error, output_tokens=lengths,
-            pace=table[blocks], forced=forced, seed=seed,
+            pace=table[blocks], forced=recorded.choice if forced else None, seed=seed,
         )  # fmt: skip
 
+    # Asking a policy takes nothing more, and what is compiled for it serves twice.
+    anybody = contenders[0] if contenders and not recorded.refusals else None
     say("checking the fit on the rest")
-    done = play(None, table)
+    done = play(anybody, table, forced=True)
     values = ratios(recorded, done)
     plain = check(recorded, done, blocks, ~fitted)
     drifts = find_drift(recorded, values, fitted)
@@ -160,7 +162,7 @@ def judge(
         plain = check(recorded, done, blocks, ~fitted & ~odd)
         for _ in range(_REMEDY_ROUNDS):
             table = table * paces(recorded, ratios(recorded, done), blocks, drifts, odd)
-            done = play(None, table)
+            done = play(anybody, table, forced=True)
         remedied = check(recorded, done, blocks, ~fitted & ~odd)
     twin = Twin(recorded, fitted, servers, plain, remedied, tuple(drifts), table, ())
     if recorded.refusals:

@@ -17,7 +17,7 @@ from jaxroute.evaluation.twin.recorded import Recorded
 from jaxroute.fitting import Calibration, Limits, ServingLog, calibrate
 from jaxroute.serving import Site
 
-FEWEST = 30
+FEWEST = 20
 """Answers of a server from which on it is fitted."""
 
 _UNFITTED = 0.25  # spread of the logarithms of times that were not fitted
@@ -75,11 +75,13 @@ def fit_servers(
         of = (recorded.choice == server) & np.isfinite(recorded.ttft)
         part = of & fitted
         fit = None
-        if part.sum() < FEWEST or (of & ~fitted).sum() < FEWEST // 3:
+        # What `calibrate` judges on does not matter here, but it wants some.
+        share = min(part.sum(), of.sum() - FEWEST // 2) / max(of.sum(), 1)
+        if part.sum() < FEWEST or share * of.sum() < FEWEST // 2:
             why_not[name] = f"{part.sum()} of its streams are in the first part; {FEWEST} are needed"
         else:
             try:
-                fit = calibrate(_log_of(recorded, of), _limits_of(site, server), float(part.sum() / of.sum()))
+                fit = calibrate(_log_of(recorded, of), _limits_of(site, server), float(share))
             except UserError as problem:
                 why_not[name] = str(problem)
         fits.append(fit)

@@ -92,23 +92,24 @@ def simulate(
     log_length_error: Float[np.ndarray, "server"],
     output_tokens: Int[np.ndarray, "draw request server"],
     pace: Float[np.ndarray, "request server"],
-    forced: bool = False,
+    forced: Int[np.ndarray, "request"] | None = None,
     seed: int = 0,
 ) -> Played:
     """Play a log.
 
     Args:
         recorded: R requests.
-        contender: who decides; None: whoever has decided.
+        contender: who decides; None: whoever has decided, again.
         site: the servers as they are, (D, N) each.
         believed: the servers as the contender believes them, (N,) each.
         log_length_error: of the predicted lengths, as the contender believes it.
         output_tokens: of each server's answers.
         pace: how many times as long everything takes, by request.
-        forced: whether what was chosen is chosen again, and the contender only asked.
+        forced: what is chosen, whatever the contender would; -1 leaves it to the contender, and so does None.
         seed: of policies that draw.
     """
-    forced = forced or contender is None
+    if forced is None:
+        forced = recorded.choice if contender is None else np.full(len(recorded.arrival), _POLICY)
     number, num_servers = len(recorded.arrival), len(recorded.servers)
     steps = -(-(number + _DRAIN_STEPS) // _MULTIPLE) * _MULTIPLE
     fill = steps - number
@@ -124,7 +125,7 @@ def simulate(
         quality=filled(recorded.quality).astype(np.float32),
         predicted_tokens=filled(recorded.predicted_tokens).astype(np.float32),
         limits=Limits(*(None if limit is None else filled(limit).astype(np.float32) for limit in recorded.limits)),
-        forced=filled(recorded.choice if forced else np.full(number, _POLICY), num_servers).astype(np.int32),
+        forced=filled(forced, num_servers).astype(np.int32),
         must_stay=filled(~recorded.may_decline),
         pace=filled(pace).astype(np.float32),
     )
