@@ -207,7 +207,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
 # --- Trouble ------------------------------------------------------------------------------------------------
 
 CHANGE = 0.6  # of the log has passed when a server slows down, or another client comes
-SLOWER, FOREIGN_RATE = 1.5, 0.25  # times; requests/s
+SLOWER, FOREIGN_RATE = 1.5, 0.5  # times; requests/s
 SERVER = 0  # the one that gets most
 
 

@@ -15,6 +15,7 @@ from jaxroute.evaluation.statistics import student_t_975
 from jaxroute.evaluation.twin import judge, read_recorded
 from jaxroute.evaluation.twin.drift import find_drift, paces, ratios
 from jaxroute.evaluation.twin.judge import REFUSED, blocks_of, difference
+from jaxroute.evaluation.twin.others import Stream, join
 from jaxroute.evaluation.twin.servers import Servers, draw_lengths
 from jaxroute.evaluation.twin.simulate import Played
 from jaxroute.gateway.fleet import read_fleet
@@ -121,20 +122,43 @@ def test_a_server_that_slows_down_is_found_soon_and_followed(traffic):
     _, _, log = traffic
     fitted = np.arange(NUM_REQUESTS) < NUM_REQUESTS // 2
     rng = np.random.default_rng(0)
-    steady = ratios(log, played_like(log)) + rng.normal(0, 0.01, NUM_REQUESTS)
-    assert find_drift(log, steady, fitted) == []
+    noise = np.exp(rng.normal(0, 0.01, NUM_REQUESTS))
+    assert find_drift(log, played_like(log, noise), fitted) == []
     change = 140
-    slowed = steady + np.where((log.choice == 0) & (np.arange(NUM_REQUESTS) >= change), np.log(1.3), 0)
+    slower = np.where((log.choice == 0) & (np.arange(NUM_REQUESTS) >= change), 1.3, 1.0)
+    slowed = played_like(log, noise / slower)
     (drift,) = find_drift(log, slowed, fitted)
-    assert drift.server == 0
+    assert (drift.server, drift.kind) == (0, "speed")
     assert abs(drift.since - change) < 12
     assert drift.found_within <= 8
     assert drift.pace == pytest.approx(1.3, rel=0.02)
     blocks = blocks_of(log)
-    table = paces(log, slowed, blocks, [drift], np.ones(NUM_REQUESTS, bool))
+    table = paces(log, ratios(log, slowed), blocks, [drift], np.ones(NUM_REQUESTS, bool))
     np.testing.assert_allclose(table[: blocks[change] - 1, 0], 1.0, atol=0.03)
     np.testing.assert_allclose(table[blocks[change] + 1 :, 0], 1.3, atol=0.04)
     assert (table[:, 1:] == 1).all()
+
+
+def test_others_at_a_server_are_seen_by_late_first_tokens(traffic):
+    _, _, log = traffic
+    fitted = np.arange(NUM_REQUESTS) < NUM_REQUESTS // 2
+    early = played_like(log)
+    late = np.where((log.choice == 0) & (np.arange(NUM_REQUESTS) >= 140), 0.3, 1.0)
+    (drift,) = find_drift(
+        log, early._replace(ttft=early.ttft * late, latency=early.latency - early.ttft * (1 - late)), fitted
+    )
+    assert (drift.server, drift.kind) == (0, "queue")
+    joined = join(log, np.ones((2, NUM_REQUESTS, 3), int), [Stream(0, float(log.arrival[140]), 0.5)], seed=0)
+    assert (joined.recorded.choice[~joined.own] == 0).all()
+    assert (joined.recorded.arrival[~joined.own] >= log.arrival[140]).all()
+    assert (~joined.own).sum() == pytest.approx(0.5 * (log.arrival[-1] - log.arrival[140]), rel=0.5)
+    np.testing.assert_array_equal(joined.recorded.arrival[joined.own], log.arrival)
+    # Nothing of the accelerators' time is lost.
+    busy = np.random.default_rng(0).random((1, len(joined.own), 3))
+    whole = np.zeros((1, len(joined.own)))
+    own = joined.own_part(Played(*[whole] * 6, busy, whole, whole))
+    assert own.busy_seconds.shape == (1, NUM_REQUESTS, 3)
+    assert own.busy_seconds.sum() == pytest.approx(busy.sum())
 
 
 # --- The verdict --------------------------------------------------------------------------------------------

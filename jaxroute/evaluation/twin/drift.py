@@ -2,7 +2,9 @@
 
 Each answer gives the logarithm of how long its tokens took, measured over predicted, in units of its usual spread
 (E. S. Page, Continuous inspection schemes, Biometrika 41, 1954). Errors repeat from one request to the next, so the
-spread is widened by that. A change of less than 2 % of a request's time matters to nobody, and counts as noise.
+spread is widened by that. A change of less than 2 % of a request's time matters to nobody, and counts as noise. The
+same is done with the times to the first token: where tokens come as fast as ever, and first tokens late, somebody
+else's requests are in the queue.
 """
 
 from __future__ import annotations
@@ -10,14 +12,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxroute.evaluation.twin.recorded import Recorded
 from jaxroute.evaluation.twin.simulate import Played
 
 # Allowance and limit of the sums, in spreads: without a change, an alarm comes by chance once in 10^4 answers or more.
 _ALLOWED, _LIMIT = 0.5, 8.0
-_LEAST_SPREAD = 0.02
+_LEAST_SPREADS = {"speed": 0.02, "queue": 0.1}
+"""What may change: how fast tokens come, and how long requests wait for the first."""
 _MOST = 2.5  # spreads that one answer counts at most: five are needed, however slow
 _FEWEST = 10
 
@@ -33,7 +36,9 @@ class Drift(NamedTuple):
     found_within: int
     """Answers of this server in between."""
     pace: float
-    """How many times as long its answers have taken since."""
+    """How many times as long it has taken since."""
+    kind: str
+    """What takes longer: one of `_LEAST_SPREADS`."""
 
 
 def ratios(recorded: Recorded, predicted: Played, draw: int = 0) -> Float[np.ndarray, "request"]:
@@ -50,37 +55,64 @@ def ratios(recorded: Recorded, predicted: Played, draw: int = 0) -> Float[np.nda
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def find_drift(recorded: Recorded, values: Float[np.ndarray, "request"], fitted: np.ndarray) -> list[Drift]:
+def waits(recorded: Recorded, predicted: Played, draw: int = 0) -> Float[np.ndarray, "request"]:
+    """Log of the measured over the predicted time to the first token; nan where there is none.
+
+    A usual time is added to both, as nobody minds a millisecond that has become two.
+    """
+    ttft = predicted.ttft[draw]
+    usual = np.ones(len(recorded.servers) + 1)
+    for server in range(len(recorded.servers)):
+        of = ttft[(recorded.choice == server) & np.isfinite(ttft)]
+        usual[server] = np.median(of) if len(of) else 1.0
+    values = np.log((recorded.ttft + usual[recorded.choice]) / (ttft + usual[recorded.choice]))
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def find_drift(recorded: Recorded, predicted: Played, fitted: Bool[np.ndarray, "request"]) -> list[Drift]:
     """Return the first change of each server after the first part.
 
     Args:
         recorded: the log.
-        values: what `ratios` returns.
+        predicted: a replay of the choices that were made; the first draw counts.
         fitted: which requests are of the first part.
     """
+    of_kind = {"speed": ratios(recorded, predicted), "queue": waits(recorded, predicted)}
     found = []
     for server in range(len(recorded.servers)):
-        of = np.flatnonzero((recorded.choice == server) & np.isfinite(values))
-        # In the order in which their ends are known.
-        of = of[np.argsort((recorded.arrival + recorded.latency)[of], kind="stable")]
-        before = fitted[of]
-        if before.sum() < _FEWEST or (~before).sum() < 1:
-            continue
-        usual, spread = _usual(values[of][before])
-        off = np.clip((values[of][~before] - usual) / spread, -_MOST, _MOST)
-        after = of[~before]
-        for sign in (1, -1):
-            alarm = _page(sign * off)
-            if alarm is not None:
-                begin, end = alarm
-                pace = float(np.median(values[after[begin:]]))
-                # What has passed since is told of by the hours' errors, and needs no remedy.
-                if abs(pace) > _LEAST_SPREAD:
-                    found.append(
-                        Drift(server, int(after[begin]), int(after[end]), end - begin + 1, float(np.exp(pace)))
-                    )
-                    break
+        changes = [_change(recorded, server, kind, values, fitted) for kind, values in of_kind.items()]
+        known = [change for change in changes if change is not None]
+        if known:
+            found.append(min(known, key=lambda change: float((recorded.arrival + recorded.latency)[change.found])))
     return found
+
+
+def _change(
+    recorded: Recorded,
+    server: int,
+    kind: str,
+    values: Float[np.ndarray, "request"],
+    fitted: Bool[np.ndarray, "request"],
+) -> Drift | None:
+    of = np.flatnonzero((recorded.choice == server) & np.isfinite(values))
+    # In the order in which their ends are known.
+    of = of[np.argsort((recorded.arrival + recorded.latency)[of], kind="stable")]
+    before, after = of[fitted[of]], of[~fitted[of]]
+    if len(before) < _FEWEST or not len(after):
+        return None
+    least = _LEAST_SPREADS[kind]
+    usual, spread = _usual(values[before], least)
+    off = np.clip((values[after] - usual) / spread, -_MOST, _MOST)
+    for sign in (1, -1):
+        alarm = _page(sign * off)
+        if alarm is None:
+            continue
+        begin, end = alarm
+        # What has passed since is told of by the hours' errors, and needs no remedy.
+        pace = float(np.median(values[after[begin:]]) if kind == "speed" else values[after[begin:]].mean())
+        if abs(pace) > least:
+            return Drift(server, int(after[begin]), int(after[end]), end - begin + 1, float(np.exp(pace)), kind)
+    return None
 
 
 def paces(
@@ -113,7 +145,7 @@ def paces(
     return table
 
 
-def _usual(values: Float[np.ndarray, "answer"]) -> tuple[float, float]:
+def _usual(values: Float[np.ndarray, "answer"], least: float) -> tuple[float, float]:
     """Median and spread, robust, and as wide as if errors did not repeat."""
     median = float(np.median(values))
     off = values - median
@@ -121,7 +153,7 @@ def _usual(values: Float[np.ndarray, "answer"]) -> tuple[float, float]:
     clipped = np.clip(off, -_MOST * max(spread, 1e-9), _MOST * max(spread, 1e-9))
     repeated = float((clipped[1:] * clipped[:-1]).sum() / max(np.square(clipped).sum(), 1e-18))
     repeated = min(max(repeated, 0.0), 0.9)
-    return median, max(spread * np.sqrt((1 + repeated) / (1 - repeated)), _LEAST_SPREAD)
+    return median, max(spread * np.sqrt((1 + repeated) / (1 - repeated)), least)
 
 
 def _page(off: Float[np.ndarray, "answer"]) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from jaxroute.evaluation.statistics import Interval, student_t_975
 from jaxroute.evaluation.twin.drift import Drift, find_drift, paces, ratios
+from jaxroute.evaluation.twin.others import RATES, Stream, join
 from jaxroute.evaluation.twin.recorded import Recorded
 from jaxroute.evaluation.twin.servers import Servers, draw_lengths, fit_servers
 from jaxroute.evaluation.twin.simulate import Contender, Played, simulate
@@ -102,6 +103,9 @@ class Twin(NamedTuple):
     """With the pace of each block; None if nothing has changed."""
     drifts: tuple[Drift, ...]
     pace: Float[np.ndarray, "block server"]
+    """How many times as long everything takes."""
+    others: tuple[Stream, ...]
+    """Requests that seem to have come past the gateway."""
     policies: tuple[Judged, ...]
 
     @property
@@ -141,19 +145,30 @@ def judge(
     blocks = blocks_of(recorded)
     table = np.ones((blocks.max() + 1, len(recorded.servers)))
 
-    def play(contender: Contender | None, table: np.ndarray, *, forced: bool = False) -> Played:
-        return simulate(
-            recorded, contender, servers.site, site, log_length_error=log_length_error, output_tokens=lengths,
-            pace=table[blocks], forced=recorded.choice if forced else None, seed=seed,
-        )  # fmt: skip
+    streams: list[Stream] = []
+
+    def play(contender: Contender | None, *, forced: bool = False) -> Played:
+        joined = join(recorded, lengths, streams, seed + 2)
+        return joined.own_part(
+            simulate(
+                joined.recorded,
+                contender,
+                servers.site,
+                site,
+                log_length_error=log_length_error,
+                output_tokens=joined.lengths,
+                pace=table[blocks[np.maximum(np.cumsum(joined.own) - 1, 0)]],
+                forced=joined.recorded.choice if forced else joined.forced,
+                seed=seed,
+            )
+        )
 
     # Asking a policy takes nothing more, and what is compiled for it serves twice.
     anybody = contenders[0] if contenders and not recorded.refusals else None
     say("checking the fit on the rest")
-    done = play(anybody, table, forced=True)
-    values = ratios(recorded, done)
+    done = play(anybody, forced=True)
     plain = check(recorded, done, blocks, ~fitted)
-    drifts = find_drift(recorded, values, fitted)
+    drifts = find_drift(recorded, done, fitted)
     remedied = None
     if drifts:
         say("following what has changed")
@@ -162,22 +177,49 @@ def judge(
         plain = check(recorded, done, blocks, ~fitted & ~odd)
         for _ in range(_REMEDY_ROUNDS):
             table = table * paces(recorded, ratios(recorded, done), blocks, drifts, odd)
-            done = play(anybody, table, forced=True)
+            done = play(anybody, forced=True)
+        for drift in drifts:
+            # Is it slower, or do others use it? Whatever explains its times better.
+            since = float(recorded.arrival[drift.since])
+            there = (recorded.choice == drift.server) & odd & (recorded.arrival >= since)
+            own_rate = 2 * there.sum() / max(float(recorded.arrival[-1]) - since, 1.0)
+            as_fast = table.copy()
+            as_fast[:, drift.server] = 1.0
+            explained = [(_off(recorded, done, there), table, streams, done)]
+            before = streams
+            for times in RATES if drift.pace > 1 else ():
+                table, streams = as_fast, [*before, Stream(drift.server, since, times * own_rate)]
+                tried = play(anybody, forced=True)
+                explained.append((_off(recorded, tried, there), table, streams, tried))
+            _, table, streams, done = min(explained, key=lambda one: one[0])
         remedied = check(recorded, done, blocks, ~fitted & ~odd)
-    twin = Twin(recorded, fitted, servers, plain, remedied, tuple(drifts), table, ())
+    twin = Twin(recorded, fitted, servers, plain, remedied, tuple(drifts), table, tuple(streams), ())
     if recorded.refusals:
         return twin
     judged = []
     for contender in contenders:
         say(f"judging {contender.name}")
-        judged.append(_judged(twin, contender, play(contender, table), done, blocks))
+        judged.append(_judged(twin, contender, play(contender), done, blocks))
         agreement = None
         if (chosen := _choices_in_log(recorded, contender)) is not None:
-            preferred = play(contender, table, forced=True).preferred[0]
+            preferred = play(contender, forced=True).preferred[0]
             known = chosen >= 0
             agreement = float((preferred == chosen)[known].mean()) if known.any() else None
         judged[-1] = _with_verdict(twin, judged[-1]._replace(agreement=agreement))
     return twin._replace(policies=tuple(sorted(judged, key=lambda one: one.gain.mean, reverse=True)))
+
+
+def _off(recorded: Recorded, predicted: Played, there: Bool[np.ndarray, "request"]) -> float:
+    """How far off the times of some requests are, in logarithms: their tokens one by one, first tokens in the mean.
+
+    When others' requests come nobody knows, so that no single wait can be told, only how long they are.
+    """
+    known = there & np.isfinite(predicted.ttft[0]) & np.isfinite(recorded.ttft)
+    if not known.any():
+        return math.inf
+    tokens = np.nanmedian(np.abs(ratios(recorded, predicted)[known]))
+    first = recorded.ttft[known].mean() / predicted.ttft[0][known].mean()
+    return float(tokens) + abs(math.log(first))
 
 
 def blocks_of(recorded: Recorded) -> Int[np.ndarray, "request"]:
@@ -245,7 +287,7 @@ def changes(
         recorded, None, best, site, log_length_error=log_length_error, output_tokens=known[None],
         pace=np.ones(known.shape),
     )  # fmt: skip
-    found = find_drift(recorded, ratios(recorded, done), fitted)
+    found = find_drift(recorded, done, fitted)
     return [drift for drift in found if recorded.servers[drift.server] not in servers.why_not]
 
 

@@ -35,7 +35,11 @@ def verdict_lines(twin: Twin) -> list[str]:
         lines.append("There is no verdict on other policies.")
     for judged in twin.policies:
         lines.append(_sentence(judged, done))
-    return lines + [drift_line(twin.recorded, drift) for drift in twin.drifts]
+    lines += [drift_line(twin.recorded, drift) for drift in twin.drifts]
+    return lines + [
+        f"About {stream.rate:.2g} requests/s of others at {twin.recorded.servers[stream.server]} would explain it."
+        for stream in twin.others
+    ]
 
 
 def _sentence(judged: Judged, done: str) -> str:
@@ -51,6 +55,11 @@ def _sentence(judged: Judged, done: str) -> str:
 def drift_line(recorded: Recorded, drift: Any) -> str:
     """Say that a server has changed."""
     name = recorded.servers[drift.server]
+    if drift.kind == "queue":
+        return (
+            f"first tokens of {name} come {drift.pace:.1f} times as late since {time_of(recorded, drift.since)} as what "
+            f"went through the gateway explains, found within {drift.found_within} of its answers: do others use it?"
+        )
     change = f"{abs(drift.pace - 1):.0%} {'slower' if drift.pace > 1 else 'faster'}"
     return (
         f"{name} has been {change} since {time_of(recorded, drift.since)}, found within {drift.found_within} of its "
@@ -68,9 +77,8 @@ def time_of(recorded: Recorded, request: int) -> str:
 
 def undetermined_lines(twin: Twin) -> list[str]:
     """Say which coefficients of which servers the log does not determine."""
-    lines = [
-        f"{name}: not fitted, {why}; the fleet file's coefficients stand" for name, why in twin.servers.why_not.items()
-    ]
+    why_not = twin.servers.why_not
+    lines = [f"{name}: not fitted, {why}; the fleet file's coefficients stand" for name, why in why_not.items()]
     for name, fit in zip(twin.recorded.servers, twin.servers.fits, strict=True):
         if fit is not None:
             lines += [f"{name}: {what}, {why}" for what, why in fit.undetermined().items()]
@@ -205,6 +213,7 @@ def content(twin: Twin) -> dict[str, Any]:
             }
             for drift in twin.drifts
         ],
+        "others": [{**stream._asdict(), "server": recorded.servers[stream.server]} for stream in twin.others],
         "pace": {name: twin.pace[:, server] for server, name in enumerate(recorded.servers)},
         "policies": [judged(one) for one in twin.policies],
         "verdict": verdict_lines(twin),
