@@ -8,6 +8,8 @@ import json
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
+from serving import emulated
 
 import jaxroute
 from jaxroute.commands.calibrate import main
@@ -234,6 +236,34 @@ def test_a_mixture_of_experts():
     fit = calibrate(log, Limits(32, 2048, 0.0, 100_000, None), 0.5)
     for name, (measured, simulated) in fit.means.items():
         assert simulated == pytest.approx(measured, rel=0.08), name
+
+
+def test_a_probe_of_a_live_server(site, loop, tmp_path, capsys):
+    """The emulated server is timed by the wall clock, so that a busy machine blurs what is measured."""
+    patient = [dataclasses.replace(expert, max_waiting=None) for expert in site.experts]
+    fleet = emulated(dataclasses.replace(site, experts=patient), speed=1.0)
+    loop.run(fleet.start())
+    out = tmp_path / "mine.yaml"
+    options = ["--max-num-seqs", "4", "--probe-batch", "4", "--probe-tokens", "24", "--kv-capacity", "10082"]
+    try:
+        assert main(["--probe", fleet.urls[0], "--out", str(out), *options]) == 0
+        said = capsys.readouterr().out
+        assert main(["--probe", fleet.urls[0] + "/nothing", "--out", str(tmp_path / "other.yaml"), *options]) == 2
+        assert capsys.readouterr().err.startswith(f"error: --probe={fleet.urls[0]}/nothing")
+    finally:
+        loop.run(fleet.stop())
+    assert "mean TPOT" in said
+    (found,) = OmegaConf.load(out).experts
+    true = site.experts[0]
+    assert found.model == true.model
+    assert found.weight_load == pytest.approx(true.weight_load + true.iteration_overhead, rel=0.3)
+    assert found.compute_per_token == pytest.approx(true.compute_per_token, rel=0.5)
+
+
+def test_logs_or_a_probe(tmp_path, capsys):
+    for words in ([], ["log.csv", "--probe", "http://127.0.0.1:1/v1"]):
+        assert main([*words, "--out", str(tmp_path / "mine.yaml")]) == 2
+        assert "give logs, or --probe URL" in capsys.readouterr().err
 
 
 def test_draws_are_as_wide_as_what_is_known_and_trade_offs_are_told(log):

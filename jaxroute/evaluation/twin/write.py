@@ -57,8 +57,8 @@ def drift_line(recorded: Recorded, drift: Any) -> str:
     name = recorded.servers[drift.server]
     if drift.kind == "queue":
         return (
-            f"first tokens of {name} come {drift.pace:.1f} times as late since {time_of(recorded, drift.since)} as what "
-            f"went through the gateway explains, found within {drift.found_within} of its answers: do others use it?"
+            f"first tokens of {name} come {drift.pace:.1f} times as late since {time_of(recorded, drift.since)} as "
+            f"what went through the gateway explains, found within {drift.found_within} of its answers: do others use it?"
         )
     change = f"{abs(drift.pace - 1):.0%} {'slower' if drift.pace > 1 else 'faster'}"
     return (
