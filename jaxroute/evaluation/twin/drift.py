@@ -19,7 +19,7 @@ from jaxroute.evaluation.twin.simulate import Played
 
 # Allowance and limit of the sums, in spreads: without a change, an alarm comes by chance once in 10^4 answers or more.
 _ALLOWED, _LIMIT = 0.5, 8.0
-_LEAST_SPREADS = {"speed": 0.02, "queue": 0.1}
+_LEAST_SPREADS = {"speed": 0.02, "queue": 0.2}
 """What may change: how fast tokens come, and how long requests wait for the first."""
 _MOST = 2.5  # spreads that one answer counts at most: five are needed, however slow
 _FEWEST = 10

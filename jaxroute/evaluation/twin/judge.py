@@ -27,7 +27,7 @@ AGREE = 0.9
 _BLOCKS, _HOURLY = 12, 10 * 3600.0  # blocks of a log, unless it is longer than this, s: then hours
 _BEYOND, _MOST_BEYOND = 1.25, 0.1  # load beyond what was fitted to, and the share of requests that may meet it
 _UNFITTED = 0.05  # share of requests that may go to servers that were not fitted
-_REMEDY_ROUNDS = 3
+_REMEDY_ROUNDS, _MUCH_MORE = 3, 0.7
 
 BETTER, WORSE, EQUAL, REFUSED = "better", "worse", "no difference shown", "refused"
 
@@ -190,7 +190,8 @@ def judge(
             for times in RATES if drift.pace > 1 else ():
                 table, streams = as_fast, [*before, Stream(drift.server, since, times * own_rate)]
                 tried = play(anybody, forced=True)
-                explained.append((_off(recorded, tried, there), table, streams, tried))
+                # Others must explain much more: nobody has seen them.
+                explained.append((_off(recorded, tried, there) / _MUCH_MORE, table, streams, tried))
             _, table, streams, done = min(explained, key=lambda one: one[0])
         remedied = check(recorded, done, blocks, ~fitted & ~odd)
     twin = Twin(recorded, fitted, servers, plain, remedied, tuple(drifts), table, tuple(streams), ())

@@ -55,16 +55,14 @@ def _sentence(judged: Judged, done: str) -> str:
 def drift_line(recorded: Recorded, drift: Any) -> str:
     """Say that a server has changed."""
     name = recorded.servers[drift.server]
+    since, answers = time_of(recorded, drift.since), f"found within {drift.found_within} of its answers"
     if drift.kind == "queue":
         return (
-            f"first tokens of {name} come {drift.pace:.1f} times as late since {time_of(recorded, drift.since)} as "
-            f"what went through the gateway explains, found within {drift.found_within} of its answers: do others use it?"
+            f"first tokens of {name} come {drift.pace:.1f} times as late since {since} as what came by the gateway "
+            f"explains, {answers}: do others use it?"
         )
     change = f"{abs(drift.pace - 1):.0%} {'slower' if drift.pace > 1 else 'faster'}"
-    return (
-        f"{name} has been {change} since {time_of(recorded, drift.since)}, found within {drift.found_within} of its "
-        "answers: calibrate it and train again."
-    )
+    return f"{name} has been {change} since {since}, {answers}: calibrate it and train again."
 
 
 def time_of(recorded: Recorded, request: int) -> str:
