@@ -102,6 +102,9 @@ def _change(
         return None
     least = _LEAST_SPREADS[kind]
     usual, spread = _usual(values[before], least)
+    if kind == "queue":
+        # Most requests wait for nothing, and a few for long.
+        spread = max(spread, float(values[before].std()))
     off = np.clip((values[after] - usual) / spread, -_MOST, _MOST)
     for sign in (1, -1):
         alarm = _page(sign * off)

@@ -158,7 +158,7 @@ def judge(
                 log_length_error=log_length_error,
                 output_tokens=joined.lengths,
                 pace=table[blocks[np.maximum(np.cumsum(joined.own) - 1, 0)]],
-                forced=joined.recorded.choice if forced else joined.forced,
+                forced=np.where(joined.forced < 0, joined.recorded.choice, joined.forced) if forced else joined.forced,
                 seed=seed,
             )
         )
@@ -219,7 +219,7 @@ def _off(recorded: Recorded, predicted: Played, there: Bool[np.ndarray, "request
     if not known.any():
         return math.inf
     tokens = np.nanmedian(np.abs(ratios(recorded, predicted)[known]))
-    first = recorded.ttft[known].mean() / predicted.ttft[0][known].mean()
+    first = recorded.ttft[known].mean() / np.nanmean(predicted.ttft[:, known])
     return float(tokens) + abs(math.log(first))
 
 
@@ -254,7 +254,7 @@ def _time_of(recorded: Recorded, block: Bool[np.ndarray, "request"]) -> str:
 
 def _compared(recorded: Recorded, predicted: Played, chosen: Bool[np.ndarray, "request"], name: str) -> Compared:
     measured = latencies(recorded.ttft, recorded.latency, recorded.output_tokens)
-    expected = latencies(predicted.ttft[0], predicted.latency[0], recorded.output_tokens)
+    expected = latencies(_mean(predicted.ttft), _mean(predicted.latency), recorded.output_tokens)
 
     def pair(one: Any, other: Any) -> Pair:
         both = chosen & np.isfinite(one) & np.isfinite(other)
@@ -264,8 +264,8 @@ def _compared(recorded: Recorded, predicted: Played, chosen: Bool[np.ndarray, "r
     return Compared(
         name,
         int(chosen.sum()),
-        pair(recorded.measured_qos, predicted.qos[0]),
-        pair(recorded.measured_in_time.astype(float), predicted.in_time[0].astype(float)),
+        pair(recorded.measured_qos, predicted.qos.mean(0)),
+        pair(recorded.measured_in_time.astype(float), predicted.in_time.mean(0)),
         pair(measured.ttft, expected.ttft),
         pair(measured.tpot * long, expected.tpot * long),
         pair(measured.e2e, expected.e2e),
@@ -290,6 +290,12 @@ def changes(
     )  # fmt: skip
     found = find_drift(recorded, done, fitted)
     return [drift for drift in found if recorded.servers[drift.server] not in servers.why_not]
+
+
+def _mean(values: Float[np.ndarray, "draw request"]) -> Float[np.ndarray, "request"]:
+    """Mean over the draws in which there was an answer; nan where there was none in any."""
+    known = np.isfinite(values)
+    return np.where(known, values, 0.0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
 
 # --- Policies -----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ _TIMES = ("weight_load", "compute_per_token", "decode_per_seq", "attention_per_t
 _DRAWN = (*_TIMES, "network_delay")
 _FEWEST_LENGTHS = 20
 # Answers of about the same predicted length: a sixth of a server's, and as many at least.
-_NEAR, _FEWEST_NEAR = 6, 10
+_NEAR, _FEWEST_NEAR = 6, 8
 
 
 class Servers(NamedTuple):
@@ -120,11 +120,13 @@ def draw_lengths(recorded: Recorded, servers: Servers, draws: int, seed: int) ->
         for draw in range(draws):
             sample = rng.choice(answers, len(answers))
             sample = sample[np.argsort(predicted[sample], kind="stable")]
-            place = np.searchsorted(predicted[sample], predicted) + rng.integers(
-                -near // 2, near // 2 + 1, len(predicted)
-            )
+            # A window of neighbours, which is whole at both ends too.
+            middle = np.clip(np.searchsorted(predicted[sample], predicted), near // 2, len(sample) - near // 2 - 1)
+            place = middle + rng.integers(-(near // 2), near // 2 + 1, len(predicted))
             like = sample[np.clip(place, 0, len(sample) - 1)]
             lengths[draw, :, server] = predicted * recorded.output_tokens[like] / predicted[like]
+        # Nobody has seen it answer at greater length; it may be bound to stop.
+        lengths[:, :, server] = np.minimum(lengths[:, :, server], recorded.output_tokens[answers].max())
     room = np.asarray(servers.site.kv_capacity)[0] - recorded.prompt_tokens[:, None]
     whole = np.clip(np.rint(lengths), 1, np.maximum(room, 1)).astype(int)
     rows = np.flatnonzero(recorded.answered)

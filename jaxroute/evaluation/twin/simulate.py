@@ -69,8 +69,6 @@ class _Rows(NamedTuple):
     quality: Float[Any, "step server"]
     predicted_tokens: Float[Any, "step server"]
     limits: Limits
-    forced: Int[Any, "step"]
-    """The choice that was made; -1 leaves it to the policy."""
     must_stay: Bool[Any, "step"]
     pace: Float[Any, "step server"]
     """How many times as long everything takes at each server."""
@@ -92,7 +90,7 @@ def simulate(
     log_length_error: Float[np.ndarray, "server"],
     output_tokens: Int[np.ndarray, "draw request server"],
     pace: Float[np.ndarray, "request server"],
-    forced: Int[np.ndarray, "request"] | None = None,
+    forced: Int[np.ndarray, "*draw request"] | None = None,
     seed: int = 0,
 ) -> Played:
     """Play a log.
@@ -105,7 +103,7 @@ def simulate(
         log_length_error: of the predicted lengths, as the contender believes it.
         output_tokens: of each server's answers.
         pace: how many times as long everything takes, by request.
-        forced: what is chosen, whatever the contender would; -1 leaves it to the contender, and so does None.
+        forced: what is chosen, whatever the contender would; N: nobody; -1, or None, leaves it to the contender.
         seed: of policies that draw.
     """
     if forced is None:
@@ -125,10 +123,11 @@ def simulate(
         quality=filled(recorded.quality).astype(np.float32),
         predicted_tokens=filled(recorded.predicted_tokens).astype(np.float32),
         limits=Limits(*(None if limit is None else filled(limit).astype(np.float32) for limit in recorded.limits)),
-        forced=filled(forced, num_servers).astype(np.int32),
         must_stay=filled(~recorded.may_decline),
         pace=filled(pace).astype(np.float32),
     )
+    choices = np.broadcast_to(forced, (len(output_tokens), number))
+    choices = np.pad(choices, ((0, 0), (0, fill)), constant_values=num_servers).astype(np.int32)
     outputs = np.concatenate([output_tokens, np.ones((len(output_tokens), fill, num_servers), int)], axis=1)
     away = contender is not None and contender.away
     policy = contender.policy if contender is not None else _NOBODY
@@ -139,7 +138,7 @@ def simulate(
         env = EdgeRouting(num_servers, slots, _recorded_gap, away=away)
         params = _params(site, rows, rate, log_length_error)
         played = _play(
-            env, policy.act, policy.params, policy.memory, params, believed, rows, outputs.astype(np.int32),
+            env, policy.act, policy.params, policy.memory, params, believed, rows, choices, outputs.astype(np.int32),
             jax.random.key(seed),
         )  # fmt: skip
         choice, preferred, ttft, latency, in_flight, busy, overflowed = map(np.asarray, played)
@@ -220,6 +219,7 @@ def _play(
     params: EnvParams,
     believed: Site,
     rows: _Rows,
+    choices: Int[Array, "draw step"],
     outputs: Int[Array, "draw step server"],
     key: PRNGKeyArray,
 ) -> tuple[Array, ...]:
@@ -232,7 +232,7 @@ def _play(
         arrivals = params.arrivals._replace(shape=gap * params.rate[0])
         return params._replace(site=site, bank=bank, limits=alone.limits, arrivals=arrivals)
 
-    def one(site: Site, output: Array) -> tuple[Array, ...]:
+    def one(site: Site, forced: Array, output: Array) -> tuple[Array, ...]:
         first = jax.tree.map(lambda column: column[0], rows)
         obs, state = env.reset(key, of_step(first, output[0], jnp.float32(0.0), believed))
         following = jax.tree.map(lambda column: jnp.roll(column, -1, axis=0), rows)
@@ -240,10 +240,10 @@ def _play(
 
         def step(carry: Any, given: Any) -> Any:
             obs, state, memory, table = carry
-            number, row, next_row, next_output = given
+            number, row, choice, next_row, next_output = given
             preferred, memory = act(policy_params, obs, jax.random.fold_in(key, number), memory)
             preferred = jnp.where(row.must_stay & (preferred == num_servers), _best_expert(obs), preferred)
-            action = jnp.where(row.forced == _POLICY, preferred, row.forced)
+            action = jnp.where(choice == _POLICY, preferred, choice)
             now = site._replace(
                 **{name: getattr(site, name) * row.pace for name in _TIMES},
             )
@@ -261,14 +261,14 @@ def _play(
 
         numbers = jnp.arange(num_steps)
         carry = obs, state, jax.tree.map(jnp.asarray, memory), table
-        given = numbers, rows, following, jnp.roll(output, -1, axis=0)
+        given = numbers, rows, forced, following, jnp.roll(output, -1, axis=0)
         (_, _, _, table), (chosen, preferred, in_flight, busy, overflowed) = jax.lax.scan(step, carry, given)
         return (
             chosen, preferred, table.ttft[:num_steps], table.latency[:num_steps], in_flight, busy,
             overflowed.sum(),
         )  # fmt: skip
 
-    return jax.vmap(one)(params.site, outputs)
+    return jax.vmap(one)(params.site, choices, outputs)
 
 
 _TIMES = ("iteration_overhead", "weight_load", "compute_per_token", "decode_per_seq", "attention_per_token")

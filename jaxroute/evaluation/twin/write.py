@@ -58,8 +58,8 @@ def drift_line(recorded: Recorded, drift: Any) -> str:
     since, answers = time_of(recorded, drift.since), f"found within {drift.found_within} of its answers"
     if drift.kind == "queue":
         return (
-            f"first tokens of {name} come {drift.pace:.1f} times as late since {since} as what came by the gateway "
-            f"explains, {answers}: do others use it?"
+            f"first tokens of {name} have come {drift.pace:.1f} times as late as the gateway's own requests explain "
+            f"since {since}, {answers}: do others use it?"
         )
     change = f"{abs(drift.pace - 1):.0%} {'slower' if drift.pace > 1 else 'faster'}"
     return f"{name} has been {change} since {since}, {answers}: calibrate it and train again."
