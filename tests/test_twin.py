@@ -143,7 +143,7 @@ def test_others_at_a_server_are_seen_by_late_first_tokens(traffic):
     _, _, log = traffic
     fitted = np.arange(NUM_REQUESTS) < NUM_REQUESTS // 2
     early = played_like(log)
-    late = np.where((log.choice == 0) & (np.arange(NUM_REQUESTS) >= 140), 0.3, 1.0)
+    late = np.where((log.choice == 0) & (np.arange(NUM_REQUESTS) >= 120), 0.3, 1.0)
     (drift,) = find_drift(
         log, early._replace(ttft=early.ttft * late, latency=early.latency - early.ttft * (1 - late)), fitted
     )

@@ -21,7 +21,10 @@ from jaxroute.evaluation.twin.simulate import Played
 _ALLOWED, _LIMIT = 0.5, 8.0
 _LEAST_SPREADS = {"speed": 0.02, "queue": 0.2}
 """What may change: how fast tokens come, and how long requests wait for the first."""
-_MOST = 2.5  # spreads that one answer counts at most: five are needed, however slow
+# Spreads that one answer counts at most: five slow ones are needed, however slow, or sixteen that waited, as one busy
+# spell makes many wait.
+_MOST = {"speed": 2.5, "queue": 1.0}
+_OUTLIER = 2.5  # spreads that an error counts at most when it is asked whether errors repeat
 _FEWEST = 10
 
 
@@ -105,7 +108,7 @@ def _change(
     if kind == "queue":
         # Most requests wait for nothing, and a few for long.
         spread = max(spread, float(values[before].std()))
-    off = np.clip((values[after] - usual) / spread, -_MOST, _MOST)
+    off = np.clip((values[after] - usual) / spread, -_MOST[kind], _MOST[kind])
     for sign in (1, -1):
         alarm = _page(sign * off)
         if alarm is None:
@@ -153,7 +156,7 @@ def _usual(values: Float[np.ndarray, "answer"], least: float) -> tuple[float, fl
     median = float(np.median(values))
     off = values - median
     spread = 1.4826 * float(np.median(np.abs(off)))
-    clipped = np.clip(off, -_MOST * max(spread, 1e-9), _MOST * max(spread, 1e-9))
+    clipped = np.clip(off, -_OUTLIER * max(spread, 1e-9), _OUTLIER * max(spread, 1e-9))
     repeated = float((clipped[1:] * clipped[:-1]).sum() / max(np.square(clipped).sum(), 1e-18))
     repeated = min(max(repeated, 0.0), 0.9)
     return median, max(spread * np.sqrt((1 + repeated) / (1 - repeated)), least)
