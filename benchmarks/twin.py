@@ -254,13 +254,13 @@ def trouble(emulated: Emulated, make: Any, num_logs: int) -> list[dict[str, Any]
     for seed in range(num_logs):
         log, change = make(emulated, seed)
         twin = judge(log, [rule("shortest_queue")], emulated.site, emulated.bank.log_length_error, seed=seed)
-        found = [drift for drift in twin.drifts if drift.server == SERVER and drift.found >= change]
-        there = np.flatnonzero(log.choice == SERVER)
+        # By the time of the ends: an answer that began before the change tells of it too.
+        ends, since = log.arrival + log.latency, log.arrival[change]
+        found = [drift for drift in twin.drifts if drift.server == SERVER and ends[drift.found] >= since]
         row: dict[str, Any] = {"found": bool(found), "false": len(twin.drifts) - len(found)}
         if found:
-            at = log.arrival[found[0].found] + log.latency[found[0].found]
-            ended = (log.arrival + log.latency)[there[there >= change]]
-            row |= {"answers": int((ended <= at).sum()), "pace": found[0].pace}
+            between = (log.choice == SERVER) & (ends >= since) & (ends <= ends[found[0].found])
+            row |= {"answers": int(between.sum()), "pace": found[0].pace}
         for name, check in (("plain", twin.plain), ("remedied", twin.check)):
             server = next(part for part in check.servers if part.name == emulated.servers[SERVER])
             row |= {
