@@ -93,6 +93,15 @@ def test_command(log, tmp_path, capsys, monkeypatch):
     assert "exists already" in capsys.readouterr().err
 
 
+def test_requests_before_a_time_are_left_out(log, tmp_path):
+    path = tmp_path / "served.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows_of(log))))
+    since = float(log.arrival_time[50])
+    later = read_log(path, since)
+    assert len(later.ttft) == NUM_REQUESTS - 50
+    np.testing.assert_allclose(later.latency, log.latency[50:])
+
+
 def test_vllm_benchmark_results(tmp_path):
     result = {
         "start_times": [100.0 + number for number in range(40)] + [140.0],
