@@ -44,7 +44,7 @@ def scenario():
     counts = {"max_num_seqs": SEATS, "max_waiting": WAITING}
     site = params.site._replace(**{name: jnp.full(NUM_EXPERTS, value, jnp.int32) for name, value in counts.items()})
     outages = OutageParams(mean_uptime=jnp.float32(UPTIME), mean_downtime=jnp.float32(DOWNTIME))
-    params = params._replace(site=site, outages=outages, refresh_interval=jnp.float32(REFRESH))
+    params = params._replace(site=site, outages=outages, refresh_interval=jnp.full(2, REFRESH))
     return dataclasses.replace(env, num_slots=SEATS + WAITING), params
 
 

@@ -69,7 +69,7 @@ class Proxy:
         self.servers = [Server(entry) for entry in fleet.experts]
         self.cloud = None if fleet.cloud is None else Server(fleet.cloud)
         self.names = names_of(fleet)
-        self.health = Health(self.servers, fleet.health, self.session, self._server_changed)
+        self.health = Health(self.servers, fleet.health, self.session, self._server_changed, self._gauges_read)
         for number, name in enumerate(self.names):
             self.metrics.up.labels(name).set(policies.router.up[number])
 
@@ -94,6 +94,20 @@ class Proxy:
             if not exchange.started and exchange.task is not None:
                 exchange.evicted = True
                 exchange.task.cancel()
+
+    def _gauges_read(self, number: int, found: dict[str, float]) -> None:
+        """Let the router know of requests that came past this gateway."""
+        router = self.policies.router
+        if "running" not in found or not router.up[number]:
+            return
+        share = found.get("kv_share")
+        router.gauges(
+            number,
+            now=self.clock.now(),
+            running=int(found["running"]),
+            waiting=int(found.get("waiting", 0)),
+            kv_tokens=None if share is None else share * self.policies.around.site.experts[number].kv_capacity,
+        )
 
     # --- One request ---------------------------------------------------------------------------------------
 
