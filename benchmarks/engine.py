@@ -38,7 +38,12 @@ from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.serving import Site, SiteState, SlotStatus, advance, can_accept, enqueue, slot_status
 
 # Scenario and requests/s, by site.
-_BUSY = {"edge3": ("edge3-poisson", 5.0), "edge6": ("edge-poisson", 10.0), "edge16": ("edge16-poisson", 27.0)}
+_BUSY = {
+    "edge3": ("edge3-poisson", 5.0),
+    "edge6": ("edge-poisson", 10.0),
+    "edge16": ("edge16-poisson", 27.0),
+    "rack4": ("rack4-poisson", 150.0),
+}
 
 # Requests/s by number of seats; beyond, seats are not what bounds a server.
 _SEATS = {12: 10.0, 48: 36.0, 192: 100.0, 768: 200.0}
