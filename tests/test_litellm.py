@@ -220,7 +220,7 @@ def test_threads_are_refused(servers, tmp_path):
         of.router.get_available_deployment("auto", messages=MESSAGES, request_kwargs={})
 
 
-def test_the_proxy_uses_it(loop, servers, tmp_path):
+def test_the_proxy_uses_it(servers, tmp_path):
     pytest.importorskip("litellm.proxy.proxy_server", reason="litellm[proxy] is not installed")
     write_fleet(tmp_path / "fleet.yaml", fleet_options(servers.urls, MODELS, speed=20.0, policy="round_robin"))
     config = {
@@ -263,11 +263,12 @@ def test_the_proxy_uses_it(loop, servers, tmp_path):
             async with session.post(f"{url}/v1/chat/completions", json=body, headers=headers) as response:
                 assert response.status == 400
                 assert "no class 'gold'" in await response.text()
-        while len(read_decisions(tmp_path / "decisions.jsonl").records) < 3:
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(WAIT):
+            while len(read_decisions(tmp_path / "decisions.jsonl").records) < 3:
+                await asyncio.sleep(0.05)
 
     try:
-        loop.run(run())
+        asyncio.run(run())  # without the limit of other tests: the proxy may need a minute to start
     finally:
         process.terminate()
         process.wait()
