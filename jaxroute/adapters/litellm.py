@@ -19,7 +19,7 @@ import collections
 import itertools
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -280,7 +280,7 @@ class RoutingStrategy(CustomLogger, CustomRoutingStrategyBase):
 
     async def async_post_call_streaming_iterator_hook(
         self, user_api_key_dict: Any, response: Any, request_data: dict[str, Any]
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """Pass on a stream of LiteLLM's proxy, and see whether its client leaves."""
         whole = False
         try:

@@ -37,7 +37,7 @@ def build_app(proxy: Proxy, live: Live) -> Callable[[Scope, Receive, Send], Awai
         Route("/v1/completions", _Completions(proxy, chat=False), methods=["POST"]),
         Route("/v1/models", _models(proxy)),
         Route("/health", _health(proxy)),
-        Route("/metrics", _metrics(proxy, live)),
+        Route("/metrics", _metrics(proxy)),
         Route("/decisions/{request_id}", _decision(live)),
         Route("/events", _Events(live, proxy)),
         Route("/", _page),
@@ -199,9 +199,9 @@ def _health(proxy: Proxy) -> Callable[[Request], Awaitable[Response]]:
     return health
 
 
-def _metrics(proxy: Proxy, live: Live) -> Callable[[Request], Awaitable[Response]]:
+def _metrics(proxy: Proxy) -> Callable[[Request], Awaitable[Response]]:
     async def metrics(request: Request) -> Response:
-        live.update_gauges()
+        proxy.update_gauges(proxy.health.polled)
         return Response(proxy.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return metrics

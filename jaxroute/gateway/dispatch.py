@@ -224,6 +224,17 @@ class Dispatcher:
             exchange.at_router = False
         return lost
 
+    def update_gauges(self, polled: Sequence[dict[str, float]]) -> None:
+        """Set what Prometheus sees of the experts; `polled` is what each one's own metrics say, as far as they do."""
+        loads = self.policies.router.loads
+        for number, (name, told) in enumerate(zip(self.names, polled, strict=True)):
+            self.metrics.running.labels(name).set(int(loads.running[number]))
+            self.metrics.waiting.labels(name).set(int(loads.waiting[number]))
+            if "running" in told:
+                there = told["running"] + told.get("waiting", 0)
+                ours = int(loads.running[number] + loads.waiting[number])
+                self.metrics.foreign.labels(name).set(max(there - ours, 0))
+
 
 def names_of(fleet: Fleet) -> list[str]:
     """Return how log, metrics and page call each expert: by its LLM, and a number where several serve the same."""

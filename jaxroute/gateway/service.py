@@ -68,7 +68,7 @@ class Gateway:
         # Log and policy have threads of their own: the loop must not wait 5 ms for its turn.
         sys.setswitchinterval(_SWITCH_INTERVAL)
         host, port = self.fleet.address
-        self._socket = _listen(host, port)
+        self._socket = listen(host, port)
         recorder = Recorder(self.fleet.log, self._folder, self._policies.assessor)
         self._session = client_session(self.fleet.limits)
         metrics = Metrics()
@@ -160,7 +160,12 @@ class Gateway:
         await self.stop()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        UserError: the address is in use, or none of this machine's.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         # With the protocol named: asyncio sets TCP_NODELAY on no other, and every first token would come 40 ms late.
