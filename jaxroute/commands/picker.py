@@ -20,6 +20,7 @@ from jaxroute.commands.fleets import load_fleet
 from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
 from jaxroute.gateway.fleet import address_of
+from jaxroute.gateway.service import run_loop
 
 if TYPE_CHECKING:
     from jaxroute.adapters.ext_proc import EndpointPicker
@@ -58,7 +59,7 @@ def _picker(options: argparse.Namespace, console: Console) -> None:
     certificate = _certificate(options.certificate, options.key)
     pages = None if options.http is None else address_of("--http", options.http)
     picker = EndpointPicker(fleet, policies, options.fleet.parent)
-    asyncio.run(_run(picker, fleet.address, certificate, pages, console))
+    run_loop(_run(picker, fleet.address, certificate, pages, console))
 
 
 def _certificate(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:

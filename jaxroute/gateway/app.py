@@ -32,9 +32,12 @@ _UPDATES = 1.0  # s between two updates of the live page
 
 def build_app(proxy: Proxy, live: Live) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
     """Return the application."""
+    completions = {
+        "/v1/chat/completions": _Completions(proxy, chat=True),
+        "/v1/completions": _Completions(proxy, chat=False),
+    }
     routes = [
-        Route("/v1/chat/completions", _Completions(proxy, chat=True), methods=["POST"]),
-        Route("/v1/completions", _Completions(proxy, chat=False), methods=["POST"]),
+        *(Route(path, endpoint, methods=["POST"]) for path, endpoint in completions.items()),
         Route("/v1/models", _models(proxy)),
         Route("/health", _health(proxy)),
         Route("/metrics", _metrics(proxy)),
@@ -48,14 +51,16 @@ def build_app(proxy: Proxy, live: Live) -> Callable[[Scope, Receive, Send], Awai
         message = f"{request.method} {request.url.path} is not served here"
         return Response(RefusalError(status, message, "not_found").body, status, media_type="application/json")
 
-    return _Guarded(Starlette(routes=routes, exception_handlers={404: not_found, 405: not_found}), proxy)
+    app = Starlette(routes=routes, exception_handlers={404: not_found, 405: not_found})
+    return _Guarded(app, completions, proxy)
 
 
 class _Guarded:
     """Lets in whoever has a key, if the fleet file lists any; everybody may ask for `/health`."""
 
-    def __init__(self, app: Starlette, proxy: Proxy) -> None:
-        self._app, self._proxy = app, proxy
+    def __init__(self, app: Starlette, quick: dict[str, _Completions], proxy: Proxy) -> None:
+        """`quick` has the pages, by path, whose requests need not pass through the layers of `app`."""
+        self._app, self._quick, self._proxy = app, quick, proxy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         keys = self._proxy.fleet.keys
@@ -63,7 +68,8 @@ class _Guarded:
             self._proxy.metrics.refused.labels("invalid_api_key").inc()
             await send_refusal(send, RefusalError(401, "the API key is missing or wrong", "invalid_api_key"))
             return
-        await self._app(scope, receive, send)
+        direct = self._quick.get(scope["path"]) if scope.get("method") == "POST" else None
+        await (direct or self._app)(scope, receive, send)
 
 
 def _has_key(scope: Scope, digests: list[str]) -> bool:

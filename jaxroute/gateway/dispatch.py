@@ -130,8 +130,10 @@ class Dispatcher:
         return place
 
     def first_token(self, exchange: Exchange) -> None:
-        """The first token of its answer has come."""
-        now = exchange.first_token = self.clock.now()
+        """Tell the router that the first token of its answer has come."""
+        now = self.clock.now()
+        if exchange.first_token is None:
+            exchange.first_token = now
         if exchange.at_router:
             exchange.router.first_token(exchange.id, now=now)
 

@@ -184,23 +184,28 @@ class Proxy(Dispatcher):
             hide_usage=added,
             characters_per_token=self.characters_per_token,
         )
-        held = b""
+        held, told = b"", False
         while data := await parts(response, bounds.idle_s if tally.has_content else bounds.first_byte_s):
             held += tally.feed(data)
             if not tally.has_content:
                 if tally.error is not None:
                     raise UpstreamError(tally.error[:200], is_fault=True)
                 continue
-            if exchange.first_token is None:
+            if not exchange.started:
                 await self._begin(exchange, response, send)
-            self.progress(exchange, tally.output_tokens)
             if held:
                 await self._send(send, {"type": "http.response.body", "body": held, "more_body": True})
                 held = b""
+            # The router learns after the client, who waits.
+            if not told:
+                told = True
+                self.first_token(exchange)
+            if not tally.is_whole:
+                self.progress(exchange, tally.output_tokens)
         held += tally.rest()
         if not tally.is_whole:
             raise UpstreamError("the answer ended early", is_fault=True)
-        if exchange.first_token is None:
+        if not exchange.started:
             await self._begin(exchange, response, send)
         await self._send(send, {"type": "http.response.body", "body": held})
         if tally.error is not None:
@@ -212,7 +217,7 @@ class Proxy(Dispatcher):
 
     async def _begin(self, exchange: Exchange, response: aiohttp.ClientResponse, send: Send) -> None:
         """The first token has come: begin the answer."""
-        self.first_token(exchange)
+        exchange.first_token = self.clock.now()
         explained = await self._explanation(exchange)
         await self._start(exchange, response.status, answer_headers(response), send)
         if explained:
@@ -262,6 +267,7 @@ class Proxy(Dispatcher):
         decision = exchange.decision
         if not exchange.demand.explain or decision is None:
             return b""
+        self.recorder.hurry()
         await asyncio.wrap_future(decision.assessment)
         return json.dumps(self.record(exchange)).encode()
 
