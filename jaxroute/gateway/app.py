@@ -22,6 +22,7 @@ from starlette.routing import Route
 from jaxroute.gateway.demand import RefusalError, read_demand
 from jaxroute.gateway.fleet import AUTO
 from jaxroute.gateway.live import PAGE, Live
+from jaxroute.gateway.openapi import page
 from jaxroute.gateway.proxy import Proxy, Send, send_refusal
 
 Scope = MutableMapping[str, Any]
@@ -43,13 +44,16 @@ def build_app(proxy: Proxy, live: Live) -> Callable[[Scope, Receive, Send], Awai
         Route("/metrics", _metrics(proxy)),
         Route("/decisions/{request_id}", _decision(live)),
         Route("/events", _Events(live, proxy)),
+        Route("/openapi.json", _openapi(proxy)),
         Route("/", _page),
     ]
 
     async def not_found(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
         message = f"{request.method} {request.url.path} is not served here"
-        return Response(RefusalError(status, message, "not_found").body, status, media_type="application/json")
+        body = RefusalError(status, message, "not_found").body
+        # Of a method that is not allowed, those that are.
+        return Response(body, status, getattr(error, "headers", None), media_type="application/json")
 
     app = Starlette(routes=routes, exception_handlers={404: not_found, 405: not_found})
     return _Guarded(app, completions, proxy)
@@ -175,6 +179,13 @@ class _Events:
             await send({"type": "http.response.body", "body": b""})
         finally:
             gone.cancel()
+
+
+def _openapi(proxy: Proxy) -> Callable[[Request], Awaitable[Response]]:
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(page(proxy.fleet))
+
+    return openapi
 
 
 async def _page(request: Request) -> Response:

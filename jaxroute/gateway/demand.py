@@ -173,10 +173,10 @@ def _limits(headers: Mapping[str, str]) -> Limits | None:
     given: dict[str, float] = {}
     for header, name in LIMIT_HEADERS.items():
         if header in headers and name not in given:
-            limit = _number(header, headers[header])
+            limit = _number(header, headers[header]) / 1000
             if not 0 < limit < math.inf:
                 raise RefusalError(400, f"{header}={headers[header]} must be above 0, in ms", "invalid_limit")
-            given[name] = limit / 1000
+            given[name] = limit
     return Limits(**given) if given else None
 
 
