@@ -10,7 +10,7 @@ from jaxroute.gateway.fleet import AUTO, Fleet
 
 _ANY = {"description": "Passed on to the server as it is."}
 _FLAG = {"type": "string", "enum": ["0", "1", "false", "true"]}
-_NUMBERS = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(,[0-9]+(\.[0-9]+)?)*$"}
+_QUALITY, _TOKENS = r"(0(\.[0-9]{1,6})?|1)", r"[1-9][0-9]{0,6}(\.[0-9]{1,6})?"
 
 _ERROR = {
     "type": "object",
@@ -97,9 +97,9 @@ def _completions(what: str, content: dict[str, Any], fleet: Fleet) -> dict[str, 
     }
     own = {
         "x-jaxroute-class": {"enum": list(fleet.classes), "default": fleet.usual_class},
-        **{name: {"type": "number", "exclusiveMinimum": 0} for name in LIMIT_HEADERS},
-        "x-jaxroute-quality": _NUMBERS,
-        "x-jaxroute-tokens": _NUMBERS,
+        **{name: {"type": "number", "minimum": 0.001} for name in LIMIT_HEADERS},
+        "x-jaxroute-quality": _numbers(_QUALITY, fleet),
+        "x-jaxroute-tokens": _numbers(_TOKENS, fleet),
         "x-jaxroute-local-only": _FLAG,
         "x-jaxroute-explain": _FLAG,
     }
@@ -115,6 +115,12 @@ def _completions(what: str, content: dict[str, Any], fleet: Fleet) -> dict[str, 
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
         "responses": {"200": answer, **{status: _error(status) for status in _ERRORS}},
     }
+
+
+def _numbers(number: str, fleet: Fleet) -> dict[str, Any]:
+    """Return the schema of a prediction: a number, or one for each expert and one for the cloud if there is one."""
+    others = len(fleet.experts) - 1 + (fleet.cloud is not None)
+    return {"type": "string", "pattern": f"^{number}((,{number}){{{others}}})?$"}
 
 
 def _get(
