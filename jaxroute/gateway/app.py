@@ -33,20 +33,6 @@ _UPDATES = 1.0  # s between two updates of the live page
 
 def build_app(proxy: Proxy, live: Live) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
     """Return the application."""
-    completions = {
-        "/v1/chat/completions": _Completions(proxy, chat=True),
-        "/v1/completions": _Completions(proxy, chat=False),
-    }
-    routes = [
-        *(Route(path, endpoint, methods=["POST"]) for path, endpoint in completions.items()),
-        Route("/v1/models", _models(proxy)),
-        Route("/health", _health(proxy)),
-        Route("/metrics", _metrics(proxy)),
-        Route("/decisions/{request_id}", _decision(live)),
-        Route("/events", _Events(live, proxy)),
-        Route("/openapi.json", _openapi(proxy)),
-        Route("/", _page),
-    ]
 
     async def not_found(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
@@ -55,8 +41,25 @@ def build_app(proxy: Proxy, live: Live) -> Callable[[Scope, Receive, Send], Awai
         # Of a method that is not allowed, those that are.
         return Response(body, status, getattr(error, "headers", None), media_type="application/json")
 
+    routes = routes_of(proxy, live)
     app = Starlette(routes=routes, exception_handlers={404: not_found, 405: not_found})
+    completions = {route.path: route.endpoint for route in routes if isinstance(route.endpoint, _Completions)}
     return _Guarded(app, completions, proxy)
+
+
+def routes_of(proxy: Proxy, live: Live) -> list[Route]:
+    """Return the pages; `jaxroute.gateway.openapi` describes each."""
+    return [
+        Route("/v1/chat/completions", _Completions(proxy, chat=True), methods=["POST"]),
+        Route("/v1/completions", _Completions(proxy, chat=False), methods=["POST"]),
+        Route("/v1/models", _models(proxy)),
+        Route("/health", _health(proxy)),
+        Route("/metrics", _metrics(proxy)),
+        Route("/decisions/{request_id}", _decision(live)),
+        Route("/events", _Events(live, proxy), methods=["GET"]),
+        Route("/openapi.json", _openapi(proxy)),
+        Route("/", _page),
+    ]
 
 
 class _Guarded:
