@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
+import yaml
 from aiohttp import web
 from serving import MODELS, OddServer, begin_stream, chat, emulated, fleet_options, write_fleet
 
@@ -17,7 +20,7 @@ from jaxroute.decisions import read_decisions
 for package in ("envoy_data_plane", "grpc"):
     pytest.importorskip(package, reason=f"{package} is not installed; it comes with jaxroute[ext-proc]")
 import grpc  # noqa: E402
-from envoy import Envoy  # noqa: E402
+from envoy import Envoy, Mode  # noqa: E402
 
 from jaxroute.adapters.ext_proc import (  # noqa: E402
     DESTINATION,
@@ -222,3 +225,31 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, options, words, message
     assert main([str(fleet), *words]) == 2
     error = capsys.readouterr().err
     assert message in error.replace("\n", " ")
+
+
+def test_the_documented_configuration_is_envoys():
+    # Any field that Envoy's own messages do not have is an error. What is inside an Any is read by its type.
+    for name in (
+        "extensions.filters.network.http_connection_manager.v3",
+        "extensions.filters.http.router.v3",
+        "extensions.upstreams.http.v3",
+    ):
+        importlib.import_module(f"envoy_data_plane.envoy.{name}")
+    bootstrap = importlib.import_module("envoy_data_plane.envoy.config.bootstrap.v3").Bootstrap
+    text = (Path(__file__).parents[1] / "docs" / "examples" / "envoy.yaml").read_text()
+    resources = bootstrap.from_dict(yaml.safe_load(text)).static_resources
+    manager = resources.listeners[0].filter_chains[0].filters[0].typed_config.unpack()
+    modes = manager.http_filters[0].typed_config.unpack().processing_mode
+    assert modes.request_body_mode == modes.response_body_mode == Mode.FULL_DUPLEX_STREAMED
+    assert resources.clusters[0].original_dst_lb_config.http_header_name == DESTINATION
+
+
+def test_the_documented_fleet_of_kubernetes_is_sound(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "examples" / "kubernetes.yaml").read_text()
+    config, picker, *_ = yaml.safe_load_all(text)
+    for name, content in config["data"].items():
+        (tmp_path / name).write_text(content.replace("/etc/jaxroute/", ""))
+    fleet, _ = load_fleet(tmp_path / "fleet.yaml")
+    assert len(fleet.experts) == 2
+    (container,) = picker["spec"]["template"]["spec"]["containers"]
+    assert container["command"][1:4] == ["-m", "jaxroute", "picker"]
