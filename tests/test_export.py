@@ -627,7 +627,7 @@ def edit(folder, **changes):
         (shutil.rmtree, "cannot be read"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "is not an exported router's"),
-        (lambda folder: edit(folder, format_version=2), "format 2, and this jaxroute reads format 3; export it again"),
+        (lambda folder: edit(folder, format_version=2), "format 2, and this jaxroute reads format 4; export it again"),
         (lambda folder: edit(folder, prices={"accelerator": 0.02}), "is damaged"),
         (lambda folder: edit(folder, files={}), "is damaged"),
         (lambda folder: edit(folder, site={"name": "s"}), "is damaged"),

@@ -746,7 +746,6 @@ def observe(
         running=jnp.swapaxes(batch.running, 0, 1),
         waiting=jnp.swapaxes(batch.waiting, 0, 1),
         away=None,
-        gauge_age=None,
     )
 
 

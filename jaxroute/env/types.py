@@ -238,7 +238,7 @@ class Observation(NamedTuple):
     waiting: Bool[Array, "expert slot"]
     away: Away | None
     """None if every request must go to an expert."""
-    gauge_age: Float[Array, ""] | None
+    gauge_age: Float[Array, ""] | None = None
     """Time since the router read the servers' gauges, s, from which it knows of requests that came past it; None if it
     sees them all."""
 
