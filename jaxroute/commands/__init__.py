@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "judge a router and the rules, run a study, or record an episode to watch",
     "trace": "describe recorded arrivals, or fit a workload to them",
     "calibrate": "fit a site's experts to serving logs or profiles",
+    "twin": "judge policies on a log of real traffic, with the judgement's own error",
     "bank": "turn an evaluation of your LLMs into a bank of prompts",
     "predict": "predict quality and length of answers from prompts' text",
     "export": "write a trained router as a folder that a gateway loads",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -15,12 +19,17 @@ from rich.table import Table
 from jaxroute.commands.arguments import parser_of, run_command
 from jaxroute.commands.console import say
 from jaxroute.config.choices import check_choice, usage_of_choice, write_choice
+from jaxroute.config.words import command_line
+from jaxroute.decisions import is_decision_log
 from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
 from jaxroute.files import write_file
 from jaxroute.fitting import COEFFICIENTS, Calibration, Limits, ServingLog, calibrate, fit_profile, read_log
 from jaxroute.plotting import png_bytes
 from jaxroute.serving import build_site
+
+if TYPE_CHECKING:
+    from jaxroute.gateway.probe import Probed
 
 matplotlib.use("Agg")
 
@@ -32,7 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of("calibrate", "Fit experts to serving logs.")
-    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="a log of one expert, or a profile table")
+    parser.add_argument("logs", nargs="*", type=Path, metavar="LOG", help="a log of one expert, or a profile table")
+    parser.add_argument(
+        "--probe",
+        metavar="URL",
+        help="instead of a log: send a server a few dozen requests (its API, with /v1 at the end)",
+    )
+    parser.add_argument("--probe-batch", type=int, default=16, help="its large batch (default 16, or --max-num-seqs)")
+    parser.add_argument("--probe-context", type=int, default=1024, help="its long prompts, tokens (default 1024)")
+    parser.add_argument("--probe-tokens", type=int, default=64, help="tokens of each answer (default 64)")
+    parser.add_argument("--probe-key-env", metavar="NAME", help="environment variable that holds the server's API key")
     parser.add_argument("--out", type=Path, required=True, help="the site, such as configs/site/mine.yaml")
     of_each = "of each log; one for all, or one per log"
     parser.add_argument("--model", action="append", help=f"name by which the bank knows the LLM, {of_each}")
@@ -46,8 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-waiting", type=int, help="longest queue (default: no bound, as in vLLM)")
     parser.add_argument(
-        "--network-delay", type=float, default=0.005, help="router to expert, one way, s (default 0.005)"
+        "--network-delay",
+        type=float,
+        help="router to expert, one way, s (default: fitted to a gateway's log, else 0.005)",
     )
+    parser.add_argument("--since", type=float, help="leave out requests that arrived before, s on the log's clock")
     parser.add_argument(
         "--share",
         type=float,
@@ -61,6 +82,11 @@ def _calibrate(options: argparse.Namespace, console: Console) -> None:
     check_choice("site", options.out)
     if not 0 < options.share < 1:
         raise UserError(f"--share={options.share:g} must lie between 0 and 1")
+    if bool(options.logs) == bool(options.probe) or (options.probe and options.profile):
+        raise UserError("give logs, or --probe URL, and not both")
+    if options.probe:
+        # Named as if it were a log.
+        options.logs = [Path("probe")]
     models = _of_each(options.model, options.logs, "--model", [path.name.partition(".")[0] for path in options.logs])
     accelerators = _of_each(options.accelerator, options.logs, "--accelerator", ["unknown"] * len(options.logs))
     if options.max_num_batched_tokens < options.max_num_seqs:
@@ -71,19 +97,42 @@ def _calibrate(options: argparse.Namespace, console: Console) -> None:
     limits = Limits(
         options.max_num_seqs, options.max_num_batched_tokens, options.iteration_overhead, options.kv_capacity
     )
+    delay = 0.005 if options.network_delay is None else options.network_delay
     use_compilation_cache()
     experts, figures = [], {}
-    logs = [(path, None if options.profile else read_log(path)) for path in options.logs]
+    probed = _probed(options, console) if options.probe else None
+    if probed is not None:
+        limits = dataclasses.replace(limits, kv_capacity=options.kv_capacity or probed.kv_capacity)
+        logs: list[tuple[Path, ServingLog | None]] = [(options.logs[0], probed.log)]
+        models = options.model or [probed.model.rpartition("/")[2]]
+    else:
+        logs = [(path, None if options.profile else read_log(path, options.since)) for path in options.logs]
     for (path, log), model, accelerator in zip(logs, models, accelerators, strict=True):
         if log is None:
             coefficients, errors = fit_profile(path, limits)
+            coefficients, errors = coefficients | {"network_delay": delay}, errors | {"network_delay": math.nan}
             notes = [f"fitted to the profile {path.name}"]
             _show(console, model, coefficients, errors, {})
         else:
             with console.status(f"fitting {path}"):
-                fit = calibrate(log, limits, options.share)
+                # A client's and a gateway's log hold the way to the server and back, others are the server's own.
+                from_afar = probed is not None or is_decision_log(str(path).rpartition("#")[0] or path)
+                own = dataclasses.replace(limits, network_delay=options.network_delay if from_afar else 0.0)
+                share = options.share if probed is None else (probed.num_fitted + 0.5) / len(log.ttft)
+                fit = calibrate(log, own, share)
             coefficients, errors, undetermined = fit.coefficients, fit.standard_error, fit.undetermined()
+            if not from_afar:
+                coefficients = coefficients | {"network_delay": delay}
             _show(console, model, coefficients, errors, undetermined)
+            for line in fit.trade_offs():
+                console.print(f"  {line}", highlight=False)
+            times = set(undetermined) - {"kv_capacity"}
+            if probed is None and (times or fit.trade_offs()):
+                probe_command = command_line("calibrate", "--probe", "URL", "--out", str(options.out))
+                say(
+                    console,
+                    f"  {len(times) or 'some'} of them would be known from a probe of the server: {probe_command}",
+                )
             some = "" if fit.num_compared == fit.num_fitted else f"{fit.num_compared} of "
             notes = [
                 f"fitted to {some}the first {fit.num_fitted} of {len(log.ttft)} requests of {path.name}; of the others:"
@@ -99,6 +148,30 @@ def _calibrate(options: argparse.Namespace, console: Console) -> None:
         say(console, f"Figure: {write_file(options.out.parent / name, png_bytes(_figure(log, fit)))}")
     say(console, f"Site: {options.out}")
     say(console, f"Use it with: {usage_of_choice('site', options.out)}")
+
+
+def _probed(options: argparse.Namespace, console: Console) -> Probed:
+    """Probe the server."""
+    # Imported here: who has a log does without.
+    from jaxroute.gateway.probe import probe
+
+    for name in ("probe_batch", "probe_context", "probe_tokens"):
+        least = 16 if name == "probe_context" else 2
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')}={getattr(options, name)} must be at least {least}")
+    key = os.environ.get(options.probe_key_env) if options.probe_key_env else None
+    if options.probe_key_env and not key:
+        raise UserError(
+            f"--probe-key-env: the environment variable {options.probe_key_env} is not set; set it to the key"
+        )
+    seats = min(options.probe_batch, options.max_num_seqs)
+    with console.status(f"probing {options.probe}"):
+        return asyncio.run(
+            probe(
+                options.probe.rstrip("/"), seats=seats, context=options.probe_context,
+                output_tokens=options.probe_tokens, key=key,
+            )
+        )  # fmt: skip
 
 
 def _of_each(given: list[str] | None, logs: list[Path], option: str, default: list[str]) -> list[str]:
@@ -117,7 +190,7 @@ def _show(
     undetermined: dict[str, str],
 ) -> None:
     table = Table("coefficient", "value", "standard error", "", title=model)
-    for name in COEFFICIENTS:
+    for name in (*COEFFICIENTS, "network_delay"):
         table.add_row(name, _number(coefficients[name]), _error(errors[name]), undetermined.get(name, ""))
     console.print(table)
 
@@ -148,7 +221,7 @@ def _expert_yaml(
         f"    max_num_batched_tokens: {options.max_num_batched_tokens}",
         f"    max_waiting: {'null' if options.max_waiting is None else options.max_waiting}",
         f"    kv_capacity: {_number(coefficients['kv_capacity'])} # {_error(errors['kv_capacity'])}",
-        f"    network_delay: {options.network_delay:g} # given",
+        f"    network_delay: {coefficients['network_delay']:.4g} # {_error(errors['network_delay'])}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -78,7 +78,7 @@ def _of_rule(path: Path, fleet: Fleet) -> Policies:
             f"site is missing: the rule {fleet.policy} needs the servers' speed; name a site of configs/site, such as "
             "edge6, or a file that python -m jaxroute calibrate wrote"
         )
-    site = dataclasses.replace(_site(path, fleet.site), cloud=None)
+    site = dataclasses.replace(site_named(path, fleet.site), cloud=None)
     check_experts(path, fleet, site.models, f"site {fleet.site}")
     cloud = fleet.cloud
     if cloud is not None:
@@ -121,7 +121,7 @@ def _of_run(path: Path, fleet: Fleet, folder: Path) -> tuple[Router, dict[str, A
             f"policy={fleet.policy} is no exported router, no run, no pretrained router and no rule"
             f"{did_you_mean(fleet.policy, known)}; choose a folder, or one of {', '.join(known)}"
         )
-    site = None if fleet.site is None else _site(path, fleet.site)
+    site = None if fleet.site is None else site_named(path, fleet.site)
     router, manifest = router_of(run, site=site, rate=fleet.rate)
     check_experts(path, fleet, [expert["model"] for expert in manifest["site"]["experts"]], f"policy {fleet.policy}")
     return router, manifest
@@ -134,8 +134,12 @@ def _check_cloud(fleet: Fleet, site: SiteConfig, away: bool) -> None:
         raise UserError("cloud is missing: the policy sends requests to one; say where it is")
 
 
-def _site(path: Path, name: str) -> SiteConfig:
-    """Return a site of the configuration, or of a file."""
+def site_named(path: Path, name: str) -> SiteConfig:
+    """Return a site of the configuration, or of a file.
+
+    Raises:
+        UserError: there is none.
+    """
     if not name.endswith((".yaml", ".yml")):
         return load_config([f"site={name}"]).site
     file = path.parent / name

@@ -289,6 +289,17 @@ class EdgeRouting:
         spent += state.prices.accelerator * info["busy_seconds"].sum()
         return obs, new, _reward(params, state.potential, new.potential, earned - spent), info
 
+    def believing(self, before: EnvState, state: EnvState, params: EnvParams) -> tuple[Observation, EnvState]:
+        """Return what a router sees after a step that believes other parameters: servers of another speed, say.
+
+        Args:
+            before: the state before the step.
+            state: the state after it, with what is true.
+            params: what the router believes.
+        """
+        recent = state.recent._replace(net=before.recent.net, net_square=before.recent.net_square)
+        return self._observe(state._replace(recent=recent), params, jnp.float32(0.0))
+
     def _observe(self, state: EnvState, params: EnvParams, gap: Float[Array, ""]) -> tuple[Observation, EnvState]:
         """Return what the router sees, and the state that remembers it."""
         site = site_of(state, params)

@@ -70,11 +70,12 @@ class _Request(NamedTuple):
     """In the order of `_COLUMNS`."""
 
 
-def read_log(path: str | Path) -> ServingLog:
+def read_log(path: str | Path, since: float | None = None) -> ServingLog:
     """Read a serving log in one of the formats of docs/how-to/calibration.md.
 
     The content, not the name, tells the format. Requests that failed are left out where the format marks them. Of a
-    gateway's decision log, `FILE#EXPERT` names the expert.
+    gateway's decision log, `FILE#EXPERT` names the expert. `since` leaves out requests that arrived before, s on the
+    log's clock.
 
     Raises:
         UserError: the file cannot be read or is no log, a request is incomplete or impossible, or there are fewer than
@@ -87,6 +88,8 @@ def read_log(path: str | Path) -> ServingLog:
     else:
         with open_table(path, "a row per request, or a benchmark's result") as table:
             requests = list(_requests(table))
+    if since is not None:
+        requests = [request for request in requests if request.values[0] >= since]
     if len(requests) < MIN_REQUESTS:
         raise UserError(f"{path} has {len(requests)} requests; a calibration needs at least {MIN_REQUESTS}")
     values = np.array([request.values for request in requests])

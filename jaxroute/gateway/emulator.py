@@ -26,6 +26,7 @@ from jaxroute.errors import UserError
 from jaxroute.gateway.openai import error_body, prompt_tokens_of
 from jaxroute.serving import ExpertConfig, SiteConfig
 from jaxroute.serving.reference import Expert, Iteration, Request
+from jaxroute.serving.site import UNBOUNDED
 
 FAULTS = ("recover", "fail", "hang", "slow", "cut")
 _WORDS = ("one", "expert", "answers", "while", "others", "wait", "for", "a", "seat", "and", "time", "goes", "by", "so")
@@ -141,6 +142,8 @@ class Server:
         """`lengths` are those of its answers to the prompts of a bank."""
         self.model, self._lengths, self._clock = config.model, lengths, clock
         coefficients = {name: getattr(config, name) for name in Expert.__dataclass_fields__ if hasattr(config, name)}
+        if config.max_waiting is None:
+            coefficients["max_waiting"] = UNBOUNDED
         self.expert = LiveExpert(index=number, **coefficients)
         self.fault = "recover"
         self._changed = asyncio.Event()  # new work, or another fault
