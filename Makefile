@@ -19,7 +19,7 @@ quick: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadscope -m 'not slow' $(ARGS)
 
 exhaustive: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadscope -m exhaustive $(ARGS)
+	XLA_FLAGS= $(BIN)/python -m pytest -n auto --dist loadscope -m exhaustive $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

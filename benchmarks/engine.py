@@ -37,8 +37,8 @@ from benchmarks.publish import publish
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation
 from jaxroute.serving import Site, SiteState, SlotStatus, advance, can_accept, enqueue, slot_status
 
-# Scenario and requests/s, by site.
-_BUSY = {"edge3": ("edge3-poisson", 5.0), "edge6": ("edge-poisson", 10.0), "edge16": ("edge16-poisson", 27.0)}
+# Requests/s by site.
+_BUSY = {"edge3": 5.0, "edge6": 10.0, "edge16": 27.0, "rack4": 150.0}
 
 # Requests/s by number of seats; beyond, seats are not what bounds a server.
 _SEATS = {12: 10.0, 48: 36.0, 192: 100.0, 768: 200.0}
@@ -178,7 +178,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     one_device_per_core()
-    cases = {site: partial(jaxroute.make, scenario, rate=rate) for site, (scenario, rate) in _BUSY.items()}
+    cases = {site: partial(jaxroute.make, "edge-poisson", site=site, rate=rate) for site, rate in _BUSY.items()}
     if options.seats:
         cases = {f"edge6, {seats} seats": partial(with_seats, seats) for seats in options.seats}
     sites, sizes, runs = list(cases), options.envs, options.runs

@@ -3,8 +3,9 @@
 `python -m benchmarks.gateway [--quick]` starts emulated servers and a gateway as processes of their own.
 
 - *Overhead*: clients in a closed loop, at 1, 16 and 64 streams, directly at the servers (in turn) and through the
-  gateway (policy `round_robin`, which does the same), block by block in turn. It prints the time to the first token and
-  the requests per second of both.
+  gateway (policy `round_robin`, which does the same), block by block in turn. It prints the time to the first token,
+  what the way adds to it, the requests per second, and those per second of a core's time that the proxy uses.
+  `--litellm` and `--vllm-router` name executables of these two, to compare with; each from an environment of its own.
 - *Parity*: an episode of the environment, with what its policy chose, is sent to the gateway at the same times. It
   prints how often the gateway chose the same, and the average QoS of both.
 
@@ -190,21 +191,45 @@ def litellm(executable: Path, fleet: dict[str, Any], folder: Path) -> Any:
     ]
     path = folder / "litellm.yaml"
     path.write_text(OmegaConf.to_yaml(OmegaConf.create({"model_list": models})))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    more = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "LITELLM_MASTER_KEY": KEY}
+    with rival([executable, "--config", path, "--telemetry", "False"], "/health/liveliness", more) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def vllm_router(executable: Path, fleet: dict[str, Any], folder: Path) -> Any:
+    """Run vLLM's router as a process, with the same servers in turn; gives its address."""
+    urls = [expert["url"].removesuffix("/v1") for expert in fleet["experts"]]
+    options = ["--policy", "round_robin", "--prometheus-port", str(free_port()), "--log-level", "error"]
+    options += ["--log-dir", str(folder)]
+    with rival([executable, "--worker-urls", *urls, *options], "/health", {}) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def rival(command: Sequence[Any], alive: str, environment: dict[str, str]) -> Any:
+    """Run a proxy as a process, and wait until its page `alive` is there; gives its address."""
+    port = free_port()
     process = subprocess.Popen(
-        [executable, "--config", path, "--host", "127.0.0.1", "--port", str(port), "--telemetry", "False"],
-        env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "LITELLM_MASTER_KEY": KEY},
+        [*command, "--host", "127.0.0.1", "--port", str(port)],
+        env=os.environ | environment,
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        asyncio.run(_until_alive(f"{url}/health/liveliness", process))
+        asyncio.run(_until_alive(f"{url}{alive}", process))
         yield url, process
     finally:
         process.terminate()
         process.wait()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 async def _until_alive(url: str, process: subprocess.Popen) -> None:
@@ -217,7 +242,7 @@ async def _until_alive(url: str, process: subprocess.Popen) -> None:
             except aiohttp.ClientError:
                 pass
             await asyncio.sleep(0.5)
-    raise RuntimeError("LiteLLM has not started")
+    raise RuntimeError(f"{process.args} has not started")
 
 
 # --- Overhead -----------------------------------------------------------------------------------------------
@@ -282,16 +307,21 @@ def overhead(
                 before = cpu_seconds(pid) if pid else 0.0
                 found[way].append(asyncio.run(closed_loop(urls, models, streams, requests)))
                 cpu[way] += cpu_seconds(pid) - before if pid else 0.0
+        direct: tuple[float, float] | None = None
         for way, of_way in found.items():
             ttft = np.concatenate([block.ttft for block in of_way])
+            median, high = (1000 * float(value) for value in np.percentile(ttft, (50, 99)))
+            direct = direct or (median, high)
             rows.append(
                 {
                     "streams": streams,
                     "way": way,
-                    "p50_ms": 1000 * float(np.percentile(ttft, 50)),
-                    "p99_ms": 1000 * float(np.percentile(ttft, 99)),
+                    "p50_ms": median,
+                    "p99_ms": high,
+                    "added_p50_ms": median - direct[0],
+                    "added_p99_ms": high - direct[1],
                     "rate": float(np.median([block.rate for block in of_way])),
-                    "cpu_ms": 1000 * cpu[way] / (blocks * requests),
+                    "per_core": blocks * requests / cpu[way] if cpu[way] else None,
                 }
             )
     return rows
@@ -345,6 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer requests")
     parser.add_argument("--only", choices=("overhead", "parity"))
     parser.add_argument("--litellm", type=Path, metavar="EXECUTABLE", help="LiteLLM's proxy, to compare with")
+    parser.add_argument("--vllm-router", type=Path, metavar="EXECUTABLE", help="vLLM's router, likewise")
     chosen = parser.parse_args(argv)
     use_compilation_cache()
     figures: dict[str, Any] = {}
@@ -360,17 +391,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                 options = {"policy": "round_robin", "log": {"path": None}}
                 url, process = stack.enter_context(gateway(fleet | options, folder))
                 proxies = {"gateway": (url, process.pid)}
-                if chosen.litellm is not None:
-                    url, process = stack.enter_context(litellm(chosen.litellm, fleet, folder))
-                    proxies["litellm"] = (url, process.pid)
+                for rival_name, executable in (("litellm", chosen.litellm), ("vllm_router", chosen.vllm_router)):
+                    if executable is None:
+                        print(f"{rival_name} is left out: no executable is given")
+                        continue
+                    of_rival = litellm if rival_name == "litellm" else vllm_router
+                    url, process = stack.enter_context(of_rival(executable, fleet, folder))
+                    proxies[rival_name] = (url, process.pid)
                 rows = overhead(fleet, proxies, *((2, 100) if chosen.quick else (6, 400)))
             figures["overhead"] = rows
-            for column in ("streams", "way", "first token, p50", "p99", "requests/s", "proxy's CPU per request"):
+            for column in ("streams", "way", "first token, p50", "p99", "added, p50", "p99", "requests/s", "per core"):
                 table.add_column(column, justify="right")
             for row in rows:
-                cpu = f"{row['cpu_ms']:.1f} ms" if row["cpu_ms"] else ""
-                times = f"{row['p50_ms']:.1f} ms", f"{row['p99_ms']:.1f} ms"
-                table.add_row(f"{row['streams']}", row["way"], *times, f"{row['rate']:.0f}", cpu)
+                times = [f"{row[name]:.1f} ms" for name in ("p50_ms", "p99_ms", "added_p50_ms", "added_p99_ms")]
+                per_core = f"{row['per_core']:.0f}" if row["per_core"] else ""
+                table.add_row(f"{row['streams']}", row["way"], *times, f"{row['rate']:.0f}", per_core)
         if chosen.only != "overhead":
             for policy in ("impact_greedy+rate_price", "edge6"):
                 requests = 120 if chosen.quick else 800

@@ -39,7 +39,12 @@ def time_step(num_experts: int, num_slots: int, num_envs: int, runs: int) -> flo
     config = load_config()
     max_waiting = num_slots // 4
     experts = [
-        dataclasses.replace(expert, max_num_seqs=num_slots - max_waiting, max_waiting=max_waiting)
+        dataclasses.replace(
+            expert,
+            max_num_seqs=num_slots - max_waiting,
+            max_num_batched_tokens=max(expert.max_num_batched_tokens, num_slots),
+            max_waiting=max_waiting,
+        )
         for expert in (config.site.experts * num_experts)[:num_experts]
     ]
     config = dataclasses.replace(config, site=dataclasses.replace(config.site, experts=experts))
@@ -63,7 +68,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
     on_cpu = jax.default_backend() == "cpu"
-    experts, slots, devices = [1, 2, 4, 8, 16, 32, 64], [4, 8, 16, 32, 64], [1, 2, 4, 8]
+    experts, slots, devices = [1, 2, 4, 8, 16, 32, 64], [4, 16, 64, 256, 1024], [1, 2, 4, 8]
     num_envs, runs, small = 256 if on_cpu else 8192, options.runs, []
     if options.quick:
         experts, slots, devices = [1, 2], [4, 8], [2]

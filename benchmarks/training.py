@@ -136,8 +136,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one small size")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--envs", type=int, nargs="+", help="256 1024 on a CPU, 1024 4096 8192 16384 on an accelerator")
+    parser.add_argument("--site", help="other than edge6, with --rate")
+    parser.add_argument("--rate", type=float, default=8.0, help="requests per second that site is made for")
     options = parser.parse_args()
     networks, sizes, runs, small = ["han", "mlp"], options.envs, options.runs, []
+    if options.site is not None:
+        small = [f"site={options.site}", f"workload.rate={options.rate}"]
     if options.quick:
         networks, sizes, runs, small = ["mlp"], [16], 2, ["site=edge3", "ppo.num_steps=4"]
     if sizes is None:
@@ -166,7 +170,7 @@ def main() -> None:
         f"{network}, steps/s": max(row["steps_per_second"] for row in rows if row["network"] == network)
         for network in networks
     }
-    remember = not options.quick and options.envs is None
+    remember = not options.quick and options.envs is None and options.site is None
     publish("training", table, {"runs": runs, "rows": rows}, best, remember=remember)
 
 

@@ -125,7 +125,7 @@ def read_policy(path: str | Path) -> TrainedPolicy:
     path = Path(path)
     run = run_of(path)
     config = read_config(run / CONFIG_FILE)
-    network = build_network(config.network, config.env.away)
+    network = build_network(config.network, config.env.away, config.dynamics.gateways is not None)
     if run.parent == _PRETRAINED_FOLDER:
         return TrainedPolicy(network, _read_arrays(run / PARAMS_FILE), path)
     checkpoint = latest_checkpoint(path) if path == run else path

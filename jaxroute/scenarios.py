@@ -14,7 +14,7 @@ from jaxroute.banks import build_bank
 from jaxroute.banks.bank import RequestBank
 from jaxroute.config import Config, load_config
 from jaxroute.env import EdgeRouting, EnvParams, OutageParams, RewardParams
-from jaxroute.env.types import CloudParams
+from jaxroute.env.types import CloudParams, GatewayParams
 from jaxroute.errors import UserError, did_you_mean
 from jaxroute.serving import Site, build_site
 from jaxroute.serving.checks import real, real_array, whole
@@ -88,7 +88,13 @@ def build_env(
         rate = workload.rate
     if random_sites is None:
         random_sites = config.dynamics.random_sites
-    terms = _Terms([config.reward.accelerator_price] * 2, [1.0, 1.0], [config.reward.quality_floor] * 2)
+    terms = _Terms(
+        [config.reward.accelerator_price] * 2,
+        [1.0, 1.0],
+        [config.reward.quality_floor] * 2,
+        [config.dynamics.refresh_interval] * 2,
+        None if config.dynamics.gateways is None else [config.dynamics.gateways] * 2,
+    )
     return _build(
         config, workload, terms, rate=rate, horizon=horizon, redraw_every=redraw_every, random_sites=random_sites
     )
@@ -100,6 +106,8 @@ class _Terms(NamedTuple):
     accelerator_price: list[float]
     cloud_price: list[float]
     quality_floor: list[float]
+    refresh_interval: list[float]
+    gateways: list[int] | None
 
 
 def _build(
@@ -141,9 +149,10 @@ def _build(
         expected_quality=weights.expected_quality,
         outages=dynamics.outages,
         random_sites=share,
-        stale=dynamics.refresh_interval > 0,
+        stale=terms.gateways is None and terms.refresh_interval[1] > 0,
         away=config.env.away,
         cloud_places=config.site.cloud.max_in_flight if config.site.cloud and config.env.away else 0,
+        most_gateways=terms.gateways[1] if terms.gateways else 0,
     )
     params = EnvParams(
         site=site,
@@ -153,15 +162,20 @@ def _build(
         limits=workload.limits,
         share=workload.share,
         reward=RewardParams(
-            **{name: jnp.asarray(values, jnp.float32) for name, values in terms._asdict().items()},
+            accelerator_price=jnp.asarray(terms.accelerator_price, jnp.float32),
+            cloud_price=jnp.asarray(terms.cloud_price, jnp.float32),
+            quality_floor=jnp.asarray(terms.quality_floor, jnp.float32),
             shaping=jnp.float32(weights.shaping),
         ),
         outages=OutageParams(
             mean_uptime=jnp.float32(dynamics.mean_uptime), mean_downtime=jnp.float32(dynamics.mean_downtime)
         ),
-        refresh_interval=jnp.float32(dynamics.refresh_interval),
+        refresh_interval=jnp.asarray(terms.refresh_interval, jnp.float32),
         cloud=cloud,
         class_floor=_class_floor(config),
+        gateways=GatewayParams(jnp.asarray(terms.gateways, jnp.int32), jnp.float32(dynamics.first_poll))
+        if terms.gateways
+        else None,
     )
     return env, params
 
@@ -249,12 +263,25 @@ def training_env(config: Config) -> tuple[EdgeRouting, EnvParams]:
             train.accelerator_prices or [config.reward.accelerator_price] * 2,
             train.cloud_prices,
             train.quality_floors or [config.reward.quality_floor] * 2,
+            train.refresh_intervals or [config.dynamics.refresh_interval] * 2,
+            _training_gateways(config),
         ),
         rate=(low, high),
         horizon=config.train.horizon,
         redraw_every=config.train.redraw_every,
         random_sites=config.train.random_sites,
     )
+
+
+def _training_gateways(config: Config) -> list[int] | None:
+    """Return how many gateways a router is trained for, at least and at most; None if it sees every request."""
+    judged, trained = config.dynamics.gateways, config.train.gateways
+    if judged is None and trained is not None:
+        raise UserError(
+            f"train: gateways={list(trained)} needs dynamics.gateways, the number of them that the router is judged "
+            "with; set dynamics.gateways=1"
+        )
+    return None if judged is None else trained or [judged] * 2
 
 
 def on_test_prompts(config: Config) -> Config:

@@ -364,7 +364,7 @@ def test_a_fifth_of_the_training_mix_follows_the_workloads_own_process(tmp_path,
     start = jax.tree.map(lambda leaf: leaf[number], starts)
     _, mixed_gaps = run(built.process, built.params, keys[number], start)
     _, own_gaps = run(PROCESSES[arrivals], built.params, keys[number], start)
-    np.testing.assert_array_equal(mixed_gaps, own_gaps)
+    np.testing.assert_allclose(mixed_gaps, own_gaps, rtol=1e-5)
     # The others vary as `mixed` has it, not with the workload's own figures.
     assert np.asarray(starts.pattern.burst_ratio)[~own].max() <= 6.0
     np.testing.assert_array_equal(np.asarray(starts.pattern.burst_ratio)[own], np.float32(30.0))

@@ -88,8 +88,9 @@ def test_what_experts_do_does_not_depend_on_away():
     with_away, without = play(script), play(script, "env.away=false")
     assert [played[0].away is None for played in (with_away, without)] == [False, True]
     seen = [played[0]._replace(away=None) for played in (with_away, without)]
-    chex.assert_trees_all_equal(*seen)
-    chex.assert_trees_all_equal(with_away[1:], without[1:])
+    # Two programs may round apart.
+    chex.assert_trees_all_close(*seen, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(with_away[1:], without[1:], rtol=1e-4, atol=1e-5)
     assert not with_away[4]["declined"].any()
 
 

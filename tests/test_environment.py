@@ -202,7 +202,10 @@ def assert_table_follows_requests(played):
     request, slots = played.state.request, played.next_state.site.slots
     table, used = played.next_state.table, np.asarray(slot_status(played.next_state.site)) != SlotStatus.EMPTY
     known = [(slots.output_tokens, request.output_tokens)]
-    known += [(getattr(table, name), getattr(request, name)) for name in table._fields if name != "limits"]
+    known += [
+        (getattr(table, name), getattr(request, name))
+        for name in ("quality", "predicted_quality", "predicted_output_tokens")
+    ]
     for held, limit in zip(table.limits, request.limits, strict=True):
         if limit is not None:
             known.append((held, np.broadcast_to(limit[..., None], request.quality.shape)))

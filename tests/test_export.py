@@ -15,6 +15,7 @@ import pytest
 from benchmarks.exported_router import ENDS, EVERYTHING, STREAMING, play
 from jaxroute.commands.export import main
 from jaxroute.config import load_config
+from jaxroute.env.gateways import UNREAD
 from jaxroute.env.types import Prices
 from jaxroute.errors import UserError
 from jaxroute.gateway import CLOUD, DECLINED, Router
@@ -545,6 +546,37 @@ def test_the_folder_says_what_it_is(run, exported):
     assert Router.load(exported).experts == [expert.label for expert in config.site.experts]
 
 
+def test_gauges_tell_of_requests_that_came_past_it(router, seen):
+    arrive(router, "a", 1.0)
+    assert seen.arrival["gauge_age"] == UNREAD
+    assert seen.experts["others_running"].tolist() == [0, 0]
+    router.gauges(0, now=1.5, running=4, waiting=3, kv_tokens=900)
+    held = 900 - router.loads.kv_tokens[0]
+    router.gauges(1, now=2.0, running=1, waiting=0)
+    arrive(router, "b", 3.0, prompt_tokens=132)
+    # One of those in the batch is its own.
+    assert seen.experts["others_running"].tolist() == [3, 1]
+    assert seen.experts["others_waiting"].tolist() == [3, 0]
+    assert seen.experts["others_kv_tokens"].tolist() == pytest.approx([held, 100 + 80 / 2])
+    assert seen.arrival["gauge_age"] == 1.5
+    # Means over 32 requests.
+    assert seen.arrival["typical_prompt_tokens"] == 101
+    assert seen.arrival["typical_normalised_per_second"] == pytest.approx(20)
+    assert seen.arrival["typical_ttft_per_second"] == 0
+    assert seen.experts["typical_quality"].tolist() == [0.25, 0.5]
+    # Fewer than its own: what has just been sent is not there yet.
+    router.gauges(0, now=3.0, running=0, waiting=0)
+    arrive(router, "c", 3.0)
+    assert seen.experts["others_running"].tolist() == [0, 1]
+    for mistake, message in (
+        ({"expert": 2, "running": 0, "waiting": 0}, "expert 2 is unknown"),
+        ({"expert": 0, "running": -1, "waiting": 0}, "running"),
+        ({"expert": 0, "running": 0, "waiting": 0, "kv_tokens": math.nan}, "kv_tokens=nan"),
+    ):
+        with pytest.raises(UserError, match=message):
+            router.gauges(**{"now": 4.0} | mistake)
+
+
 def test_the_same_network_for_another_site(run, tmp_path, capsys):
     assert main([str(run), "--out", str(tmp_path / "router"), "site=edge6", "bank.seed=1"]) == 0
     assert "6 experts of site edge6, 16 requests each" in capsys.readouterr().out
@@ -553,7 +585,9 @@ def test_the_same_network_for_another_site(run, tmp_path, capsys):
     shapes = [aval.shape for aval in jax.export.deserialize(
         bytearray((tmp_path / "router" / "decide.jax_export").read_bytes())
     ).in_avals]  # fmt: skip
-    assert shapes == [(11, 6), (13, 16, 6), (4, 6), (16,)]
+    assert shapes == [
+        (len(fields), *rest) for fields, rest in zip(FIELDS.values(), [(6,), (16, 6), (6,), ()], strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -593,7 +627,7 @@ def edit(folder, **changes):
         (shutil.rmtree, "cannot be read"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "is not an exported router's"),
-        (lambda folder: edit(folder, format_version=2), "format 2, and this jaxroute reads format 3; export it again"),
+        (lambda folder: edit(folder, format_version=2), "format 2, and this jaxroute reads format 4; export it again"),
         (lambda folder: edit(folder, prices={"accelerator": 0.02}), "is damaged"),
         (lambda folder: edit(folder, files={}), "is damaged"),
         (lambda folder: edit(folder, site={"name": "s"}), "is damaged"),

@@ -177,6 +177,7 @@ def test_limits_and_predictions_come_from_headers_or_the_class(running, loop):
         ({}, {"x-jaxroute-class": "urgent"}, 400, "unknown_class"),
         ({}, {"x-jaxroute-ttft-ms": "-1"}, 400, "invalid_limit"),
         ({}, {"x-jaxroute-ttft-ms": "0"}, 400, "invalid_limit"),
+        ({}, {"x-jaxroute-ttft-ms": "5e-324"}, 400, "invalid_limit"),
         ({}, {"x-jaxroute-tpot-ms": "nan"}, 400, "invalid_limit"),
         ({}, {"x-slo-tpot-ms": "soon"}, 400, "invalid_header"),
         ({}, {"x-jaxroute-quality": "0.1,0.2"}, 400, "invalid_header"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -29,8 +30,11 @@ from benchmarks.gateway import choices_of, planned_of, played, policy_named, pro
 from jaxroute.commands.fleets import load_fleet, write_emulated_fleet
 from jaxroute.config import load_config
 from jaxroute.decisions import read_decisions
+from jaxroute.gateway.app import routes_of
+from jaxroute.gateway.demand import LIMIT_HEADERS
 from jaxroute.gateway.emulator import EmulatedFleet
 from jaxroute.gateway.load import poisson, send_all
+from jaxroute.gateway.openapi import page
 from jaxroute.gateway.service import Gateway
 from jaxroute.scenarios import build_env
 
@@ -215,6 +219,53 @@ def test_no_field_of_a_body_is_answered_with_a_failure(running, loop, path):
         return statuses
 
     assert loop.run(run()) == {200, 400, 404}
+
+
+def test_the_openapi_page_has_every_page_and_every_page_its_methods(running, loop):
+    async def run():
+        async with client() as session:
+            async with session.get(f"{running.url}/openapi.json") as response:
+                told = await response.json()
+            statuses = {}
+            for path in told["paths"]:
+                async with session.request("TRACE", f"{running.url}{path}") as response:
+                    error = (await response.json())["error"]
+                    statuses[path] = response.status, response.headers["allow"], error["code"]
+        return told, statuses
+
+    told, statuses = loop.run(run())
+    methods = {route.path: route.methods - {"HEAD"} for route in routes_of(running.proxy, running.live)}
+    assert {path: {name.upper() for name in of} for path, of in told["paths"].items()} == methods
+    for path, (status, allowed, code) in statuses.items():
+        assert (status, code) == (405, "not_found")
+        assert methods[path] <= set(allowed.split(", "))
+
+
+def test_the_openapi_page_says_what_headers_may_be(running, loop):
+    """As schemathesis found: what it allows is accepted, and else refused; docs/gateway.md says how to run that."""
+
+    async def ask(headers):
+        url, body = f"{running.url}/v1/chat/completions", chat(max_tokens=1)
+        async with client() as session, session.post(url, json=body, headers=headers) as response:
+            return response.status
+
+    operation = page(running.proxy.fleet)["paths"]["/v1/chat/completions"]["post"]
+    schemas = {one["name"]: one["schema"] for one in operation["parameters"]}
+    assert set(LIMIT_HEADERS) < set(schemas)
+    for header in LIMIT_HEADERS:
+        assert loop.run(ask({header: f"{schemas[header]['minimum']:f}"})) in (200, 429)
+        assert loop.run(ask({header: "0"})) == 400
+    for header, values in {
+        "x-jaxroute-quality": ("0", "1", "0.5,0.25,1", "1.5", "0.5,0.5", "", "x"),
+        "x-jaxroute-tokens": ("1", "20.5", "1,2,3", "0", "1,2", "", "x"),
+    }.items():
+        for value in values:
+            allowed = re.search(schemas[header]["pattern"], value) is not None
+            assert loop.run(ask({header: value})) == (200 if allowed else 400), (header, value)
+    for header in ("x-jaxroute-class", "x-jaxroute-explain", "x-jaxroute-local-only"):
+        for value in schemas[header]["enum"]:
+            assert loop.run(ask({header: value})) == 200
+        assert loop.run(ask({header: "x"})) == 400
 
 
 def test_a_client_that_sends_or_reads_too_slowly_is_given_up(loop, tmp_path):

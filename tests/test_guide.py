@@ -49,7 +49,9 @@ def test_every_step_leaves_what_the_next_one_needs(workplace):
     assert len(COMMANDS) == 9
     site = (fleet / "site" / "mine.yaml").read_text()
     assert re.findall(r"model: '?([\w.-]+)", site) == ["small-2b", "medium-8b", "large-27b"]
-    assert re.findall(r"max_num_seqs: (\d+)", site) == ["12"] * 3
+    assert re.findall(r"max_num_seqs: (\d+)", site) == ["256"] * 3
+    assert re.findall(r"kv_capacity: (\d+)", site) == ["60000"] * 3
+    assert "max_waiting: null" in site
     # Calibration finds the engine that wrote the logs.
     speeds = [float(value) for value in re.findall(r"weight_load: ([\d.e-]+)", site)]
     assert speeds == pytest.approx([0.009, 0.019, 0.031], rel=0.05)

@@ -126,7 +126,7 @@ def scenario(away: bool) -> tuple[EdgeRouting, EnvParams]:
     env, params = jaxroute.make("edge-poisson", rate=RATE, overrides=("bank.num_prompts=500",))
     never = OutageParams(mean_uptime=jnp.float32(math.inf), mean_downtime=jnp.float32(1.0))
     env = dataclasses.replace(env, outages="retried", stale=True, away=away)
-    return env, params._replace(outages=never, refresh_interval=jnp.float32(0.0))
+    return env, params._replace(outages=never, refresh_interval=jnp.zeros(2))
 
 
 def limited(params):

@@ -149,9 +149,10 @@ def draw_params(key: jax.Array, env: EdgeRouting, rates: jax.Array, most_tokens:
         outages=OutageParams(
             mean_uptime=draws.between(0.1, 1e3) / rates[0], mean_downtime=draws.between(0.1, 1e2) / rates[0]
         ),
-        refresh_interval=draws.or_zero(1e-6, 1e3, ()),
+        refresh_interval=jnp.broadcast_to(draws.or_zero(1e-6, 1e3, ()), 2),
         cloud=None,
         class_floor=None,
+        gateways=None,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from browser import CHROMIUM, opened
 
 import jaxroute
 from jaxroute.commands.eval import main as eval_main
@@ -227,6 +228,26 @@ def test_text_from_outside_is_escaped():
     )
     assert page_json(page)["experts"][1]["label"] == LABELS[1]
     assert "<i>" not in page.split("<body>")[1].split("</header>")[0]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize(("seats", "drawn"), [(4, 4), (256, 32)])
+def test_of_many_seats_those_are_drawn_that_anybody_takes(seats, drawn, loop, tmp_path):
+    *_, content = recorded()
+    content = content | {"experts": [expert | {"max_num_seqs": seats} for expert in content["experts"]]}
+    path = tmp_path / "view.html"
+    path.write_text(
+        view_html({"workload": "w", "site": "s", "bank": "b", "policy": "p", "rate": 1.0, **content}, {"seed": "0"})
+    )
+
+    async def run():
+        async with opened(path.as_uri()) as page:
+            await page.until("document.querySelectorAll('article.expert').length == 3")
+            cells = await page.value("document.querySelector('.cells').children.length")
+            many = await page.value("document.querySelectorAll('article.many').length")
+            return cells, many, page.problems
+
+    assert loop.run(run()) == (drawn, 3 * (seats > drawn), [])
 
 
 @pytest.mark.parametrize(

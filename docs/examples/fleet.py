@@ -24,19 +24,19 @@ SERVERS = Site(
     compute_per_token=np.array([2.2e-5, 9.2e-5, 1.2e-4]),
     decode_per_seq=np.array([2.4e-5, 4.1e-5, 9.0e-5]),
     attention_per_token=np.array([1.5e-7, 1.4e-7, 3.0e-7]),
-    max_num_seqs=np.array([12, 12, 12]),
+    max_num_seqs=np.array([256, 256, 256]),
     max_num_batched_tokens=np.array([2048, 2048, 2048]),
-    max_waiting=np.array([1000, 1000, 1000]),
-    kv_capacity=np.array([20_000, 20_000, 20_000]),
+    max_waiting=np.array([10_000, 10_000, 10_000]),
+    kv_capacity=np.array([60_000, 60_000, 60_000]),
     network_delay=np.array([0.005, 0.005, 0.005]),
 )
 
 
-def traffic(random: np.random.Generator, number: int = 3000) -> list[dict[str, object]]:
-    """Return requests at 6 per second on average, and three times as many in bursts of half a minute as outside."""
+def traffic(random: np.random.Generator, number: int = 12_000) -> list[dict[str, object]]:
+    """Return requests at 40 per second on average, and three times as many in bursts of half a minute as outside."""
     time, busy, until, rows = 0.0, False, 60.0, []
     for _ in range(number):
-        time += random.exponential(1 / (12.0 if busy else 4.0))
+        time += random.exponential(1 / (80.0 if busy else 27.0))
         if time > until:
             busy = not busy
             until = time + random.exponential(30.0 if busy else 90.0)
@@ -47,9 +47,9 @@ def traffic(random: np.random.Generator, number: int = 3000) -> list[dict[str, o
     return rows
 
 
-def serving_log(random: np.random.Generator, server: int, number: int = 100) -> list[dict[str, object]]:
-    """Return what one server was asked and when it answered."""
-    arrival = np.cumsum(random.exponential(0.2 + 0.3 * server, number))
+def serving_log(random: np.random.Generator, server: int, number: int = 400) -> list[dict[str, object]]:
+    """Return what one server was asked and when it answered: some twenty to forty requests at a time."""
+    arrival = np.cumsum(random.exponential(0.06 + 0.05 * server, number))
     prompt = random.lognormal(5.5, 0.8, number).astype(int) + 1
     output = random.lognormal(4.8, 0.6, number).astype(int) + 1
     outcomes = jaxroute.replay(SERVERS, Requests(arrival, prompt, output), np.full(number, server))

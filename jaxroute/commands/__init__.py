@@ -22,6 +22,7 @@ COMMANDS = {
     "predict": "predict quality and length of answers from prompts' text",
     "export": "write a trained router as a folder that a gateway loads",
     "gateway": "put a policy in front of OpenAI-compatible servers",
+    "picker": "let Envoy carry the requests, and pick the server for each",
     "emulate": "start emulated servers for a site, to try a gateway with",
     "serve": "try it all at once: emulated servers, a gateway, a load, and a page to watch",
 }

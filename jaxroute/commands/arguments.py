@@ -1,4 +1,4 @@
-"""Commands with arguments of their own, read by argparse: trace, calibrate, bank, predict, export, gateway, emulate."""
+"""What the commands share that read their arguments by argparse: all but train and eval."""
 
 from __future__ import annotations
 

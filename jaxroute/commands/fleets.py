@@ -16,7 +16,7 @@ from jaxroute.env import EnvParams
 from jaxroute.errors import UserError, did_you_mean
 from jaxroute.files import write_file
 from jaxroute.gateway.artefact import MANIFEST, read_manifest, site_config
-from jaxroute.gateway.fleet import Fleet, check_experts, read_fleet
+from jaxroute.gateway.fleet import Fleet, address_of, check_experts, read_fleet
 from jaxroute.gateway.policy import Policies, guarded
 from jaxroute.gateway.router import Router
 from jaxroute.gateway.rules import Surroundings, is_rule, rule_named, rule_router, slots_of
@@ -37,6 +37,7 @@ def load_fleet(path: Path, listen: str | None = None) -> tuple[Fleet, Policies]:
     """
     fleet = read_fleet(path)
     if listen is not None:
+        address_of("--listen", listen)
         fleet = dataclasses.replace(fleet, listen=listen)
     try:
         return fleet, _policies(path, fleet)

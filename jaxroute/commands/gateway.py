@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from jaxroute.commands.arguments import parser_of, run_command
 from jaxroute.commands.console import say
 from jaxroute.commands.fleets import load_fleet
 from jaxroute.devices import use_compilation_cache
-from jaxroute.gateway.service import Gateway
+from jaxroute.gateway.service import Gateway, run_loop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +36,7 @@ def _gateway(options: argparse.Namespace, console: Console) -> None:
         gateway = Gateway(
             lambda: load_fleet(options.fleet, options.listen), options.fleet.parent, insecure=options.insecure
         )
-    asyncio.run(_run(gateway, console))
+    run_loop(_run(gateway, console))
 
 
 async def _run(gateway: Gateway, console: Console) -> None:

@@ -26,7 +26,7 @@ from jaxroute.config import load_config
 from jaxroute.devices import use_compilation_cache
 from jaxroute.errors import UserError
 from jaxroute.gateway.load import Prompts, poisson, send_all
-from jaxroute.gateway.service import Gateway
+from jaxroute.gateway.service import Gateway, run_loop
 from jaxroute.scenarios import build_env
 
 
@@ -94,7 +94,7 @@ def _serve(options: argparse.Namespace, console: Console) -> None:
                 if sender is not None:
                     sender.terminate()
 
-            asyncio.run(gateway.run(ready, stopping))
+            run_loop(gateway.run(ready, stopping))
         finally:
             if sender is not None:
                 sender.terminate()

@@ -69,6 +69,10 @@ class EnvConfig:
             raise UserError(f"env: num_slots={self.num_slots} must be at least 1")
 
 
+MOST_GATEWAYS = 16
+"""At one site; each has arrays of its own in every environment."""
+
+
 @dataclass
 class DynamicsConfig:
     """What goes wrong at the site: experts that fail, and metrics that come late."""
@@ -80,7 +84,13 @@ class DynamicsConfig:
     mean_downtime: float = 60.0
     """Mean time to repair, s."""
     refresh_interval: float = 0.0
-    """Minimum time between two updates of what the router sees of the experts, s; 0 shows their present state."""
+    """Minimum time between two updates of what the router sees of the experts, s; 0 shows their present state. With
+    gateways: time between two polls of the servers' gauges. Training may draw it (train.refresh_intervals)."""
+    gateways: int | None = None
+    """Number of gateways that share the site. Each knows its own requests at once, and of the others' what the servers'
+    gauges say: how many run and wait, and the memory that they hold. null: the router sees every request."""
+    first_poll: float = 0.0
+    """Time until gateways read the gauges for the first time, s."""
     random_sites: float = 0.0
     """Share of episodes that draw a new site from the site's experts and LLMs. Training uses train.random_sites."""
 
@@ -92,8 +102,16 @@ class DynamicsConfig:
                 raise UserError(f"dynamics: {name}={getattr(self, name)} must be above 0 s, and finite")
         if not 0 <= self.random_sites <= 1:
             raise UserError(f"dynamics: random_sites={self.random_sites} is a share; it must lie between 0 and 1")
-        if not 0 <= self.refresh_interval < float("inf"):
-            raise UserError(f"dynamics: refresh_interval={self.refresh_interval} must not be negative, and finite")
+        for name in ("refresh_interval", "first_poll"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"dynamics: {name}={getattr(self, name)} must not be negative, and finite")
+        if self.gateways is not None and not 1 <= self.gateways <= MOST_GATEWAYS:
+            raise UserError(
+                f"dynamics: gateways={self.gateways} must be from 1 to {MOST_GATEWAYS}, or null for a router that sees "
+                "every request"
+            )
+        if self.gateways is None and self.first_poll:
+            raise UserError(f"dynamics: first_poll={self.first_poll} needs gateways, which read gauges; set gateways=1")
 
 
 @dataclass
@@ -111,6 +129,11 @@ class TrainConfig:
     """Least and greatest multiple of the prices of site.cloud; likewise."""
     quality_floors: list[float] | None = None
     """Least and greatest reward.quality_floor; likewise. The router sees what is below it as predicted to be 0."""
+    refresh_intervals: list[float] | None = None
+    """Least and greatest dynamics.refresh_interval; likewise, and the router sees how old its gauges are. null:
+    dynamics.refresh_interval alone."""
+    gateways: list[int] | None = None
+    """Least and greatest dynamics.gateways, or one number for both; likewise. null: dynamics.gateways alone."""
     redraw_every: int = 512
     """Steps after which an environment draws a new load."""
     arrivals: str | None = "mixed"
@@ -135,15 +158,20 @@ class TrainConfig:
     """Number of latest states to keep, in addition to the one with the best average QoS."""
 
     def __post_init__(self) -> None:
-        for name in ("loads", "accelerator_prices", "cloud_prices", "quality_floors"):
+        for name in ("loads", "accelerator_prices", "cloud_prices", "quality_floors", "refresh_intervals", "gateways"):
             if len(getattr(self, name) or ()) == 1:
                 setattr(self, name, getattr(self, name) * 2)
         if len(self.loads) != 2 or not 0 < self.loads[0] <= self.loads[1] < float("inf"):
             raise UserError(f"train: loads={list(self.loads)} must be one or two numbers, 0 < least <= greatest")
-        for name in ("accelerator_prices", "cloud_prices"):
-            prices = getattr(self, name)
-            if prices is not None and (len(prices) != 2 or not 0 <= prices[0] <= prices[1] < float("inf")):
-                raise UserError(f"train: {name}={list(prices)} must be one or two numbers, 0 <= least <= greatest")
+        for name in ("accelerator_prices", "cloud_prices", "refresh_intervals"):
+            bounds = getattr(self, name)
+            if bounds is not None and (len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] < float("inf")):
+                raise UserError(f"train: {name}={list(bounds)} must be one or two numbers, 0 <= least <= greatest")
+        numbers = self.gateways
+        if numbers is not None and (len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1] <= MOST_GATEWAYS):
+            raise UserError(
+                f"train: gateways={list(numbers)} must be one or two numbers, 1 <= least <= greatest <= {MOST_GATEWAYS}"
+            )
         floors = self.quality_floors
         if floors is not None and (len(floors) != 2 or not 0 <= floors[0] <= floors[1] <= 1):
             raise UserError(

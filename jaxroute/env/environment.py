@@ -16,6 +16,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from jaxroute.env.cloud import CloudAnswer, ask, describe_away, let_time_pass
+from jaxroute.env.gateways import (
+    at_gateway,
+    draw_gateway,
+    first_gateways,
+    let_pass,
+    of_gateway,
+    own_requests,
+    poll,
+    remember_answers,
+    remember_request,
+    with_others,
+)
 from jaxroute.env.groups import group
 from jaxroute.env.impact import assess, estimate_impact
 from jaxroute.env.types import (
@@ -27,6 +39,7 @@ from jaxroute.env.types import (
     EnvState,
     Experts,
     Fleet,
+    Gateways,
     InFlight,
     Observation,
     Prices,
@@ -97,6 +110,9 @@ class EdgeRouting:
     """One more action: the request goes to no expert. It is declined at once, or goes to the site's cloud."""
     cloud_places: int = 0
     """How many requests the cloud may have in flight at once; 0 where there is no cloud."""
+    most_gateways: int = 0
+    """How many gateways may share the site. Requests arrive at one of them at random, and it decides on what it knows:
+    its own requests, and the servers' gauges. 0: the router sees every request at the site."""
 
     @property
     def num_actions(self) -> int:
@@ -113,6 +129,16 @@ class EdgeRouting:
         rate = _draw_rate(key_rate, params, fleet)
         zeros = jnp.zeros(self.num_experts, jnp.float32)
         prices, quality_floor = _draw_terms(jax.random.fold_in(key, 4), params)
+        request = _draw_request(key_request, jnp.int32(0), quality_floor, params, fleet)
+        recent = Recent(1 / rate, 1 / rate, *(jnp.float32(0.0) for _ in range(3)))
+        gateways = None
+        if self.most_gateways:
+            assert params.gateways is not None
+            described = request.described()
+            gateways = first_gateways(
+                jax.random.fold_in(key, 6), params.gateways, self.most_gateways, recent, described
+            )
+            request = _at_any(request, key_request, gateways)
         retries = None
         if self.outages == "retried":
             none = nothing.astype(jnp.int32)
@@ -124,10 +150,11 @@ class EdgeRouting:
                 predicted_quality=nothing,
                 predicted_output_tokens=nothing,
                 limits=jax.tree.map(lambda _: nothing, params.limits),
+                gateway=nothing.astype(jnp.int32) if self.most_gateways else None,
             ),
             up=jnp.ones(self.num_experts, bool) if fleet is None else fleet.present,
-            request=_draw_request(key_request, jnp.int32(0), quality_floor, params, fleet),
-            recent=Recent(1 / rate, 1 / rate, *(jnp.float32(0.0) for _ in range(3))),
+            request=request,
+            recent=recent,
             prices=prices,
             served=None if params.class_floor is None else jnp.ones_like(params.class_floor),
             cloud=jnp.zeros(self.cloud_places, jnp.float32) if self.cloud_places else None,
@@ -140,6 +167,8 @@ class EdgeRouting:
             fleet=fleet,
             retries=retries,
             seen=None,
+            refresh_interval=_between(params.refresh_interval, jax.random.fold_in(key, 7)),
+            gateways=gateways,
         )
         # Nothing has been seen yet, so the first look is always at the present.
         return self._observe(state, params, jnp.float32(0.0))
@@ -215,18 +244,24 @@ class EdgeRouting:
         retries = served.retries
         step = state.step + 1
         next_request = _draw_request(key_request, step, request.quality_floor, params, fleet)
+        fade = jnp.exp(-gap / LATENCY_WINDOW)
+        gateways = state.gateways
+        if gateways is not None:
+            next_request = _at_any(next_request, key_request, gateways)
+            assert served.table.gateway is not None
+            gateways = remember_answers(let_pass(gateways, gap), served.table.gateway, info, fade)
+            before, gateways = gateways, _with_arrival(gateways, next_request, gap)
         if retries is not None:
             again = retries.marked.any()
             retries, given_back = _take_first(retries, served.table, request.quality_floor, params, fleet)
             # An arrival counts once it is the request to be routed.
-            step, next_request, recent = jax.tree.map(
+            step, next_request, recent, gateways = jax.tree.map(
                 lambda old, new: jnp.where(again, old, new),
-                (state.step, given_back, state.recent),
-                (step, next_request, remember_gap(state.recent, since_arrival)),
+                (state.step, given_back, state.recent, None if gateways is None else before),
+                (step, next_request, remember_gap(state.recent, since_arrival), gateways),
             )
             retries, recent = retries._replace(since_arrival=since_arrival), recent._replace(latest_gap=gap)
 
-        fade = jnp.exp(-gap / LATENCY_WINDOW)
         new = EnvState(
             site=served.site,
             table=served.table,
@@ -245,6 +280,8 @@ class EdgeRouting:
             fleet=fleet,
             retries=retries,
             seen=state.seen,
+            refresh_interval=state.refresh_interval,
+            gateways=gateways,
         )
         obs, new = self._observe(new, params, gap)
 
@@ -266,21 +303,40 @@ class EdgeRouting:
     def _observe(self, state: EnvState, params: EnvParams, gap: Float[Array, ""]) -> tuple[Observation, EnvState]:
         """Return what the router sees, and the state that remembers it."""
         site = site_of(state, params)
+        requests = _requests(site, state)
+        truth, known, shown, gateways = group(site, requests), None, state, state.gateways
+        own = state.request.gateway
+        if gateways is not None:
+            assert own is not None
+            assert state.table.gateway is not None
+            owner = state.table.gateway.T
+            gateways = poll(gateways, state.refresh_interval, requests, owner)
+            one = of_gateway(gateways._replace(number=None, until_poll=None, age=None), own)  # type: ignore[arg-type]
+            known = with_others(site, group(site, own_requests(requests, owner == own)), one.others, one.typical)
+            shown = state._replace(
+                recent=one.recent, latency_sum=one.latency_sum, latency_count=one.latency_count, gateways=None
+            )
         seen, potential, obs, net = _see(
             site,
             by_expert(params.bank.log_length_error, state.fleet),
-            _batch(site, state),
-            state._replace(site=None, table=None, retries=None),  # type: ignore[arg-type]
+            truth,
+            known,
+            shown._replace(site=None, table=None, retries=None),  # type: ignore[arg-type]
             gap,
-            params.refresh_interval,
         )
         if self.away:
             away = describe_away(params.cloud, state.cloud, state.request, state.prices)
             if params.class_floor is not None:
                 away = away._replace(allowed=away.to_cloud | _may_be_declined(state, params))
             obs = obs._replace(away=away)
-        recent = remember_net(state.recent, net)
-        return obs, state._replace(potential=potential, seen=seen if self.stale else None, recent=recent)
+        recent = remember_net(shown.recent, net)
+        if gateways is not None:
+            assert own is not None
+            obs = obs._replace(gauge_age=gateways.age)
+            gateways = gateways._replace(recent=at_gateway(gateways.recent, own, recent))
+        return obs, state._replace(
+            potential=potential, seen=seen if self.stale else None, recent=recent, gateways=gateways
+        )
 
 
 def remember_gap(recent: Recent, gap: Float[Array, ""]) -> Recent:
@@ -298,6 +354,21 @@ def remember_net(recent: Recent, net: Float[Array, ""]) -> Recent:
         net=recent.net + (net - recent.net) / ARRIVAL_WINDOW,
         net_square=recent.net_square + (net**2 - recent.net_square) / ARRIVAL_WINDOW,
     )
+
+
+def _at_any(request: Request, key: PRNGKeyArray, gateways: Gateways) -> Request:
+    """Let a request arrive at one of the gateways."""
+    return request._replace(gateway=draw_gateway(jax.random.fold_in(key, 1), gateways))
+
+
+def _with_arrival(gateways: Gateways, request: Request, gap: Float[Array, ""]) -> Gateways:
+    """Let the gateway of a request that has just arrived remember it; `gap` s have passed since the decision before."""
+    own = request.gateway
+    assert own is not None
+    # Each gets an equal part of all that arrive.
+    between = of_gateway(gateways.since_arrival, own) / gateways.number
+    recent = remember_gap(of_gateway(gateways.recent, own), between)._replace(latest_gap=gap)
+    return remember_request(gateways, own, request.described(), recent)
 
 
 def _with_cloud(info: dict[str, Any], answer: CloudAnswer) -> dict[str, Any]:
@@ -343,7 +414,13 @@ def _serve(
     prompt = jnp.broadcast_to(request.prompt_tokens, request.output_tokens.shape)
     welcome = (jnp.arange(up.shape[0]) == action) & up & can_accept(site, state.site, prompt, request.output_tokens)
     accepted = welcome & has_free_slot(state.site)
-    entry = SlotTable(request.quality, request.predicted_quality, request.predicted_output_tokens, request.limits)
+    entry = SlotTable(
+        request.quality,
+        request.predicted_quality,
+        request.predicted_output_tokens,
+        request.limits,
+        request.gateway,
+    )
     again = None if retries is None else (retries.number, retries.row, retries.age)
     again_entry = None if retries is None else (request.number, request.row, request.age)
     experts, (table, again) = enqueue(
@@ -464,9 +541,14 @@ def _draw_rate(key: PRNGKeyArray, params: EnvParams, fleet: Fleet | None) -> Flo
 def _draw_terms(key: PRNGKeyArray, params: EnvParams) -> tuple[Prices, Float[Array, ""]]:
     """Draw what the operator of this environment pays, and the quality floor."""
     reward = params.reward
-    least, greatest = jnp.stack([reward.accelerator_price, reward.cloud_price, reward.quality_floor], axis=1)
-    accelerator, cloud, floor = least + (greatest - least) * jax.random.uniform(key, (3,), jnp.float32)
+    bounds = jnp.stack([reward.accelerator_price, reward.cloud_price, reward.quality_floor], axis=1)
+    accelerator, cloud, floor = _between(bounds, key)
     return Prices(accelerator, cloud), floor
+
+
+def _between(bounds: Float[Array, "2 *values"], key: PRNGKeyArray) -> Float[Array, "*values"]:
+    least, greatest = bounds
+    return least + (greatest - least) * jax.random.uniform(key, least.shape, jnp.float32)
 
 
 def _class_of(limits: Limits, params: EnvParams) -> Bool[Array, "class"]:
@@ -564,11 +646,12 @@ def _take_first(
 ) -> tuple[Retries, Request]:
     """Take the first marked request, by expert and then by slot; if none is marked, any."""
     expert, slot = jnp.divmod(jnp.argmax(retries.marked), retries.marked.shape[1])
-    number, row, age, limits = jax.tree.map(
-        lambda column: column[expert, slot], (retries.number, retries.row, retries.age, table.limits)
+    number, row, age, limits, gateway = jax.tree.map(
+        lambda column: column[expert, slot], (retries.number, retries.row, retries.age, table.limits, table.gateway)
     )
     marked = retries.marked.at[expert, slot].set(False)
-    return retries._replace(marked=marked), _request(number, row, limits, age, quality_floor, params, fleet)
+    request = _request(number, row, limits, age, quality_floor, params, fleet)._replace(gateway=gateway)
+    return retries._replace(marked=marked), request
 
 
 def _request(
@@ -677,8 +760,8 @@ def observe(
     )
 
 
-def _batch(site: Site, state: EnvState) -> Batch:
-    """Return what the router can know of the requests at each expert."""
+def _requests(site: Site, state: EnvState) -> Batch:
+    """Return what a router can know of the requests at each expert, one by one."""
     experts, table = state.site, state.table
     running, waiting = running_and_waiting(experts)
     way_back = site.network_delay[:, None]
@@ -697,32 +780,35 @@ def _batch(site: Site, state: EnvState) -> Batch:
         predicted_quality=table.predicted_quality,
         predicted_output_tokens=table.predicted_output_tokens,
     )
-    return group(site, jax.tree.map(jnp.transpose, by_expert))
+    return jax.tree.map(jnp.transpose, by_expert)
 
 
 @lanes_last
 def _see(
     site: Site,
     log_error: Float[Array, "expert"],
-    batch: Batch,
+    truth: Batch,
+    known: Batch | None,
     state: EnvState,
     gap: Float[Array, ""],
-    refresh: Float[Array, ""],
 ) -> tuple[Snapshot, Float[Array, ""], Observation, Float[Array, ""]]:
     """Return the latest look at the experts, the potential of their present state, the observation, and the best net.
 
-    `gap` s have passed since the previous step. If the look in `state.seen` is younger than `refresh` s, it still
-    counts; otherwise the router looks again, and sees `batch`. No more is asked of the engine's state and its tables.
+    `gap` s have passed since the previous step. If the look in `state.seen` is younger than `state.refresh_interval`,
+    it still counts; otherwise the router looks again. It sees `known`, or, if that is None, the requests as they are.
+    No more is asked of the engine's state and its tables.
     """
     seen = state.seen
     recent_latency = state.latency_sum / jnp.maximum(state.latency_count, 1e-6)
-    look = Snapshot(batch, recent_latency, state.up, age=jnp.zeros_like(gap))
+    look = Snapshot(truth if known is None else known, recent_latency, state.up, age=jnp.zeros_like(gap))
     if seen is not None:
         old = seen._replace(age=seen.age + gap)
-        look = jax.tree.map(lambda new, old: jnp.where(seen.age + gap >= refresh, new, old), look, old)
+        again = seen.age + gap >= state.refresh_interval
+        look = jax.tree.map(lambda new, old: jnp.where(again, new, old), look, old)
     obs = observe(site, log_error, look, state.request.described(), state.recent, state.prices)
-    # The potential is that of the true state, which is what the router sees unless its look is old.
-    expected_qos = obs.experts.expected_qos if seen is None else assess(site, log_error, batch)[0].expected_qos
+    # The potential is that of the true state, which is what the router sees unless it knows less, or its look is old.
+    exact = seen is None and known is None
+    expected_qos = obs.experts.expected_qos if exact else assess(site, log_error, truth)[0].expected_qos
     return look, expected_qos.sum(0), obs, best_net(obs)
 
 

@@ -238,6 +238,9 @@ class Observation(NamedTuple):
     waiting: Bool[Array, "expert slot"]
     away: Away | None
     """None if every request must go to an expert."""
+    gauge_age: Float[Array, ""] | None = None
+    """Time since the router read the servers' gauges, s, from which it knows of requests that came past it; None if it
+    sees them all."""
 
 
 class RewardParams(NamedTuple):
@@ -291,6 +294,15 @@ class CloudParams(NamedTuple):
     """Which prompts must not leave the site."""
 
 
+class GatewayParams(NamedTuple):
+    """The gateways that share a site."""
+
+    number: Int[Array, "2"]
+    """How many there are at least and at most; each environment draws its own number in between."""
+    first_poll: Float[Array, ""]
+    """Time until they read the servers' gauges for the first time, s."""
+
+
 class EnvParams(NamedTuple):
     """Everything about a scenario that can change without recompiling."""
 
@@ -304,12 +316,15 @@ class EnvParams(NamedTuple):
     share: Float[Array, "class"]
     reward: RewardParams
     outages: OutageParams
-    refresh_interval: Float[Array, ""]
-    """Minimum time between two looks at the experts, s."""
+    refresh_interval: Float[Array, "2"]
+    """Least and greatest time between two looks at the experts, or at their gauges, s; each environment draws its own
+    in between."""
     cloud: CloudParams | None
     """None if the site has none."""
     class_floor: Float[Array, "class"] | None
     """Least share of the recent requests of each class that must not be declined; None if there is none."""
+    gateways: GatewayParams | None
+    """None if the router sees every request at the site."""
 
 
 class Fleet(NamedTuple):
@@ -341,6 +356,8 @@ class Request(NamedTuple):
     """Whether it must not leave the site."""
     quality_floor: Float[Array, ""]
     """Predicted quality below which an answer is worth nothing: both qualities are 0 there."""
+    gateway: Int[Array, ""] | None = None
+    """The gateway at which it has arrived, if there are several."""
 
     def described(self) -> Described:
         """Return the request as a router sees it."""
@@ -361,6 +378,48 @@ class SlotTable(NamedTuple):
     predicted_output_tokens: Float[Array, "expert slot"]
     limits: Limits
     """`(expert, slot)`."""
+    gateway: Int[Array, "expert slot"] | None
+    """The gateway that has sent it, if there are several."""
+
+
+class Typical(NamedTuple):
+    """What a gateway's recent requests are like: exponential means."""
+
+    prompt_tokens: Float[Array, ""]
+    predicted_quality: Float[Array, "expert"]
+    predicted_output_tokens: Float[Array, "expert"]
+    allowed: Limits
+    """Their limits as what they allow per second, 1/s, which is 0 for none."""
+
+
+class Others(NamedTuple):
+    """Requests at each expert that came past a gateway."""
+
+    running: Float[Array, "expert"]
+    waiting: Float[Array, "expert"]
+    kv_tokens: Float[Array, "expert"]
+
+
+class Gateways(NamedTuple):
+    """What each of the gateways that share a site knows, apart from its own requests; there may be fewer."""
+
+    number: Int[Array, ""]
+    """How many there are."""
+    until_poll: Float[Array, ""]
+    """Time until they read the servers' gauges again, s."""
+    age: Float[Array, ""]
+    """Time since they did, s."""
+    others: Others
+    """What they found then, `(gateway, expert)`."""
+    recent: Recent
+    """`(gateway,)`; gaps are between all arrivals, as each reckons from its own."""
+    since_arrival: Float[Array, "gateway"]
+    """Time since each one's own latest arrival, s."""
+    latency_sum: Float[Array, "gateway expert"]
+    latency_count: Float[Array, "gateway expert"]
+    """As the environment's, of own answers."""
+    typical: Typical
+    """With an axis of gateways before the others."""
 
 
 class Retries(NamedTuple):
@@ -406,3 +465,7 @@ class EnvState(NamedTuple):
     """None unless requests are retried."""
     seen: Snapshot | None
     """What the router sees of the experts; None if it sees their present state."""
+    refresh_interval: Float[Array, ""]
+    """Time between two looks, s."""
+    gateways: Gateways | None
+    """None if the router sees every request at the site."""

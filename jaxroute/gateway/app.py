@@ -22,6 +22,7 @@ from starlette.routing import Route
 from jaxroute.gateway.demand import RefusalError, read_demand
 from jaxroute.gateway.fleet import AUTO
 from jaxroute.gateway.live import PAGE, Live
+from jaxroute.gateway.openapi import page
 from jaxroute.gateway.proxy import Proxy, Send, send_refusal
 
 Scope = MutableMapping[str, Any]
@@ -32,30 +33,41 @@ _UPDATES = 1.0  # s between two updates of the live page
 
 def build_app(proxy: Proxy, live: Live) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
     """Return the application."""
-    routes = [
-        Route("/v1/chat/completions", _Completions(proxy, chat=True), methods=["POST"]),
-        Route("/v1/completions", _Completions(proxy, chat=False), methods=["POST"]),
-        Route("/v1/models", _models(proxy)),
-        Route("/health", _health(proxy)),
-        Route("/metrics", _metrics(proxy, live)),
-        Route("/decisions/{request_id}", _decision(live)),
-        Route("/events", _Events(live, proxy)),
-        Route("/", _page),
-    ]
 
     async def not_found(request: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
         message = f"{request.method} {request.url.path} is not served here"
-        return Response(RefusalError(status, message, "not_found").body, status, media_type="application/json")
+        body = RefusalError(status, message, "not_found").body
+        # Of a method that is not allowed, those that are.
+        return Response(body, status, getattr(error, "headers", None), media_type="application/json")
 
-    return _Guarded(Starlette(routes=routes, exception_handlers={404: not_found, 405: not_found}), proxy)
+    routes = routes_of(proxy, live)
+    app = Starlette(routes=routes, exception_handlers={404: not_found, 405: not_found})
+    completions = {route.path: route.endpoint for route in routes if isinstance(route.endpoint, _Completions)}
+    return _Guarded(app, completions, proxy)
+
+
+def routes_of(proxy: Proxy, live: Live) -> list[Route]:
+    """Return the pages; `jaxroute.gateway.openapi` describes each."""
+    return [
+        Route("/v1/chat/completions", _Completions(proxy, chat=True), methods=["POST"]),
+        Route("/v1/completions", _Completions(proxy, chat=False), methods=["POST"]),
+        Route("/v1/models", _models(proxy)),
+        Route("/health", _health(proxy)),
+        Route("/metrics", _metrics(proxy)),
+        Route("/decisions/{request_id}", _decision(live)),
+        Route("/events", _Events(live, proxy), methods=["GET"]),
+        Route("/openapi.json", _openapi(proxy)),
+        Route("/", _page),
+    ]
 
 
 class _Guarded:
     """Lets in whoever has a key, if the fleet file lists any; everybody may ask for `/health`."""
 
-    def __init__(self, app: Starlette, proxy: Proxy) -> None:
-        self._app, self._proxy = app, proxy
+    def __init__(self, app: Starlette, quick: dict[str, _Completions], proxy: Proxy) -> None:
+        """`quick` has the pages, by path, whose requests need not pass through the layers of `app`."""
+        self._app, self._quick, self._proxy = app, quick, proxy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         keys = self._proxy.fleet.keys
@@ -63,7 +75,8 @@ class _Guarded:
             self._proxy.metrics.refused.labels("invalid_api_key").inc()
             await send_refusal(send, RefusalError(401, "the API key is missing or wrong", "invalid_api_key"))
             return
-        await self._app(scope, receive, send)
+        direct = self._quick.get(scope["path"]) if scope.get("method") == "POST" else None
+        await (direct or self._app)(scope, receive, send)
 
 
 def _has_key(scope: Scope, digests: list[str]) -> bool:
@@ -171,6 +184,13 @@ class _Events:
             gone.cancel()
 
 
+def _openapi(proxy: Proxy) -> Callable[[Request], Awaitable[Response]]:
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(page(proxy.fleet))
+
+    return openapi
+
+
 async def _page(request: Request) -> Response:
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
     headers = {"content-security-policy": policy, "cache-control": "no-store"}
@@ -199,9 +219,9 @@ def _health(proxy: Proxy) -> Callable[[Request], Awaitable[Response]]:
     return health
 
 
-def _metrics(proxy: Proxy, live: Live) -> Callable[[Request], Awaitable[Response]]:
+def _metrics(proxy: Proxy) -> Callable[[Request], Awaitable[Response]]:
     async def metrics(request: Request) -> Response:
-        live.update_gauges()
+        proxy.update_gauges(proxy.health.polled)
         return Response(proxy.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return metrics

@@ -16,24 +16,32 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Float
 
-from jaxroute.env.types import Batch, Recent
+from jaxroute.env.types import Batch, Others, Recent
 from jaxroute.errors import UserError
 from jaxroute.serving import CloudConfig, ExpertConfig, Site, SiteConfig, build_site
 from jaxroute.workloads.limits import Limits
 
-FORMAT, FORMAT_VERSION = "jaxroute-router", 3
+FORMAT, FORMAT_VERSION = "jaxroute-router", 4
 MANIFEST, DECIDE, PREDICTOR = "manifest.json", "decide.jax_export", "predictor"
 
 # Infinite where a request has no such limit.
 LIMIT_FIELDS = tuple(f"{name}_limit" for name in Limits._fields)
 CLOUD_FIELDS = ("to_cloud", "cloud_predicted_quality", "cloud_predicted_output_tokens")
+OTHERS_FIELDS = tuple(f"others_{name}" for name in Others._fields)
+# What a limit allows per second, 0 where there is none.
+TYPICAL_LIMIT_FIELDS = tuple(f"typical_{name}_per_second" for name in Limits._fields)
 
 # The arguments of the exported function: four float32 arrays, with the fields along the first axis.
 FIELDS: dict[str, tuple[str, ...]] = {
     "site": (*Site._fields, "log_length_error"),  # (field, expert)
     # (field, slot, expert); masks are 0 or 1. What only groups have comes of the function itself.
     "batch": (*(name for name in Batch._fields if name not in {"limits", *Batch._field_defaults}), *LIMIT_FIELDS),
-    "experts": ("recent_latency", "up", "predicted_quality", "predicted_output_tokens"),  # (field, expert)
+    # (field, expert); others are the requests there that came past the router, and are taken to be typical.
+    "experts": (
+        *("recent_latency", "up", "predicted_quality", "predicted_output_tokens"),
+        *OTHERS_FIELDS,
+        *("typical_quality", "typical_output_tokens"),
+    ),
     "arrival": (
         "prompt_tokens",
         *LIMIT_FIELDS,
@@ -42,7 +50,10 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "accelerator_price",
         "cloud_price",
         *CLOUD_FIELDS,
-    ),  # (field,); to_cloud is 0 or 1, and the last three are 0 where there is no cloud
+        "gauge_age",
+        "typical_prompt_tokens",
+        *TYPICAL_LIMIT_FIELDS,
+    ),  # (field,); to_cloud is 0 or 1, and all three of a cloud are 0 where there is none
 }
 
 

@@ -82,10 +82,25 @@ def read_demand(
     characters_per_token: float,
     num_places: int,
 ) -> Demand:
-    """Read a request.
+    """Read a request from its body's bytes; the rest is as for `demand_of`."""
+    return demand_of(
+        _json(raw), headers, fleet, chat=chat, characters_per_token=characters_per_token, num_places=num_places
+    )
+
+
+def demand_of(
+    body: dict[str, Any],
+    headers: Mapping[str, str],
+    fleet: Fleet,
+    *,
+    chat: bool,
+    characters_per_token: float,
+    num_places: int,
+) -> Demand:
+    """Check a request.
 
     Args:
-        raw: its body.
+        body: its JSON.
         headers: by lower-case name.
         fleet: classes, and models.
         chat: whether it has messages instead of a prompt.
@@ -95,7 +110,6 @@ def read_demand(
     Raises:
         RefusalError: it cannot be understood, or names a model or a class that does not exist.
     """
-    body = _json(raw)
     key = "messages" if chat else "prompt"
     content = body.get(key)
     if not content or not isinstance(content, list if chat else list | str):
@@ -159,10 +173,10 @@ def _limits(headers: Mapping[str, str]) -> Limits | None:
     given: dict[str, float] = {}
     for header, name in LIMIT_HEADERS.items():
         if header in headers and name not in given:
-            limit = _number(header, headers[header])
+            limit = _number(header, headers[header]) / 1000
             if not 0 < limit < math.inf:
                 raise RefusalError(400, f"{header}={headers[header]} must be above 0, in ms", "invalid_limit")
-            given[name] = limit / 1000
+            given[name] = limit
     return Limits(**given) if given else None
 
 

@@ -82,6 +82,8 @@ class Exchange:
     tokens_from: str | None = None
     told_prompt_tokens: int | None = None
     """As the server has counted them."""
+    told_tokens: int | None = None
+    """Tokens of the answer that the router has been told of."""
 
     @property
     def router(self) -> Router:

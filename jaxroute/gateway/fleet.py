@@ -196,8 +196,7 @@ class Fleet:
     @property
     def address(self) -> tuple[str, int]:
         """Host and port to listen on."""
-        host, _, port = self.listen.rpartition(":")
-        return host.strip("[]") or "127.0.0.1", int(port)
+        return address_of("listen", self.listen)
 
     @property
     def is_public(self) -> bool:
@@ -211,6 +210,18 @@ class Fleet:
     def usual_class(self) -> str:
         """The class of a request that names none."""
         return self.default_class or next(iter(self.classes))
+
+
+def address_of(name: str, text: str) -> tuple[str, int]:
+    """Return the host and port of an option.
+
+    Raises:
+        UserError: it is no address and port.
+    """
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise UserError(f"{name}={text} must be an address and a port, such as 127.0.0.1:8080")
+    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 def read_fleet(path: Path) -> Fleet:
@@ -302,9 +313,10 @@ def _check(path: Path, fleet: Fleet) -> None:
         _check_url(path, "cloud.url", fleet.cloud.url)
         _check_numbers(path, "cloud", fleet.cloud)
         _check_key(path, "cloud", fleet.cloud.key_env)
-    _, colon, port = fleet.listen.rpartition(":")
-    if not colon or not port.isdigit() or int(port) > 65535:
-        fail(f"listen={fleet.listen} must be an address and a port, such as 127.0.0.1:8080")
+    try:
+        address_of("listen", fleet.listen)
+    except UserError as error:
+        fail(str(error))
     for name, service in fleet.classes.items():
         limits = {key: limit for key, limit in service.limits._asdict().items() if limit is not None}
         if not limits:

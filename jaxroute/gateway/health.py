@@ -32,9 +32,14 @@ class Health:
         options: HealthOptions,
         session: aiohttp.ClientSession,
         changed: Callable[[int, bool], None],
+        read: Callable[[int, dict[str, float]], None],
     ) -> None:
-        """`changed` is told of each server that goes down or comes up; all count as up at first."""
-        self._servers, self._options, self._session, self._changed = servers, options, session, changed
+        """`changed` is told of each server that goes down or comes up; all count as up at first.
+
+        `read` is told of each server's gauges, whenever they have been read.
+        """
+        self._servers, self._options, self._session = servers, options, session
+        self._changed, self._read = changed, read
         self.up = [True] * len(servers)
         self._failures = [0] * len(servers)
         self._tasks: list[asyncio.Task[None]] = []
@@ -103,6 +108,7 @@ class Health:
             try:
                 async with asyncio.timeout(self._options.timeout_s), self._session.get(url) as response:
                     self.polled[number] = gauges(await response.text())
+                self._read(number, self.polled[number])
             except (aiohttp.ClientError, OSError, TimeoutError, UnicodeDecodeError):
                 self.polled[number] = {}
             await asyncio.sleep(self._options.metrics_s)

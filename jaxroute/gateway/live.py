@@ -105,19 +105,6 @@ class Live:
         kept = ("id", "outcome", "class", "expert", "prompt_tokens", "output_tokens", "ttft", "e2e", "qos", "end_time")
         return {name: record[name] for name in kept} | {"why": why(record, self._proxy.names)}
 
-    def update_gauges(self) -> None:
-        """Set what Prometheus sees of the experts."""
-        proxy = self._proxy
-        loads = proxy.policies.router.loads
-        for number, name in enumerate(proxy.names):
-            proxy.metrics.running.labels(name).set(int(loads.running[number]))
-            proxy.metrics.waiting.labels(name).set(int(loads.waiting[number]))
-            polled = proxy.health.polled[number]
-            if "running" in polled:
-                there = polled["running"] + polled.get("waiting", 0)
-                ours = int(loads.running[number] + loads.waiting[number])
-                proxy.metrics.foreign.labels(name).set(max(there - ours, 0))
-
 
 def _percentiles(values: list[float]) -> list[float] | None:
     return [float(value) for value in np.percentile(values, _PERCENTILES)] if values else None

@@ -18,6 +18,8 @@ from jaxroute.gateway.rules import Arrays, Assessment, Assessor
 _MOST_WAITING = 10_000
 """Decisions in line, beyond which new ones are logged without an assessment."""
 
+_PAUSE = 0.02  # s
+
 Record = dict[str, Any]
 
 
@@ -42,6 +44,7 @@ class Recorder:
         self.lost = 0
         self._file = None if options.path is None else _File(folder / options.path, options)
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._work, name="decision log", daemon=True)
         self._thread.start()
 
@@ -79,18 +82,35 @@ class Recorder:
         """Wait until all that was said so far is done."""
         done = threading.Event()
         self._queue.put(done.set)
+        self.hurry()
         done.wait()
 
     def close(self) -> None:
         """Write what is in line, and close the log."""
         self._queue.put(None)
+        self.hurry()
         self._thread.join()
         if self._file is not None:
             self._file.close()
 
+    def hurry(self) -> None:
+        """Do at once what is in line: somebody waits for it."""
+        self._hurry.set()
+
     def _work(self) -> None:
-        while (task := self._queue.get()) is not None:
-            task()
+        while True:
+            task = self._queue.get()
+            # A request has just been routed: the event loop should send it on its way without waiting for its turn.
+            self._hurry.wait(_PAUSE)
+            self._hurry.clear()
+            while task is not None:
+                task()
+                try:
+                    task = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+            else:
+                return
 
 
 class _File:

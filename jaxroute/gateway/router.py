@@ -18,11 +18,13 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxroute.env.environment import LATENCY_WINDOW, remember_gap, remember_net
+from jaxroute.env.gateways import TYPICAL_WINDOW, UNREAD
 from jaxroute.env.types import Prices, Recent
 from jaxroute.errors import UserError
 from jaxroute.gateway.artefact import (
     FIELDS,
     MANIFEST,
+    OTHERS_FIELDS,
     compile_decision,
     load_predictor,
     read_manifest,
@@ -96,6 +98,10 @@ class Router:
         self._chosen: int | None = None
         self._had_to_stay = False
         self._seen: tuple[np.ndarray, ...] | None = None
+        self._others = np.zeros((len(OTHERS_FIELDS), num_experts))
+        self._read_at = np.full(num_experts, -math.inf)
+        self._typical: np.ndarray | None = None
+        """Means over recent requests: prompt tokens, what limits allow per second, quality and length per expert."""
         self._last_arrival: float | None = None
         self._last_decision: float | None = None
 
@@ -234,19 +240,25 @@ class Router:
             (of_cloud[0] * (of_cloud[0] >= floor), of_cloud[1]),
         )
         self._belief.advance(now)
-        self._note_arrival(now, again=arrived is not None)
+        again = arrived is not None
+        self._note_arrival(now, again=again)
         arrived = now if arrived is None else arrived
         sums, counts = self._latency
         self._experts[0] = sums / np.maximum(counts, 1e-6)
         self._experts[1] = self._up
         self._experts[2] = quality
         self._experts[3] = length
+        typical = self._note_typical(prompt_tokens, limits, quality, length, again=again)
+        self._experts[4 : 4 + len(OTHERS_FIELDS)] = self._others
+        self._experts[4 + len(OTHERS_FIELDS) :] = typical[1 + len(limits) :].reshape(2, -1)
         to_cloud = self._cloud is not None and not local_only and len(self._at_cloud) < self._cloud.max_in_flight
         self._arrival[:] = (
             *(prompt_tokens, *limits, now - arrived),
             *self._recent,
             *prices,
             *(to_cloud, *of_cloud),
+            min(now - self._read_at.min(), UNREAD),
+            *typical[: 1 + len(limits)],
         )
         self._seen = self._belief.batch(), self._experts, self._arrival
         chosen, logits, best_net = self.decide(*self._seen)
@@ -302,7 +314,19 @@ class Router:
             raise UserError("a router can only take over from one of the same site, with as many slots")
         if (self._cloud is None) != (other._cloud is None):
             raise UserError("a router can only take over from one with the same cloud")
-        for name in ("_belief", "_at_cloud", "_up", "_recent", "_latency", "_ended", "_last_arrival", "_last_decision"):
+        for name in (
+            "_belief",
+            "_at_cloud",
+            "_up",
+            "_recent",
+            "_latency",
+            "_ended",
+            "_last_arrival",
+            "_last_decision",
+            "_others",
+            "_read_at",
+            "_typical",
+        ):
             setattr(self, name, getattr(other, name))
 
     @property
@@ -371,6 +395,37 @@ class Router:
         if not (running is None or isinstance(running, bool | np.bool_)):
             raise UserError(f"{where}: running={running!r} must be True, False or None")
         self._belief.progress(request_id, real("now", now), generated=generated, kv_tokens=kv_tokens, running=running)
+
+    def gauges(self, expert: int, *, now: float, running: int, waiting: int, kv_tokens: float | None = None) -> None:
+        """Tell what an expert's own metrics say: what it has beyond this router's requests came past the router.
+
+        Args:
+            expert: its number.
+            now: when it said so, s.
+            running: requests in its batch.
+            waiting: requests in its queue.
+            kv_tokens: tokens whose KV it holds; by default as many as typical requests would have.
+
+        Raises:
+            UserError: an unknown expert, a count below 0, a clock that goes back.
+        """
+        expert = self._number(expert)
+        counts = [whole(name, count, 0) for name, count in (("running", running), ("waiting", waiting))]
+        if kv_tokens is not None and not 0 <= real("kv_tokens", kv_tokens) < math.inf:
+            raise UserError(f"kv_tokens={kv_tokens} must not be negative, and finite")
+        self._belief.advance(real("now", now))
+        own = self._belief.loads()
+        # Which of its own run already is inferred: how many there are in all is surer.
+        others = max(sum(counts) - int(own.running[expert] + own.waiting[expert]), 0)
+        in_batch = min(max(counts[0] - int(own.running[expert]), 0), others)
+        held = 0.0
+        if kv_tokens is not None:
+            held = max(kv_tokens - own.kv_tokens[expert], 0.0) * (in_batch > 0)
+        elif self._typical is not None:
+            length = self._typical[expert - len(self.experts)]
+            held = in_batch * (self._typical[0] + length / 2)
+        self._others[:, expert] = in_batch, others - in_batch, held
+        self._read_at[expert] = now
 
     def finished(self, request_id: Hashable, *, now: float, output_tokens: int) -> None:
         """The last token of the answer has arrived.
@@ -475,6 +530,22 @@ class Router:
             )
         of_cloud = (quality[-1], length[-1]) if cloud else (0.0, 0.0)
         return quality[:num_experts], length[:num_experts], of_cloud
+
+    def _note_typical(
+        self,
+        prompt_tokens: int,
+        limits: Limits,
+        quality: Float[np.ndarray, "expert"],
+        length: Float[np.ndarray, "expert"],
+        *,
+        again: bool,
+    ) -> Float[np.ndarray, "value"]:
+        """Add a request to what is typical, as the environment does, and return that."""
+        if self._typical is None or not again:
+            request = np.concatenate([[prompt_tokens, *(1 / limit for limit in limits)], quality, length])
+            old = request if self._typical is None else self._typical
+            self._typical = old + (request - old) / TYPICAL_WINDOW
+        return self._typical
 
     def _note_arrival(self, now: float, *, again: bool) -> None:
         """Update what is remembered of arrivals, and the recent latencies, as the environment does."""

@@ -205,7 +205,8 @@ class Assessor:
         table, of_cloud, actions, self._memories = self._run(self._site, *seen, draw, self._memories)
         rows = np.asarray(table)
         expected = {name: [_short(value) for value in row] for name, row in zip(EXPECTED, rows, strict=True)}
-        to_cloud, quality, in_time, qos, cost = (float(value) for value in of_cloud)
+        # On the host first: a step through an array of JAX is a computation each.
+        to_cloud, quality, in_time, qos, cost = np.asarray(of_cloud).tolist()
         cloud = {"quality": quality, "in_time": in_time, "qos": qos, "cost": cost} if to_cloud else None
         shadows = {rule.name: int(action) for rule, action in zip(self._rules, actions, strict=True)}
         return Assessment(expected, cloud, shadows)

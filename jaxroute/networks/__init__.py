@@ -37,10 +37,13 @@ class NetworkConfig:
             raise UserError(f"network: hidden={self.hidden} must be a positive multiple of heads={self.heads}")
 
 
-def build_network(config: NetworkConfig, away: bool = False) -> nn.Module:
-    """Return the network that the configuration describes; with `away`, it has a score for that too."""
+def build_network(config: NetworkConfig, away: bool = False, gauges: bool = False) -> nn.Module:
+    """Return the network that the configuration describes.
+
+    With `away`, it has a score for that too; with `gauges`, it sees how old those of the servers are.
+    """
     if config.kind == "mlp":
-        return FlatMLP(hidden=config.hidden, away=away)
+        return FlatMLP(hidden=config.hidden, away=away, gauges=gauges)
     return HAN(
         hidden=config.hidden,
         heads=config.heads,
@@ -48,4 +51,5 @@ def build_network(config: NetworkConfig, away: bool = False) -> nn.Module:
         semantic_attention=config.semantic_attention,
         use_impact=config.use_impact,
         away=away,
+        gauges=gauges,
     )

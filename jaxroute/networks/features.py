@@ -17,6 +17,7 @@ from jaxroute.serving.site import UNBOUNDED
 
 _TYPICAL_TIME_PER_TOKEN = 0.03
 _TYPICAL_RATE = 8.0
+_TYPICAL_GAUGE_AGE = 3.0
 
 
 class Features(NamedTuple):
@@ -54,8 +55,10 @@ def _log_ratio(value: Array, typical: Array | float) -> Array:
     return jnp.clip(jnp.log(jnp.maximum(value, 1e-6) / typical), -4.0, 4.0)
 
 
-def features_of(obs: Observation, use_impact: bool = True) -> Features:
+def features_of(obs: Observation, use_impact: bool = True, gauges: bool = False) -> Features:
     """Scale an observation; `use_impact=False` hides the action impact estimator (an ablation).
+
+    `gauges` shows how old the servers' gauges are: 0 where the router sees the requests themselves.
 
     Raises:
         UserError: `obs` is something else, e.g. the flat vector of an adapter.
@@ -68,18 +71,19 @@ def features_of(obs: Observation, use_impact: bool = True) -> Features:
     # Of the shortest predicted answer: one number for all experts, and the normalised limit where there is no other.
     requirement = arrival.limits.per_token(tokens.min(-1))
     shown = 1.0 if use_impact else 0.0
-    arrival_features = jnp.stack(
-        [
-            _log_tokens(arrival.prompt_tokens),
-            _log_ratio(requirement, _TYPICAL_TIME_PER_TOKEN),
-            _log_ratio(arrival.arrival_rate, _TYPICAL_RATE),
-            _log_ratio(1 / arrival.recent.slow_gap, _TYPICAL_RATE),
-            shown * jnp.clip(arrival.recent.net, -4.0, 1.0),
-            shown * jnp.minimum(_spread(arrival.recent), 4.0),
-            jnp.minimum(10 * arrival.prices.accelerator, 4.0),
-        ],
-        axis=-1,
-    )
+    of_arrival = [
+        _log_tokens(arrival.prompt_tokens),
+        _log_ratio(requirement, _TYPICAL_TIME_PER_TOKEN),
+        _log_ratio(arrival.arrival_rate, _TYPICAL_RATE),
+        _log_ratio(1 / arrival.recent.slow_gap, _TYPICAL_RATE),
+        shown * jnp.clip(arrival.recent.net, -4.0, 1.0),
+        shown * jnp.minimum(_spread(arrival.recent), 4.0),
+        jnp.minimum(10 * arrival.prices.accelerator, 4.0),
+    ]
+    if gauges:
+        age = jnp.zeros_like(arrival.age) if obs.gauge_age is None else obs.gauge_age
+        of_arrival.append(age / (age + _TYPICAL_GAUGE_AGE))
+    arrival_features = jnp.stack(of_arrival, axis=-1)
     expert_features = jnp.stack(
         [
             experts.num_running / experts.max_num_seqs,

@@ -119,10 +119,12 @@ class HAN(nn.Module):
     """False hides the action impact estimator, the residual term included (an ablation)."""
     away: bool = False
     """Score away too, where the environment has it: a logit that is the price of a seat, given all that is known."""
+    gauges: bool = False
+    """See how old the servers' gauges are."""
 
     def prepare(self, obs: Observation) -> Features:
         """Return the input of the network; this has no parameters, so a learner computes it once per step."""
-        return features_of(obs, self.use_impact)
+        return features_of(obs, self.use_impact, self.gauges)
 
     @nn.compact
     def __call__(self, features: Features) -> tuple[Float[Array, "action"], Float[Array, ""]]:

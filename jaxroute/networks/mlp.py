@@ -23,10 +23,12 @@ class FlatMLP(nn.Module):
     hidden: int = 64
     away: bool = False
     """Score away too, where the environment has it."""
+    gauges: bool = False
+    """See how old the servers' gauges are."""
 
     def prepare(self, obs: Observation) -> Features:
         """Return the input of the network."""
-        return features_of(obs, use_impact=False)
+        return features_of(obs, use_impact=False, gauges=self.gauges)
 
     @nn.compact
     def __call__(self, features: Features) -> tuple[Float[Array, "action"], Float[Array, ""]]:

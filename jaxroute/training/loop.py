@@ -153,7 +153,7 @@ def _make_plan(config: Config, run: Path) -> _Plan:
     """Build everything that a training consists of, and check that it fits into memory."""
     config = with_default_sizes(config)
     env, env_params = training_env(config)
-    network = build_network(config.network, config.env.away)
+    network = build_network(config.network, config.env.away, config.dynamics.gateways is not None)
     ppo = config.ppo
     assert ppo.num_envs is not None
     assert ppo.total_steps is not None

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 
 from jaxroute.decisions import COMPLETED, DECLINED, REJECTED, is_decision_log, read_decisions
 from jaxroute.errors import UserError
+from jaxroute.gateway.dispatch import names_of
 from jaxroute.gateway.fleet import Fleet
-from jaxroute.gateway.proxy import names_of
 from jaxroute.tables import open_table
 from jaxroute.workloads.limits import Limits, latencies
 

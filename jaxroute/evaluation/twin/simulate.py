@@ -196,9 +196,10 @@ def _params(site: Site, rows: _Rows, rate: float, log_length_error: np.ndarray) 
         share=jnp.ones(1),
         reward=RewardParams(nothing, jnp.ones(2), nothing, shaping=zero),
         outages=OutageParams(jnp.float32(1.0), jnp.float32(1.0)),
-        refresh_interval=zero,
+        refresh_interval=nothing,
         cloud=None,
         class_floor=None,
+        gateways=None,
     )
 
 

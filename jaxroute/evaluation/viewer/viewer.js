@@ -171,14 +171,27 @@ document.querySelector(".ramp i").style.background = `linear-gradient(90deg, ${s
 
 // --- Experts -------------------------------------------------------------------------------------------
 
+/** Up to so many seats are all drawn, and large enough to show how far each answer is. */
+const FEW_SEATS = 32;
+
+/** The seats that are drawn: all, or, of many, those that anybody takes in this episode, in full rows of 32. */
+function seatsDrawn(expert) {
+  const all = experts[expert].max_num_seqs;
+  if (all <= FEW_SEATS) return all;
+  const taken = byExpert[expert].flatMap(({ phases }) => phases.map(({ seat }) => (seat ?? -1) + 1));
+  const most = taken.reduce((one, other) => Math.max(one, other), 1);
+  return Math.min(Math.ceil(most / 32) * 32, all);
+}
+
 const cards = experts.map(({ label, max_num_seqs }, expert) => {
   const card = make("article", "expert", element("experts"));
   const title = make("h3", "", card);
   make("span", "number", title, `${expert + 1}`);
   title.append(label);
   title.title = label;
+  card.classList.toggle("many", max_num_seqs > FEW_SEATS);
   const batch = make("div", "cells", card);
-  const seats = Array.from({ length: max_num_seqs }, () => make("div", "cell", batch));
+  const seats = Array.from({ length: seatsDrawn(expert) }, () => make("div", "cell", batch));
   for (const seat of seats) make("i", "", seat);
   const queue = make("div", "cells", card);
   const said = make("div", "said", card);
