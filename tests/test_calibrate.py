@@ -248,7 +248,7 @@ def test_a_mixture_of_experts():
 
 
 def test_a_probe_of_a_live_server(site, loop, tmp_path, capsys):
-    """How near it comes is not asked here: the emulated server is timed by the wall clock, which a busy machine blurs."""
+    """How near it comes is not asked here: the emulated server keeps to the wall clock, which a busy machine blurs."""
     patient = [dataclasses.replace(expert, max_waiting=None) for expert in site.experts]
     fleet = emulated(dataclasses.replace(site, experts=patient), speed=1.0)
     loop.run(fleet.start())
