@@ -568,13 +568,21 @@ def test_gauges_tell_of_requests_that_came_past_it(router, seen):
     router.gauges(0, now=3.0, running=0, waiting=0)
     arrive(router, "c", 3.0)
     assert seen.experts["others_running"].tolist() == [0, 1]
+    # It ended after the figures had been asked for, and may be among them.
+    router.finished("c", now=4.0, output_tokens=40)
+    router.gauges(0, now=4.5, asked=3.5, running=3, waiting=0)
+    arrive(router, "d", 5.0)
+    assert seen.experts["others_running"].tolist() == [0, 1]
+    router.gauges(0, now=5.0, running=4, waiting=0)
+    arrive(router, "e", 5.0)
+    assert seen.experts["others_running"].tolist() == [1, 1]
     for mistake, message in (
         ({"expert": 2, "running": 0, "waiting": 0}, "expert 2 is unknown"),
         ({"expert": 0, "running": -1, "waiting": 0}, "running"),
         ({"expert": 0, "running": 0, "waiting": 0, "kv_tokens": math.nan}, "kv_tokens=nan"),
     ):
         with pytest.raises(UserError, match=message):
-            router.gauges(**{"now": 4.0} | mistake)
+            router.gauges(**{"now": 5.0} | mistake)
 
 
 def test_the_same_network_for_another_site(run, tmp_path, capsys):

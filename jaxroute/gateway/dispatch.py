@@ -213,15 +213,16 @@ class Dispatcher:
 
     # --- Servers ---------------------------------------------------------------------------------------------
 
-    def gauges_read(self, number: int, found: dict[str, float]) -> None:
-        """Let the router know of requests that came past this gateway."""
+    def gauges_read(self, number: int, found: dict[str, float], seconds: float) -> None:
+        """Let the router know of requests that came past this gateway; the gauges were asked for `seconds` ago."""
         router = self.policies.router
         if "running" not in found or not router.up[number]:
             return
-        share = found.get("kv_share")
+        share, now = found.get("kv_share"), self.clock.now()
         router.gauges(
             number,
-            now=self.clock.now(),
+            now=now,
+            asked=now - seconds * self.clock.speed,
             running=int(found["running"]),
             waiting=int(found.get("waiting", 0)),
             kv_tokens=None if share is None else share * self.policies.around.site.experts[number].kv_capacity,

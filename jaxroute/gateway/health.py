@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable, Sequence
 
 import aiohttp
@@ -32,11 +33,11 @@ class Health:
         options: HealthOptions,
         session: aiohttp.ClientSession,
         changed: Callable[[int, bool], None],
-        read: Callable[[int, dict[str, float]], None],
+        read: Callable[[int, dict[str, float], float], None],
     ) -> None:
         """`changed` is told of each server that goes down or comes up; all count as up at first.
 
-        `read` is told of each server's gauges, whenever they have been read.
+        `read` is told of each server's gauges, whenever they have been read, and how long ago they were asked for, s.
         """
         self._servers, self._options, self._session = servers, options, session
         self._changed, self._read = changed, read
@@ -105,10 +106,11 @@ class Health:
 
     async def _poll(self, number: int, url: str) -> None:
         while True:
+            asked = time.monotonic()
             try:
                 async with asyncio.timeout(self._options.timeout_s), self._session.get(url) as response:
                     self.polled[number] = gauges(await response.text())
-                self._read(number, self.polled[number])
+                self._read(number, self.polled[number], time.monotonic() - asked)
             except (aiohttp.ClientError, OSError, TimeoutError, UnicodeDecodeError):
                 self.polled[number] = {}
             await asyncio.sleep(self._options.metrics_s)

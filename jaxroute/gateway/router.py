@@ -8,6 +8,7 @@ of recent arrivals. A router that was trained to may also send a request away.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,9 @@ from jaxroute.gateway.belief import Belief, Loads
 from jaxroute.serving import SiteConfig, build_site
 from jaxroute.serving.checks import real, real_array, whole
 from jaxroute.workloads.limits import Limits
+
+# Requests that end at an expert between the asking for its figures and the answer.
+_MOST_ENDS = 256
 
 DECLINED, CLOUD = -1, -2
 """What `Router.route` returns of a request that no expert gets: turn it away, or send it to the site's cloud."""
@@ -100,6 +104,8 @@ class Router:
         self._seen: tuple[np.ndarray, ...] | None = None
         self._others = np.zeros((len(OTHERS_FIELDS), num_experts))
         self._read_at = np.full(num_experts, -math.inf)
+        self._ends: list[deque[float]] = [deque(maxlen=_MOST_ENDS) for _ in range(num_experts)]
+        """When the latest of its requests ended at each expert, s."""
         self._typical: np.ndarray | None = None
         """Means over recent requests: prompt tokens, what limits allow per second, quality and length per expert."""
         self._last_arrival: float | None = None
@@ -326,6 +332,7 @@ class Router:
             "_others",
             "_read_at",
             "_typical",
+            "_ends",
         ):
             setattr(self, name, getattr(other, name))
 
@@ -396,7 +403,16 @@ class Router:
             raise UserError(f"{where}: running={running!r} must be True, False or None")
         self._belief.progress(request_id, real("now", now), generated=generated, kv_tokens=kv_tokens, running=running)
 
-    def gauges(self, expert: int, *, now: float, running: int, waiting: int, kv_tokens: float | None = None) -> None:
+    def gauges(
+        self,
+        expert: int,
+        *,
+        now: float,
+        running: int,
+        waiting: int,
+        kv_tokens: float | None = None,
+        asked: float | None = None,
+    ) -> None:
         """Tell what an expert's own metrics say: what it has beyond this router's requests came past the router.
 
         Args:
@@ -405,6 +421,7 @@ class Router:
             running: requests in its batch.
             waiting: requests in its queue.
             kv_tokens: tokens whose KV it holds; by default as many as typical requests would have.
+            asked: when it was asked, s, by default now: a request that has ended since may still be in its figures.
 
         Raises:
             UserError: an unknown expert, a count below 0, a clock that goes back.
@@ -415,8 +432,11 @@ class Router:
             raise UserError(f"kv_tokens={kv_tokens} must not be negative, and finite")
         self._belief.advance(real("now", now))
         own = self._belief.loads()
+        ended = self._ends[expert]
+        while ended and ended[0] < (now if asked is None else asked):
+            ended.popleft()
         # Which of its own run already is inferred: how many there are in all is surer.
-        others = max(sum(counts) - int(own.running[expert] + own.waiting[expert]), 0)
+        others = max(sum(counts) - int(own.running[expert] + own.waiting[expert]) - len(ended), 0)
         in_batch = min(max(counts[0] - int(own.running[expert]), 0), others)
         held = 0.0
         if kv_tokens is not None:
@@ -441,8 +461,10 @@ class Router:
             return
         age = self._belief.age(request_id, now)
         expert = self._belief.expert_of(request_id)
+        assert expert is not None
         self._belief.advance(now)
         self._ended[:, expert] += age / output_tokens, 1
+        self._ends[expert].append(now)
         self._belief.remove(request_id)
 
     def failed(self, request_id: Hashable) -> None:
