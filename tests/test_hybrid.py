@@ -1,14 +1,21 @@
 """Hybrid LLM: labels, heads, curves, thresholds, the command, and the rules that go by its scores."""
 
 import json
+from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
-from jaxroute.banks.tables import Table, write_table
+import jaxroute
+from jaxroute.banks.bank import BankConfig, NoWorse, build_bank
+from jaxroute.banks.tables import Table, split_of_rows, write_table
 from jaxroute.commands import predict as command_line
+from jaxroute.env.environment import _request
+from jaxroute.errors import UserError
 from jaxroute.predictors.hybrid import (
     GAP,
     SCORES,
@@ -233,6 +240,45 @@ def test_every_pair_of_a_graded_bank(folder, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"hybrid.json", "hybrid.png"}
     for measured in figures.values():
         assert measured["scores"]["prob"]["mean_drop"]["ci95"] is None  # of one split
+
+
+def test_a_bank_with_scores(folder, tmp_path, capsys):
+    scores = tmp_path / "scores"
+    assert run(capsys, folder, "--large", LLMS[2], "--out", scores, "--splits", 1)[0] == 0
+    predictions = tmp_path / "predictions"
+    predictions.mkdir()
+    for name, value in (("quality", 0.5), ("output_tokens", 200.0)):
+        pd.DataFrame({llm: [value] * 440 for llm in LLMS}).to_parquet(predictions / f"predicted_{name}.parquet")
+    pd.DataFrame({llm: [0.3] for llm in LLMS}).to_parquet(predictions / "log_length_error.parquet")
+    where = {"folder": str(folder), "predictions": str(predictions), "hybrid": str(scores)}
+    config = BankConfig(kind="table", num_prompts=None, split="test", **where)
+    seen = build_bank(config, [LLMS[2], LLMS[0]])
+    assert NoWorse._fields == SCORES
+    for name in SCORES:
+        table = pd.read_parquet(scores / f"no_worse_{name}.parquet")[[LLMS[2], LLMS[0]]].to_numpy()
+        np.testing.assert_allclose(getattr(seen.no_worse, name), table[~split_of_rows(440)], rtol=1e-6)
+    assert build_bank(replace(config, hybrid=None), LLMS[:1]).no_worse is None
+
+    pd.DataFrame({name: [0.5] for name in LLMS}).to_parquet(scores / "no_worse_prob.parquet")
+    with pytest.raises(UserError, match="has 1 rows where the bank has 440: run python -m jaxroute predict hybrid"):
+        build_bank(config, LLMS)
+    (scores / "no_worse_det.parquet").unlink()
+    with pytest.raises(UserError, match=r"no_worse_det\.parquet does not exist: set bank\.hybrid to a folder"):
+        build_bank(config, LLMS)
+    with pytest.raises(UserError, match=r"bank\.hybrid does not fit bank\.kind='embedded'"):
+        BankConfig(hybrid=str(scores))
+
+
+def test_a_router_sees_the_scores_of_the_arriving_prompt():
+    env, params = jaxroute.make("edge-poisson", site="edge3", overrides=("bank.num_prompts=200",))
+    rng = np.random.default_rng(0)
+    no_worse = NoWorse(*(np.float32(rng.random((200, 3))) for _ in SCORES))
+    params = params._replace(bank=params.bank._replace(no_worse=no_worse))
+    request = _request(0, jnp.int32(7), params.limits, jnp.float32(0), jnp.float32(0), params, None)
+    for seen, scores in zip(request.described().no_worse, no_worse, strict=True):
+        np.testing.assert_array_equal(seen, scores[7])
+    obs, _ = jax.eval_shape(env.reset, jax.random.key(0), params)
+    assert [score.shape for score in obs.candidates.no_worse] == [(3,)] * 3
 
 
 @pytest.mark.parametrize(
