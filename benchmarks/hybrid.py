@@ -29,7 +29,7 @@ from jaxroute.evaluation import EpisodeRecords, evaluate_policies, summarise
 from jaxroute.evaluation.statistics import mean_ci95, paired_difference
 from jaxroute.plotting import STYLE, expert_colours
 from jaxroute.policies import RULES, Policy
-from jaxroute.predictors.hybrid import SCORES, by_text, choose_threshold, graded, predict_no_worse
+from jaxroute.predictors.hybrid import GAP, SCORES, by_text, choose_threshold, graded, predict_no_worse
 from jaxroute.predictors.model import cross_validate
 from jaxroute.predictors.predictor import Answers
 from jaxroute.runs import read_policy
@@ -38,7 +38,8 @@ from jaxroute.scenarios import build_env
 SHARES = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Cost advantages at which thresholds are set, on the train half."""
 CHOSEN = "1 % drop"
-OTHERS = ("impact_greedy", "qos_greedy", "quality_threshold", "interference_aware", "shortest_queue", "random")
+ALL_LARGE = 0.999999
+OTHERS = ("impact_greedy", "qos_greedy", "interference_aware", "shortest_queue", "random")
 ROUTER = "jaxroute"
 
 
@@ -56,16 +57,10 @@ def bank_of(small: str, large: str, brevity: float, kind: str) -> tuple[RequestB
     print(f"t of trans: {relaxations[0]:.2f}")
     predicted = cross_validate(prompts, Answers(quality, np.log(table.output_tokens)), train, table.llms)
 
-    thresholds: dict[str, dict[str, float]] = {}
     known = train & ~np.isnan(quality).any(axis=1) & of_text[prompt_of_row]
-    for name, score in scores.items():
-        of_train = score[prompt_of_row[known]]
-        shares = np.quantile(of_train[:, 0], [1 - share for share in SHARES[1:-1]])
-        # The large LLM's own score, 1, exceeds every threshold but those of all-large.
-        thresholds[name] = {"0 %": 0.999999, "100 %": -1.0}
-        thresholds[name] |= {f"{100 * share:.0f} %": float(at) for share, at in zip(SHARES[1:-1], shares, strict=True)}
-        chosen = choose_threshold(of_train, quality[known], np.array([0.0, 1.0]), 1)
-        thresholds[name][CHOSEN] = min(chosen, 0.999999)
+    to_small = {name: score[prompt_of_row][:, 0] for name, score in scores.items()}
+    to_small[GAP] = predicted.predicted.quality[:, 0] - predicted.predicted.quality[:, 1]
+    thresholds = {name: _thresholds(score[known], quality[known]) for name, score in to_small.items()}
 
     test = ~train & ~(np.isnan(quality) | np.isnan(table.output_tokens)).any(axis=1)
 
@@ -84,7 +79,23 @@ def bank_of(small: str, large: str, brevity: float, kind: str) -> tuple[RequestB
     return bank, thresholds
 
 
-def figures_of(records: EpisodeRecords, warmup: int, of_large: float) -> dict[str, np.ndarray]:
+def _thresholds(score: Float[np.ndarray, "prompt"], quality: Float[np.ndarray, "prompt 2"]) -> dict[str, float]:
+    """Return the thresholds that give the cost advantages, and the one that the paper would choose."""
+    cuts = np.quantile(score, [1 - share for share in SHARES[1:-1]])
+    # The large LLM's own score, 1, exceeds even that of all-large.
+    found = {"0 %": ALL_LARGE, "100 %": -1.0}
+    found |= {f"{100 * share:.0f} %": float(cut) for share, cut in zip(SHARES[1:-1], cuts, strict=True)}
+    both = np.stack([score, np.ones(len(score))], axis=1)
+    return found | {CHOSEN: min(choose_threshold(both, quality, np.array([0.0, 1.0]), 1), ALL_LARGE)}
+
+
+def policy_of(score: str, name: str, threshold: float) -> Policy:
+    """Return the rule that goes by a score; of the gap that is `quality_threshold`, whose parameter is its opposite."""
+    rule, value = ("quality_threshold", -threshold) if score == GAP else (f"hybrid_{score}", threshold)
+    return RULES[rule]._replace(name=f"{score} {name}", params=value)
+
+
+def figures_of(records: EpisodeRecords, warmup: int, of_large: np.ndarray) -> dict[str, np.ndarray]:
     """Return per episode average QoS, the small LLM's share, and the quality drop of those answered, both in %."""
     summary = summarise(records, warmup)
     return {
@@ -98,15 +109,15 @@ def figures_of(records: EpisodeRecords, warmup: int, of_large: float) -> dict[st
 
 def draw(found: dict[float, dict[str, dict[str, np.ndarray]]]) -> Figure:
     """Draw average QoS against the share that the small LLM got, a panel for each rate."""
-    colours = dict(zip(SCORES, expert_colours(3), strict=True))
+    colours = dict(zip((*SCORES, GAP), expert_colours(4), strict=True))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.1 * len(found), 3.6), layout="constrained")
         for axes, (rate, by_policy) in zip(np.ravel(figure.subplots(1, len(found))), found.items(), strict=True):
             for score, colour in colours.items():
-                names = [f"hybrid_{score} {100 * share:.0f} %" for share in SHARES]
+                names = [f"{score} {100 * share:.0f} %" for share in SHARES]
                 points = [[by_policy[name][key].mean() for key in ("to_small", "avg_qos")] for name in names]
                 axes.plot(*np.transpose(points), "o-", color=colour, markersize=3, label=score)
-                at = by_policy[f"hybrid_{score} {CHOSEN}"]
+                at = by_policy[f"{score} {CHOSEN}"]
                 axes.plot(
                     at["to_small"].mean(), at["avg_qos"].mean(), "D", color=colour, markersize=7, fillstyle="none"
                 )
@@ -129,7 +140,7 @@ def main() -> None:
     parser.add_argument("--brevity", type=float, default=0.2)
     parser.add_argument("--limit", type=float, default=0.08, help="on the normalised latency, s per token")
     parser.add_argument("--rates", default="0.25,1,2,4,8", help="requests per second")
-    parser.add_argument("--episodes", type=int, default=8)
+    parser.add_argument("--episodes", type=int, default=16)
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--router", default="pretrained/edge6", help="a run directory, or pretrained/<name>")
@@ -152,9 +163,7 @@ def main() -> None:
     params = params._replace(bank=bank)
 
     policies: list[Policy] = [
-        RULES[f"hybrid_{score}"]._replace(name=f"hybrid_{score} {name}", params=value)
-        for score, of_score in thresholds.items()
-        for name, value in of_score.items()
+        policy_of(score, name, value) for score, of_score in thresholds.items() for name, value in of_score.items()
     ]
     policies += [RULES[name] for name in OTHERS]
     policies.append(read_policy(options.router).policy._replace(name=ROUTER))
@@ -168,7 +177,8 @@ def main() -> None:
         requests=options.requests,
         warmup=options.warmup,
     )
-    of_large = float(bank.quality[:, 1].mean())
+    # Without queues and on the same prompts: every rate meets the same.
+    of_large = summarise(records[min(rates)]["prob 0 %"], options.warmup)["mean_quality"]
     found = {
         rate: {name: figures_of(played, options.warmup, of_large) for name, played in by_policy.items()}
         for rate, by_policy in records.items()
@@ -200,9 +210,7 @@ def print_best(found: dict[float, dict[str, dict[str, np.ndarray]]], thresholds:
     """Print the best threshold of each score at each rate, and what the router and `impact_greedy` are ahead by."""
     for rate, by_policy in found.items():
         best = {
-            score: max(
-                (f"hybrid_{score} {name}" for name in of_score), key=lambda name: by_policy[name]["avg_qos"].mean()
-            )
+            score: max((f"{score} {name}" for name in of_score), key=lambda name: by_policy[name]["avg_qos"].mean())
             for score, of_score in thresholds.items()
         }
         line = ", ".join(f"{name} {by_policy[name]['avg_qos'].mean():.3f}" for name in best.values())
@@ -211,6 +219,12 @@ def print_best(found: dict[float, dict[str, dict[str, np.ndarray]]], thresholds:
             ahead = paired_difference(by_policy[name]["avg_qos"], by_policy[strongest]["avg_qos"])
             line += f"; {name} {ahead.mean:+.4f} ± {ahead.ci95:.4f}"
         print(f"{rate:g}/s: {line}")
+        for other in ("trans", GAP):
+            for share in ("10 %", "20 %", "40 %"):
+                ahead = paired_difference(
+                    by_policy[f"prob {share}"]["avg_qos"], by_policy[f"{other} {share}"]["avg_qos"]
+                )
+                print(f"    prob - {other} at {share}: {ahead.mean:+.4f} ± {ahead.ci95:.4f}")
 
 
 if __name__ == "__main__":
