@@ -90,8 +90,11 @@ def _thresholds(score: Float[np.ndarray, "prompt"], quality: Float[np.ndarray, "
 
 
 def policy_of(score: str, name: str, threshold: float) -> Policy:
-    """Return the rule that goes by a score; of the gap that is `quality_threshold`, whose parameter is its opposite."""
-    rule, value = ("quality_threshold", -threshold) if score == GAP else (f"hybrid_{score}", threshold)
+    """Return the rule that goes by a score: of the gap that is `quality_threshold`, by the opposite of the threshold.
+
+    Its 0 % is the better of two predicted qualities, which hardly ever is the small LLM's.
+    """
+    rule, value = ("quality_threshold", max(-threshold, 0.0)) if score == GAP else (f"hybrid_{score}", threshold)
     return RULES[rule]._replace(name=f"{score} {name}", params=value)
 
 
