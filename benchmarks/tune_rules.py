@@ -24,6 +24,8 @@ GRID = {
     "weighted_sum": [0.0, 0.05, 0.1, 0.15, 0.2, 0.4, 0.8],
     "win_rate": [0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7],
     "slo_headroom": [LEAST, MOST],
+    "hybrid_prob": [0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9],  # without heads, hybrid_det and hybrid_trans are the same
+    "interference_aware": [(delta, theta) for theta in (0.7, 1.0, 1.4) for delta in (0.0, 0.25, 0.5, 0.75, 1.0)],
 }
 FORM_GRID = {
     "decline": [0.1, 0.15, 0.2, 0.25, 0.3, 0.35],
@@ -41,18 +43,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--episodes", type=int, default=16)
     parser.add_argument("--requests", type=int, default=600)
+    parser.add_argument("--rules", help="only these rules and forms, separated by commas")
     options = parser.parse_args()
+    only = None if options.rules is None else options.rules.split(",")
     use_compilation_cache()
     config = load_config(["train.random_sites=0"])
     env, params = training_env(config)
     low, high = np.asarray(params.rate)
     rates = [float(rate) for rate in np.linspace(low, high, 6)]
     policies = [
-        RULES[rule]._replace(name=f"{rule} {value:g}", params=value)
+        RULES[rule]._replace(name=f"{rule} {value}", params=value)
         for rule, values in GRID.items()
+        if only is None or rule in only
         for value in values
     ]
     for form, values in FORM_GRID.items():
+        if only is not None and form not in only:
+            continue
         rule = with_form("impact_greedy", form)
         policies += [rule._replace(name=f"{rule.name} {value:g}", params=((), value)) for value in values]
     records = evaluate_policies(

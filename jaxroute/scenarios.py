@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -222,8 +223,9 @@ def _banks(config: Config) -> tuple[RequestBank, CloudParams | None]:
     if site.cloud is None or not config.env.away:
         return build_bank(config.bank, site.models, config.data_path), None
     bank = build_bank(config.bank, [*site.models, site.cloud.model], config.data_path)
-    of_site = bank._replace(**{name: getattr(bank, name)[..., :-1] for name in bank._fields[1:]})
-    columns = {name: getattr(bank, name)[..., -1] for name in bank._fields[1:]}
+    of_site = jax.tree.map(lambda column: column[..., :-1], bank)._replace(prompt_tokens=bank.prompt_tokens)
+    names = [name for name in bank._fields if name in CloudParams._fields]
+    columns = {name: getattr(bank, name)[..., -1] for name in names}
     figures = {
         name: jnp.float32(getattr(site.cloud, name)) for name in CloudParams._fields if hasattr(site.cloud, name)
     }

@@ -23,6 +23,7 @@ ALIKE = {
     "predicted_output_tokens": 100.0,
     "ttft": 0.1,
     "tpot": 0.02,
+    "tpot_alone": 0.02,
     "normalised_latency": 0.021,
     "in_time": 0.9,
     "qos": 0.45,
@@ -31,7 +32,7 @@ ALIKE = {
 }
 
 
-def observation(away=None, **changes):
+def observation(away=None, no_worse=None, **changes):
     """What a router sees; values are per expert, or one for all."""
     assert set(changes) <= {*ALIKE, *Experts._fields, *Impact._fields, *Recent._fields}, "a field that does not exist"
     values = ALIKE | changes
@@ -57,10 +58,13 @@ def observation(away=None, **changes):
         arrival=fill(Arrival, limits=Limits(normalised=limit), recent=fill(Recent), prices=fill(Prices)),
         experts=fill(Experts),
         candidates=fill(
-            Candidates, impact=fill(Impact, in_time_each=Limits(normalised=in_time), relative_latency=latency / limit)
+            Candidates,
+            no_worse=no_worse,
+            impact=fill(Impact, in_time_each=Limits(normalised=in_time), relative_latency=latency / limit),
         ),
         in_flight=InFlight(limits=Limits(normalised=slots), **nothing),
         running=slots > 0,
         waiting=slots > 0,
         away=away,
+        gauge_age=None,
     )

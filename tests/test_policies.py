@@ -7,6 +7,7 @@ import pytest
 from episodes import NUM_ENVS, ROUTERS, changed, edge6, play
 from observations import NUM_EXPERTS, observation
 
+from jaxroute.banks.bank import NoWorse
 from jaxroute.errors import UserError
 from jaxroute.policies import LEARNED, RULES, learned_policy, rules_named
 from jaxroute.policies.rules import EXPLORATION, LEAST, MOST
@@ -16,6 +17,8 @@ DRAWS = {"random", "weighted_random", "power_of_two", "lowest_latency"}
 
 # Not those tuned on some workload, which may change.
 PARAMS = {"slo_headroom": LEAST, "quality_threshold": 0.1, "win_rate": 0.4, "weighted_sum": 0.2}
+HYBRID = ("hybrid_det", "hybrid_prob", "hybrid_trans")
+PARAMS |= {"interference_aware": (0.5, 1.0)} | dict.fromkeys(HYBRID, 0.7)
 
 
 @jax.jit
@@ -141,21 +144,62 @@ PINNED = {
         ({"predicted_quality": [0.9, 0.6, 0.55], "normalised_latency": [0.05, 0.045, 0.06]}, 0),
     ],
     "interference_aware": [
-        # 4 * 0.1, 1 * 0.3, 2 * 0.2: a larger batch may slow down by less in all.
-        ({"num_running": [4, 1, 1], "num_waiting": [0, 0, 1], "tpot": [0.022, 0.026, 0.024]}, 1),
+        # Created 4 * 0.1, 1 * 0.3, 2 * 0.2, of 0.4; received 1, 0.3 and 1.4, of 1.4: 0.86, 0.48 and 1.
+        (
+            {
+                "num_running": [4, 1, 1],
+                "num_waiting": [0, 0, 1],
+                "tpot": [0.022, 0.026, 0.024],
+                "tpot_alone": [0.011, 0.02, 0.01],
+            },
+            1,
+        ),
+        # The same created; received 0.1, 1.6 and 0.5: 0.53, 0.88 and 0.66.
+        (
+            {
+                "num_running": [4, 1, 1],
+                "num_waiting": [0, 0, 1],
+                "tpot": [0.022, 0.026, 0.024],
+                "tpot_alone": [0.02, 0.01, 0.016],
+            },
+            0,
+        ),
         # The second would be too late; if all were, it would not matter.
         (
             {
                 "num_running": [4, 1, 2],
                 "tpot": [0.022, 0.026, 0.023],
+                "tpot_alone": [0.011, 0.026, 0.0225],
                 "normalised_latency": [0.03, 0.05, 0.03],
             },
             2,
         ),
-        ({"num_running": [4, 1, 2], "tpot": [0.022, 0.024, 0.023], "normalised_latency": 0.05}, 1),
+        ({"num_running": [4, 1, 2], "tpot": [0.022, 0.021, 0.023], "normalised_latency": 0.05}, 1),
     ],
     "qos_greedy": [({"qos": [0.4, 0.3, 0.6], "qos_loss": [0, 0, 0.5], "predicted_quality": [0.4, 0.9, 0.6]}, 2)],
     "impact_greedy": [({"qos": [0.4, 0.3, 0.6], "qos_loss": [0, 0, 0.5]}, 0)],
+}
+# Without scores of heads they go by the predicted qualities, alike.
+PINNED |= {
+    name: [
+        # No worse than the best, 0.8: with 1 - 0.8 * 0.5 = 0.6, 1 - 0.8 * 0.3 = 0.76 and 1 - 0.8 * 0.2 = 0.84.
+        ({"predicted_quality": [0.5, 0.7, 0.8], "weight_load": [0.01, 0.02, 0.04]}, 1),
+        # 0.52, 0.68 and 0.84: the best alone is good enough. Then 0.64, 0.76 and 0.7.
+        ({"predicted_quality": [0.4, 0.6, 0.8], "weight_load": [0.01, 0.02, 0.04]}, 2),
+        ({"predicted_quality": [0.4, 0.6, 0.5], "weight_load": [0.01, 0.02, 0.04]}, 1),
+        # 0.72, 0.76 and 0.68: where nobody is likely to be right, the fastest will do.
+        ({"predicted_quality": [0.3, 0.4, 0.2], "weight_load": [0.01, 0.02, 0.04]}, 0),
+        # The best that can be had is 0.6, and no worse than that is the second with 0.76.
+        (
+            {
+                "predicted_quality": [0.4, 0.6, 1.0],
+                "weight_load": [0.01, 0.02, 0.04],
+                "available": [True, True, False],
+            },
+            1,
+        ),
+    ]
+    for name in HYBRID
 }
 CASES = [(name, changes, expected) for name, cases in PINNED.items() for changes, expected in cases]
 
@@ -166,6 +210,7 @@ def test_decisions(name, changes, expected):
 
 
 def test_every_rule_is_pinned():
+    assert len(RULES) == 24  # as the README says
     assert set(RULES) == {*PINNED, "random", "weighted_random", "power_of_two", "round_robin"}
     assert all(rule.name == name for name, rule in RULES.items())
 
@@ -232,6 +277,34 @@ def test_round_robin_takes_turns():
     assert int(action) == 2
     action, _ = rule.act(rule.params, obs, jax.random.key(0), memory)
     assert int(action) == 0
+
+
+def test_interference_aware_weighs_and_admits():
+    rule, key = RULES["interference_aware"], jax.random.key(0)
+    # Created 0.4 and 0.3; received 0.1 and 1.6; latencies of three quarters of the limit, and half as much again.
+    changes = {"num_running": [4, 1, 4], "tpot": [0.022, 0.026, 0.03], "tpot_alone": [0.02, 0.01, 0.01]}
+    obs = observation(**changes, normalised_latency=[0.03, 0.06, 0.03])
+
+    def chosen(delta, theta):
+        return int(rule.act((delta, theta), obs, key, ())[0])
+
+    assert chosen(1.0, 0.5) == 1  # created alone: the old rule
+    assert chosen(0.0, 0.5) == 0
+    assert chosen(1.0, 0.7) == 0  # the second has L / latency = 2 / 3
+    assert chosen(1.0, 1.5) == 1  # none is admitted, so all are
+
+
+def test_hybrid_rules_go_by_the_scores_of_the_heads():
+    no_worse = NoWorse(*(jnp.array(score) for score in ([0.8, 0.9, 1.0], [0.6, 0.9, 1.0], [0.2, 0.6, 1.0])))
+    # Predicted qualities say otherwise.
+    changes = {"predicted_quality": [0.9, 0.1, 0.1], "weight_load": [0.01, 0.02, 0.04]}
+    for name, expected in (("hybrid_det", 0), ("hybrid_prob", 1), ("hybrid_trans", 2)):
+        rule = RULES[name]
+        action, _ = rule.act(0.7, observation(no_worse=no_worse, **changes), jax.random.key(0), rule.memory)
+        assert int(action) == expected
+        # Neither of those that are left is good enough: the better score.
+        full = observation(no_worse=no_worse, **changes, available=[True, True, False])
+        assert int(rule.act(0.95, full, jax.random.key(0), rule.memory)[0]) == 1
 
 
 @pytest.mark.parametrize("name", ["weighted_sum", "slo_headroom", "interference_aware"])

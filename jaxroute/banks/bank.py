@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxroute.banks.generated import DomainFigures, LLMFigures, generate
 from jaxroute.banks.noise import NoiseConfig, predict_through_noise
 from jaxroute.banks.outcomes import Outcomes, Predicted
-from jaxroute.banks.tables import Predictions, read_predictions, read_table, split_of_rows
+from jaxroute.banks.tables import Predictions, read_no_worse, read_predictions, read_table, split_of_rows
 from jaxroute.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,14 @@ KINDS = ("embedded", "zeroeval", "mmlu_pro", "table")
 SPLITS = ("train", "test", "all")
 
 MIN_ROWS = 100  # fewer prompts cannot carry the calibration of the predictions
+
+
+class NoWorse(NamedTuple):
+    """Probabilities that an LLM's answer is no worse than the large LLM's (`jaxroute.predictors.hybrid`)."""
+
+    det: Float[Array, "*prompt expert"]
+    prob: Float[Array, "*prompt expert"]
+    trans: Float[Array, "*prompt expert"]
 
 
 class RequestBank(NamedTuple):
@@ -50,6 +58,8 @@ class RequestBank(NamedTuple):
     log_length_error: Float[Array, "expert"]
     """Standard deviation of log(output_tokens) around log(predicted_output_tokens): what the predictor knows of its own
     error. The router sees it."""
+    no_worse: NoWorse | None = None
+    """Scores of Hybrid LLM, which the router sees; None if there are none."""
 
 
 @dataclass
@@ -62,6 +72,9 @@ class BankConfig:
     """table: the folder that `jaxroute bank build` wrote."""
     predictions: str | None = None
     """Folder that `jaxroute predict` wrote for this table; null draws predictions as good as bank.noise says."""
+    hybrid: str | None = None
+    """Folder that `jaxroute predict hybrid` wrote for this table: scores that the hybrid rules go by; null lets them go
+    by the predicted qualities."""
     num_prompts: int | None = 4096
     """Number of prompts; null takes every row of a table. The embedded bank needs a number."""
     seed: int = 0
@@ -87,6 +100,8 @@ class BankConfig:
             raise UserError(f"bank.folder does not fit bank.kind='{self.kind}': use bank.kind=table, or folder null")
         if self.kind == "embedded" and self.predictions is not None:
             raise UserError("bank.predictions does not fit bank.kind='embedded', whose prompts have no text: use null")
+        if self.kind == "embedded" and self.hybrid is not None:
+            raise UserError("bank.hybrid does not fit bank.kind='embedded', whose prompts have no text: use null")
         if self.kind == "embedded" and self.split == "all":
             raise UserError(
                 "bank.split='all' does not fit bank.kind='embedded', which has no fixed rows: use train or test"
@@ -134,18 +149,23 @@ def build_bank(config: BankConfig, models: Sequence[str], data_dir: Path | None 
     llms = list(dict.fromkeys(columns))
     if config.kind == "embedded":
         outcomes, calibration, kept = _generated(config, llms)
-        predicted = None
+        predicted = no_worse = None
     else:
-        outcomes, calibration, kept, predicted = _measured(config, llms, data_dir)
+        outcomes, calibration, kept, predicted, no_worse = _measured(config, llms, data_dir)
     quality, log_length, error = predicted or predict_through_noise(outcomes, calibration, config.noise, config.seed)
     expert = [llms.index(column) for column in columns]
+
+    def of_experts(values: np.ndarray) -> Float[Array, "prompt expert"]:
+        return jnp.asarray(values[kept][:, expert], jnp.float32)
+
     return RequestBank(
         prompt_tokens=jnp.asarray(outcomes.prompt_tokens[kept], jnp.int32),
-        quality=jnp.asarray(outcomes.quality[kept][:, expert], jnp.float32),
+        quality=of_experts(outcomes.quality),
         output_tokens=jnp.asarray(outcomes.output_tokens[kept][:, expert], jnp.int32),
-        predicted_quality=jnp.asarray(quality[kept][:, expert], jnp.float32),
-        predicted_output_tokens=jnp.asarray(np.exp(log_length[kept][:, expert]), jnp.float32),
+        predicted_quality=of_experts(quality),
+        predicted_output_tokens=of_experts(np.exp(log_length)),
         log_length_error=jnp.asarray(error[expert], jnp.float32),
+        no_worse=None if no_worse is None else NoWorse(*map(of_experts, no_worse)),
     )
 
 
@@ -181,8 +201,11 @@ def _folder_of_table(config: BankConfig, data_dir: Path | None) -> Path:
 
 def _measured(
     config: BankConfig, llms: list[str], data_dir: Path | None
-) -> tuple[Outcomes, Bool[np.ndarray, "prompt"], Bool[np.ndarray, "prompt"], Predicted | None]:
-    """Outcomes of a table, which rows calibrate the predictor, which were asked for, and the predictions if given."""
+) -> tuple[Outcomes, Bool[np.ndarray, "prompt"], Bool[np.ndarray, "prompt"], Predicted | None, list[np.ndarray] | None]:
+    """Outcomes of a table, which rows calibrate the predictor, which were asked for, and what is given for them.
+
+    That is the predictions and the scores of Hybrid LLM, each None if there are none.
+    """
     where = _folder_of_table(config, data_dir)
     table = read_table(where)
     for llm in llms:
@@ -234,4 +257,7 @@ def _measured(
     predicted = None
     if given is not None:
         predicted = Predicted(given.quality[complete], np.log(given.output_tokens[complete]), given.log_length_error)
-    return outcomes, calibration, wanted, predicted
+    scores = None
+    if config.hybrid is not None:
+        scores = [score[complete] for score in read_no_worse(Path(config.hybrid), NoWorse._fields, llms, len(complete))]
+    return outcomes, calibration, wanted, predicted, scores

@@ -149,6 +149,29 @@ def read_predictions(folder: Path, llms: Sequence[str], num_rows: int) -> Predic
     return Predictions(quality, tokens, error[0])
 
 
+def read_no_worse(
+    folder: Path, scores: Sequence[str], llms: Sequence[str], num_rows: int
+) -> list[Float[np.ndarray, "prompt llm"]]:
+    """Read scores of Hybrid LLM for these LLMs and a table of `num_rows` rows.
+
+    Raises:
+        UserError: a file is missing or cannot be read, lacks an LLM, or has other rows or a value out of range.
+    """
+    tables = []
+    for score in scores:
+        path = folder / f"no_worse_{score}.parquet"
+        table = read_parquet(path, "set bank.hybrid to a folder that predict hybrid wrote with one --large, or null")
+        if len(table) != num_rows:
+            raise UserError(
+                f"{path} has {len(table)} rows where the bank has {num_rows}: run python -m jaxroute predict hybrid on "
+                "this bank again"
+            )
+        values = _floats(path, table, llms)
+        _check((values >= 0) & (values <= 1), values, path, llms, "from 0 to 1")
+        tables.append(values)
+    return tables
+
+
 def split_of_rows(num_rows: int) -> Bool[np.ndarray, "prompt"]:
     """Tell the rows of a table that are in the train half; the others are the test half.
 

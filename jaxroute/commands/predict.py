@@ -1,10 +1,14 @@
-"""Predict answers from the text of the prompts: `python -m jaxroute predict BANK --out FOLDER`."""
+"""Predict answers from the text of the prompts: `python -m jaxroute predict BANK --out FOLDER`.
+
+`python -m jaxroute predict hybrid BANK` judges when a small LLM is good enough (predict_hybrid.py).
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from rich.table import Column
 from rich.table import Table as Grid
 
 from jaxroute.banks.tables import Table, choose_llms, read_table, split_of_rows
+from jaxroute.commands import predict_hybrid
 from jaxroute.commands.arguments import parser_of, run_command
 from jaxroute.commands.console import say
 from jaxroute.config.words import command_line, path_word
@@ -27,6 +32,7 @@ from jaxroute.files import check_new, complete_folder
 from jaxroute.predictors.metrics import measure, reliability
 from jaxroute.predictors.model import FOLDS, MAX_ROWS, CrossValidated, cross_validate
 from jaxroute.predictors.predictor import Answers
+from jaxroute.predictors.texts import texts_of
 
 _FIGURES = {
     "quality_auc": "AUC of quality",
@@ -52,11 +58,18 @@ _WAYS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fit a predictor to a bank and predict its rows; returns the exit code."""
-    return run_command(_parser(), argv, _predict)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["hybrid"]:
+        return predict_hybrid.main(words[1:])
+    return run_command(_parser(), words, _predict)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of("predict", "Fit a predictor of the answers' quality and length to the prompts' text.")
+    description = (
+        "Fit a predictor of the answers' quality and length to the prompts' text. "
+        "predict hybrid BANK judges when a small LLM is good enough; see predict hybrid --help."
+    )
+    parser = parser_of("predict", description)
     parser.add_argument("bank", type=Path, metavar="BANK", help="folder of a bank, or of published tables")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="predictions; must not exist yet")
     parser.add_argument("--models", metavar="A,B,...", help="only these LLMs; all by default")
@@ -71,7 +84,7 @@ def _predict(options: argparse.Namespace, console: Console) -> None:
     table = read_table(options.bank)
     if options.models is not None:
         table = choose_llms(table, [name.strip() for name in options.models.split(",")], options.bank)
-    prompts = _texts(table, options.bank)
+    prompts = texts_of(table, options.bank)
     category = table.queries["category"].astype(str).tolist() if "category" in table.queries.columns else None
     truth = Answers(table.quality, np.log(table.output_tokens))
     in_train = split_of_rows(len(prompts))
@@ -87,20 +100,6 @@ def _predict(options: argparse.Namespace, console: Console) -> None:
         console.print(grid, markup=False)
     for line in _notes(options, result, in_train, figures["folds"]):
         say(console, line)
-
-
-def _texts(table: Table, folder: Path) -> list[str]:
-    path = folder / "queries.parquet"
-    if "prompt" not in table.queries.columns:
-        raise UserError(
-            f"{path} has no column 'prompt', and a predictor needs the prompts' text: add it, or build the bank with "
-            "python -m jaxroute bank build"
-        )
-    prompts = table.queries["prompt"].tolist()
-    for row, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, str):
-            raise UserError(f"{path}, row {row}: prompt is {prompt!r}, which is not text: correct the table")
-    return prompts
 
 
 # --- figures ------------------------------------------------------------------------------------------------

@@ -678,6 +678,7 @@ def _request(
         limits=limits,
         local_only=jnp.bool_(False) if params.cloud is None else params.cloud.local_only[row],
         quality_floor=quality_floor,
+        no_worse=jax.tree.map(lambda score: by_expert(_row(score, row), fleet), bank.no_worse),
     )
 
 
@@ -741,7 +742,7 @@ def observe(
     return Observation(
         arrival=Arrival(request.prompt_tokens, request.limits, 1 / recent.gap, request.age, recent, prices),
         experts=experts,
-        candidates=Candidates(request.predicted_quality, request.predicted_output_tokens, impact),
+        candidates=Candidates(request.predicted_quality, request.predicted_output_tokens, impact, request.no_worse),
         in_flight=InFlight(
             weight=per_expert(load.weight),
             prompt_tokens=per_expert(batch.prompt_tokens),

@@ -280,11 +280,13 @@ def estimate_impact(
         e2e=latency,
         normalised=latency / mean_length,
     )
+    one = jnp.ones_like(num_seqs)
     size = jnp.maximum(load.footprint, 1.0) / jnp.maximum(load.num_active, 1.0)
     seats = jnp.minimum(site.max_num_seqs - load.num_active, (site.kv_capacity - load.footprint) / size)
     return Impact(
         ttft=predicted.ttft,
         tpot=predicted.tpot,
+        tpot_alone=site.iteration_time(one, one, request.prompt_tokens + mean_length / 2),
         normalised_latency=predicted.normalised,
         # Back at the router, which is where limits hold.
         relative_latency=request.limits.relative(predicted._replace(ttft=predicted.ttft + site.network_delay)),

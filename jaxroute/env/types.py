@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxroute.banks.bank import RequestBank
+from jaxroute.banks.bank import NoWorse, RequestBank
 from jaxroute.serving import Site, SiteState
 from jaxroute.workloads.arrivals import ArrivalParams, ArrivalState
 from jaxroute.workloads.limits import Limits
@@ -92,6 +92,8 @@ class Impact(NamedTuple):
     """Its predicted time to first token, s."""
     tpot: Float[Array, "expert"]
     """Its predicted time per further token, s."""
+    tpot_alone: Float[Array, "expert"]
+    """The same if nobody else were there, s."""
     normalised_latency: Float[Array, "expert"]
     """Its predicted E2E latency per output token, s."""
     relative_latency: Float[Array, "expert"]
@@ -125,6 +127,8 @@ class Candidates(NamedTuple):
     predicted_quality: Float[Array, "expert"]
     predicted_output_tokens: Float[Array, "expert"]
     impact: Impact
+    no_worse: NoWorse | None = None
+    """Scores of Hybrid LLM, if the bank has them."""
 
 
 class Away(NamedTuple):
@@ -209,6 +213,8 @@ class Described(NamedTuple):
     predicted_quality: Float[Array, "expert"]
     predicted_output_tokens: Float[Array, "expert"]
     """Medians."""
+    no_worse: NoWorse | None = None
+    """Scores of Hybrid LLM, if the bank has them."""
 
 
 class Snapshot(NamedTuple):
@@ -358,6 +364,8 @@ class Request(NamedTuple):
     """Predicted quality below which an answer is worth nothing: both qualities are 0 there."""
     gateway: Int[Array, ""] | None = None
     """The gateway at which it has arrived, if there are several."""
+    no_worse: NoWorse | None = None
+    """Scores of Hybrid LLM, if the bank has them."""
 
     def described(self) -> Described:
         """Return the request as a router sees it."""
@@ -367,6 +375,7 @@ class Request(NamedTuple):
             age=self.age,
             predicted_quality=self.predicted_quality,
             predicted_output_tokens=self.predicted_output_tokens,
+            no_worse=self.no_worse,
         )
 
 

@@ -166,6 +166,48 @@ def quality_threshold(params: Params, obs: Observation, key: PRNGKeyArray, memor
     return _best_among(obs, good_enough, -obs.experts.weight_load), memory
 
 
+def _hybrid(obs: Observation, score: Float[Array, "expert"], threshold: Params) -> Int[Array, ""]:
+    """Return the fastest LLM whose score exceeds the threshold; if none does, the one of the highest score.
+
+    An expert's size is the time to stream its weights.
+    """
+    good_enough = (score > threshold) & obs.experts.eligible
+    fastest = best_available(obs, jnp.where(good_enough, -obs.experts.weight_load, -jnp.inf))
+    return jnp.where(good_enough.any(), fastest, best_available(obs, score))
+
+
+def _expected_no_worse(obs: Observation) -> Float[Array, "expert"]:
+    """Pr[an LLM's answer is no worse than that of the best LLM], if right answers are as likely as q and independent.
+
+    The best LLM is compared with another answer of its own.
+    """
+    quality = obs.candidates.predicted_quality
+    best = jnp.where(obs.experts.eligible, quality, -jnp.inf).max()
+    return 1 - best * (1 - quality)
+
+
+def hybrid_det(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Take the fastest LLM of which r_det says that it is good enough (Hybrid LLM, arXiv 2404.14618).
+
+    `params` is the threshold. Without a head's score (`bank.hybrid`) the predicted qualities give one, which is the
+    same for all three rules: they differ in the labels of the heads.
+    """
+    scores = obs.candidates.no_worse
+    return _hybrid(obs, _expected_no_worse(obs) if scores is None else scores.det, params), memory
+
+
+def hybrid_prob(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Take the fastest LLM of which r_prob says that it is good enough; as `hybrid_det` otherwise."""
+    scores = obs.candidates.no_worse
+    return _hybrid(obs, _expected_no_worse(obs) if scores is None else scores.prob, params), memory
+
+
+def hybrid_trans(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Take the fastest LLM of which r_trans says that it is good enough; as `hybrid_det` otherwise."""
+    scores = obs.candidates.no_worse
+    return _hybrid(obs, _expected_no_worse(obs) if scores is None else scores.trans, params), memory
+
+
 def win_rate(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Take the strong LLM if P(it wins) > alpha, else the weak one (RouteLLM).
 
@@ -198,13 +240,25 @@ def weighted_sum(params: Params, obs: Observation, key: PRNGKeyArray, memory: Me
 
 
 def interference_aware(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
-    """Argmin predicted slow-down of the requests in flight, among the experts predicted to meet L (all, if none).
+    """Argmin delta created + (1 - delta) received interference, each over its maximum, where L / latency >= theta.
 
-    The slow-down is the relative increase of the iteration time, summed over the requests there. In the spirit of
-    interference-aware cooperative routing in 5G.
+    Interference-aware cooperative routing (arXiv 2201.01520) weighs the interference that a route creates and
+    receives, under a floor on SINR. Created: by how much an iteration gets longer, relative to now, times the requests
+    in flight. Received: by how much a token of the arriving request takes longer than if it were alone. Maxima are over
+    the experts to choose from; if none has L / latency >= theta, all are candidates. `params` are delta and theta.
     """
-    slowdown = _num_in_flight(obs) * (obs.candidates.impact.tpot / obs.experts.iteration_time - 1)
-    return _best_among(obs, _relative_latency(obs) <= 1.0, -slowdown), memory
+    delta, theta = params
+    impact = obs.candidates.impact
+    created = _num_in_flight(obs) * (impact.tpot / obs.experts.iteration_time - 1)
+    received = impact.tpot / impact.tpot_alone - 1
+    cost = delta * _of_greatest(obs, created) + (1 - delta) * _of_greatest(obs, received)
+    return _best_among(obs, theta * _relative_latency(obs) <= 1.0, -cost), memory
+
+
+def _of_greatest(obs: Observation, value: Float[Array, "expert"]) -> Float[Array, "expert"]:
+    """Divide by the maximum over the experts to choose from; nothing is changed where that is 0."""
+    greatest = jnp.where(obs.experts.eligible, value, -jnp.inf).max()
+    return value / jnp.where(greatest > 0, greatest, 1.0)
 
 
 def qos_greedy(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
@@ -221,6 +275,8 @@ def impact_greedy(params: Params, obs: Observation, key: PRNGKeyArray, memory: M
 QUALITY_GAP = 0.2
 LATENCY_WEIGHT = 0.15
 WIN_PROBABILITY = 0.55
+NO_WORSE = 0.7
+INTERFERENCE = (0.5, 1.0)  # delta, theta
 HEADROOM = LEAST
 
 RULES: dict[str, Policy] = {
@@ -241,10 +297,13 @@ RULES: dict[str, Policy] = {
         Policy("slo_headroom", slo_headroom, params=HEADROOM),
         Policy("quality_only", quality_only),
         Policy("quality_threshold", quality_threshold, params=QUALITY_GAP),
+        Policy("hybrid_det", hybrid_det, params=NO_WORSE),
+        Policy("hybrid_prob", hybrid_prob, params=NO_WORSE),
+        Policy("hybrid_trans", hybrid_trans, params=NO_WORSE),
         Policy("win_rate", win_rate, params=WIN_PROBABILITY),
         Policy("lowest_latency", lowest_latency),
         Policy("weighted_sum", weighted_sum, params=LATENCY_WEIGHT),
-        Policy("interference_aware", interference_aware),
+        Policy("interference_aware", interference_aware, params=INTERFERENCE),
         Policy("qos_greedy", qos_greedy),
         Policy("impact_greedy", impact_greedy),
     )
