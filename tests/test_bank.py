@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from jaxroute.banks.bank import BankConfig, RequestBank, build_bank
+from jaxroute.banks.bank import BankConfig, build_bank
 from jaxroute.banks.generated import DomainFigures, LLMFigures
 from jaxroute.banks.noise import NoiseConfig
 from jaxroute.errors import UserError
@@ -83,7 +83,8 @@ def routing_gain(bank):
 
 def check_contract(bank, experts):
     prompts = bank.prompt_tokens.shape[0]
-    assert all(isinstance(leaf, jax.Array) for leaf in bank)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(bank))
+    assert bank.no_worse is None
     bank = jax.tree.map(np.asarray, bank)  # each operation on a new shape would be compiled
     for name in ("quality", "output_tokens", "predicted_quality", "predicted_output_tokens"):
         assert getattr(bank, name).shape == (prompts, experts)
@@ -157,7 +158,7 @@ def test_an_llm_answers_the_same_in_every_pool():
 def test_two_experts_with_one_llm_share_its_answers():
     config = configured("embedded", num_prompts=300, models={"tuned": "gemma-2-9b-it"})
     bank = build_bank(config, ["gemma-2-9b-it", "gemma-2-2b-it", "tuned"])
-    for name in RequestBank._fields[1:]:
+    for name in ("quality", "output_tokens", "predicted_quality", "predicted_output_tokens", "log_length_error"):
         values = np.asarray(getattr(bank, name))
         np.testing.assert_array_equal(values[..., 0], values[..., 2])
 
