@@ -178,6 +178,7 @@ def test_wandb_offline_needs_neither_network_nor_account(run):
 # --- judging -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_judging_a_run_again_gives_the_same_numbers(run):
     judged = shell("eval.py", "site=edge3", *EVAL, f"checkpoint={run}", "output_dir=again", cwd=Path.cwd())
     assert (judged.returncode, judged.stderr) == (0, "")
@@ -194,6 +195,7 @@ def test_judging_the_rules_alone():
     assert_results(Path("rules"), None)
 
 
+@pytest.mark.exhaustive
 def test_a_checkpoint_of_the_han_runs_on_a_site_with_more_experts(run, capsys):
     early = run / "checkpoints" / "64"
     assert eval_main(["site=edge6", *EVAL, "policies=[random]", f"checkpoint={early}"]) == 0

@@ -447,6 +447,7 @@ def wait_until(true, process):
             raise AssertionError(f"it ended: {process.communicate(timeout=0.01)}")
 
 
+@pytest.mark.exhaustive
 def test_signals_end_a_process_with_a_line_that_says_how_to_go_on(tmp_path):
     """What the line says is done: each command is the one that the last process printed."""
     command = ["train.py", *TINY, "ppo.total_steps=640000", "output_dir=a run"]

@@ -253,6 +253,7 @@ def awkward_run(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_advice_to_judge_runs_as_it_is_printed(awkward_run, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py")])
