@@ -22,7 +22,7 @@ COMPLETED, DECLINED, REJECTED, FAILED, CANCELLED = "completed", "declined", "rej
 
 
 class DecisionLog(NamedTuple):
-    """The records of a log, in order of arrival."""
+    """The records of a log."""
 
     records: list[dict[str, Any]]
     torn: int
@@ -39,8 +39,8 @@ def is_decision_log(path: str | Path) -> bool:
         return False
 
 
-def read_decisions(path: str | Path) -> DecisionLog:
-    """Read a log.
+def read_decisions(path: str | Path, *, by_arrival: bool = True) -> DecisionLog:
+    """Read a log, in order of arrival, or as it was written: in the order of the ends.
 
     Raises:
         UserError: it cannot be read, or holds no decision.
@@ -60,7 +60,9 @@ def read_decisions(path: str | Path) -> DecisionLog:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a decision log") from None
     if not records:
         raise UserError(f"{path} holds no decision; name a log that python -m jaxroute.gateway wrote")
-    return DecisionLog(sorted(records, key=lambda record: record["arrival_time"]), torn)
+    if by_arrival:
+        records.sort(key=lambda record: record["arrival_time"])
+    return DecisionLog(records, torn)
 
 
 def served(log: DecisionLog, expert: str | None = None) -> Iterator[dict[str, Any]]:

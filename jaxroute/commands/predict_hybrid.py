@@ -20,6 +20,7 @@ from jaxroute.banks.tables import Table, choose_llms, read_table, split_of_rows
 from jaxroute.commands.arguments import parser_of, run_command
 from jaxroute.commands.console import say
 from jaxroute.errors import UserError
+from jaxroute.evaluation.report.write import jsonable
 from jaxroute.evaluation.statistics import mean_ci95
 from jaxroute.files import check_new, complete_folder
 from jaxroute.plotting import STYLE, expert_colours
@@ -226,18 +227,13 @@ def _write(
         "pairs": figures,
     }
     with complete_folder(options.out) as draft:
-        (draft / "hybrid.json").write_text(json.dumps(_without_nan(report), indent=2) + "\n", encoding="utf-8")
+        (draft / "hybrid.json").write_text(
+            json.dumps(jsonable(report), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
         _figure(pairs, judged).savefig(draft / "hybrid.png", dpi=120)
         for name, values in (scores or {}).items():
             frame = pandas.DataFrame(values[prompt_of_row], columns=list(llms))
             frame.to_parquet(draft / f"no_worse_{name}.parquet", index=False)
-
-
-def _without_nan(value: Any) -> Any:
-    """Replace NaN, which JSON does not have, by null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _figure(pairs: Sequence[tuple[str, str]], judged: Sequence[Sequence[Judged]]) -> Figure:

@@ -166,11 +166,13 @@ def quality_threshold(params: Params, obs: Observation, key: PRNGKeyArray, memor
     return _best_among(obs, good_enough, -obs.experts.weight_load), memory
 
 
-def _hybrid(obs: Observation, score: Float[Array, "expert"], threshold: Params) -> Int[Array, ""]:
+def _hybrid(obs: Observation, name: str, threshold: Params) -> Int[Array, ""]:
     """Return the fastest LLM whose score exceeds the threshold; if none does, the one of the highest score.
 
-    An expert's size is the time to stream its weights.
+    An expert's size is the time to stream its weights. Without a head's score, the predicted qualities give one.
     """
+    scores = obs.candidates.no_worse
+    score = _expected_no_worse(obs) if scores is None else getattr(scores, name)
     good_enough = (score > threshold) & obs.experts.eligible
     fastest = best_available(obs, jnp.where(good_enough, -obs.experts.weight_load, -jnp.inf))
     return jnp.where(good_enough.any(), fastest, best_available(obs, score))
@@ -192,20 +194,17 @@ def hybrid_det(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memo
     `params` is the threshold. Without a head's score (`bank.hybrid`) the predicted qualities give one, which is the
     same for all three rules: they differ in the labels of the heads.
     """
-    scores = obs.candidates.no_worse
-    return _hybrid(obs, _expected_no_worse(obs) if scores is None else scores.det, params), memory
+    return _hybrid(obs, "det", params), memory
 
 
 def hybrid_prob(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Take the fastest LLM of which r_prob says that it is good enough; as `hybrid_det` otherwise."""
-    scores = obs.candidates.no_worse
-    return _hybrid(obs, _expected_no_worse(obs) if scores is None else scores.prob, params), memory
+    return _hybrid(obs, "prob", params), memory
 
 
 def hybrid_trans(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Take the fastest LLM of which r_trans says that it is good enough; as `hybrid_det` otherwise."""
-    scores = obs.candidates.no_worse
-    return _hybrid(obs, _expected_no_worse(obs) if scores is None else scores.trans, params), memory
+    return _hybrid(obs, "trans", params), memory
 
 
 def win_rate(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:

@@ -200,13 +200,13 @@ def judge(
     judged = []
     for contender in contenders:
         say(f"judging {contender.name}")
-        judged.append(_judged(twin, contender, play(contender), done, blocks))
+        one = _judged(twin, contender, play(contender), done, blocks)
         agreement = None
         if (chosen := _choices_in_log(recorded, contender)) is not None:
             preferred = play(contender, forced=True).preferred[0]
             known = chosen >= 0
             agreement = float((preferred == chosen)[known].mean()) if known.any() else None
-        judged[-1] = _with_verdict(twin, judged[-1]._replace(agreement=agreement))
+        judged.append(_with_verdict(twin, one._replace(agreement=agreement)))
     return twin._replace(policies=tuple(sorted(judged, key=lambda one: one.gain.mean, reverse=True)))
 
 

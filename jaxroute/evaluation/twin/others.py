@@ -7,14 +7,13 @@ known has another half. Policies meet them as they meet each other's.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxroute.evaluation.twin.recorded import Recorded
 from jaxroute.evaluation.twin.simulate import Played
-from jaxroute.workloads.limits import Limits
 
 RATES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """What is tried, in terms of the server's own requests per second since the change."""
@@ -70,13 +69,7 @@ def join(
     source, arrival = source[order], arrival[order]
     forced = np.concatenate([np.full(number, -1), *servers]).astype(int)[order]
 
-    columns: dict[str, Any] = {
-        name: value[source] for name, value in recorded._asdict().items() if isinstance(value, np.ndarray)
-    }
-    columns["arrival"] = arrival
     there = rng.random((len(lengths), len(forced))) < 0.5
     of_draw = np.where((forced >= 0) & ~there, len(recorded.servers), forced)
-    limits = Limits(*(None if limit is None else limit[source] for limit in recorded.limits))
-    return Joined(
-        recorded._replace(**columns, limits=limits, shadow={}), lengths[:, source], order < number, order, of_draw
-    )
+    joined = recorded.part(source)._replace(arrival=arrival, shadow={})
+    return Joined(joined, lengths[:, source], order < number, order, of_draw)

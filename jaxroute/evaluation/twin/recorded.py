@@ -190,11 +190,11 @@ def read_recorded(paths: Sequence[Path], fleet: Fleet, since: float | None = Non
 
 def _decisions(path: Path, fleet: Fleet, names: Sequence[str], notes: _Notes) -> list[_Row]:
     rows = []
-    log = read_decisions(path)
+    # In the order of their ends, as a gateway writes them.
+    log = read_decisions(path, by_arrival=False)
     if log.torn:
         notes.troubles.append(f"{path}: {log.torn} torn lines are left out")
-    # In the order of their ends, as a gateway writes them.
-    for record in _in_file_order(path, log.records):
+    for record in log.records:
         outcome, expert = record["outcome"], record.get("expert")
         end = record.get("end_time")
         if outcome in (DECLINED, REJECTED) or expert is None:
@@ -237,20 +237,6 @@ def _decisions(path: Path, fleet: Fleet, names: Sequence[str], notes: _Notes) ->
             )
         )
     return rows
-
-
-def _in_file_order(path: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the records as their lines follow each other: `read_decisions` sorts them."""
-    import json
-
-    place: dict[str, int] = {}
-    with open(path, "rb") as file:
-        for number, line in enumerate(file):
-            try:
-                place.setdefault(str(json.loads(line)["id"]), number)
-            except (ValueError, KeyError, TypeError):
-                continue
-    return sorted(records, key=lambda record: place.get(str(record.get("id")), 0))
 
 
 def _predictions(given: Any, fleet: Fleet, name: str) -> Sequence[float]:
@@ -339,15 +325,18 @@ def _look_for_others(rows: list[_Row], notes: _Notes) -> None:
     known = np.isfinite(believed)
     if known.sum() < _FEWEST:
         return
-    arrival = np.array([row.arrival for row in answered])
-    ends = np.sort(arrival + np.array([row.latency for row in answered], float))
-    in_flight = np.arange(len(arrival)) - np.searchsorted(ends, arrival)
+    in_flight = at_once(*(np.array([getattr(row, name) for row in answered], float) for name in ("arrival", "latency")))
     if in_flight[known].mean() > _MORE_IN_FLIGHT * believed[known].mean() + 1:
         notes.refuse(
             f"{in_flight[known].mean():.1f} requests are in flight at once, and the gateway knew of "
             f"{believed[known].mean():.1f}: lines of several gateways are interleaved; the servers are fitted to all, "
             "and the policies are not judged"
         )
+
+
+def at_once(arrival: Float[np.ndarray, "request"], latency: Float[np.ndarray, "request"]) -> Int[np.ndarray, "request"]:
+    """Return how many requests are in flight at each arrival, itself left out; they are in order of arrival."""
+    return np.arange(len(arrival)) - np.searchsorted(np.sort(arrival + latency), arrival)
 
 
 def _arrays(rows: list[_Row], names: Sequence[str], notes: _Notes) -> Recorded:

@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.banks.bank import RequestBank
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation, OutageParams, RewardParams
-from jaxroute.evaluation.twin.recorded import Recorded
+from jaxroute.evaluation.twin.recorded import Recorded, at_once
 from jaxroute.policies import Policy
+from jaxroute.policies.protocol import best_available
 from jaxroute.serving import Site
 from jaxroute.workloads.arrivals import ArrivalParams, Pattern
 from jaxroute.workloads.limits import Limits
@@ -157,14 +158,8 @@ def simulate(
 
 def most_in_flight(recorded: Recorded) -> int:
     """Return twice as many requests as a server has had at once."""
-    most = 1
-    for server in range(len(recorded.servers)):
-        of = recorded.choice == server
-        arrival = recorded.arrival[of]
-        ends = np.sort(arrival + recorded.latency[of])
-        if len(arrival):
-            most = max(most, int((np.arange(1, len(arrival) + 1) - np.searchsorted(ends, arrival)).max()))
-    return 2 * most
+    of_each = (recorded.choice == server for server in range(len(recorded.servers)))
+    return 2 * max(1, *(int(at_once(recorded.arrival[of], recorded.latency[of]).max(initial=-1)) + 1 for of in of_each))
 
 
 def _power_of_two(number: int) -> int:
@@ -243,7 +238,10 @@ def _play(
             obs, state, memory, table = carry
             number, row, choice, next_row, next_output = given
             preferred, memory = act(policy_params, obs, jax.random.fold_in(key, number), memory)
-            preferred = jnp.where(row.must_stay & (preferred == num_servers), _best_expert(obs), preferred)
+            # Where a request goes that must not be declined.
+            preferred = jnp.where(
+                row.must_stay & (preferred == num_servers), best_available(obs, obs.candidates.impact.net), preferred
+            )
             action = jnp.where(choice == _POLICY, preferred, choice)
             now = site._replace(
                 **{name: getattr(site, name) * row.pace for name in _TIMES},
@@ -273,8 +271,3 @@ def _play(
 
 
 _TIMES = ("iteration_overhead", "weight_load", "compute_per_token", "decode_per_seq", "attention_per_token")
-
-
-def _best_expert(obs: Observation) -> Int[Array, ""]:
-    """The expert with the best net value: where a request goes that must not be declined."""
-    return jnp.argmax(jnp.where(obs.experts.eligible, obs.candidates.impact.net, -jnp.inf)).astype(jnp.int32)

@@ -43,7 +43,7 @@ def verdict_lines(twin: Twin) -> list[str]:
 
 
 def _sentence(judged: Judged, done: str) -> str:
-    gain = f"{judged.gain.mean:+.3f} \N{PLUS-MINUS SIGN} {judged.gain.ci95:.3f}"
+    gain = _interval(judged.gain)
     if judged.status == REFUSED:
         return f"{judged.name}: no verdict, as {'; '.join(judged.reasons)}."
     if judged.status not in (BETTER, WORSE):
