@@ -96,6 +96,10 @@ class Recorded(NamedTuple):
         """Of each request, with predicted quality."""
         return self.qos_of(self.choice, self.measured_in_time)
 
+    def most_at_once(self, chosen: Bool[np.ndarray, "request"]) -> int:
+        """Return the most of some requests that were in flight at once."""
+        return int(at_once(self.arrival[chosen], self.latency[chosen]).max(initial=-1)) + 1
+
     def part(self, chosen: Any) -> Recorded:
         """Return some of the requests, as a slice or a mask."""
         arrays = {name: value[chosen] for name, value in self._asdict().items() if isinstance(value, np.ndarray)}

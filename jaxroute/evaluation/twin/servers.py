@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxroute.errors import UserError
-from jaxroute.evaluation.twin.recorded import Recorded, at_once
+from jaxroute.evaluation.twin.recorded import Recorded
 from jaxroute.fitting import Calibration, Limits, ServingLog, calibrate
 from jaxroute.serving import Site
 
@@ -93,7 +93,7 @@ def fit_servers(
         else:
             for key in _TIMES:
                 columns[key][1:, server] *= np.exp(rng.normal(0, _UNFITTED, draws - 1))
-        most.append(most_at_once(recorded, part))
+        most.append(recorded.most_at_once(part))
         longest.append(int(recorded.prompt_tokens[part].max(initial=0)))
     return Servers(
         Site(**columns), tuple(fits), why_not, np.array(most), np.array(longest), np.asarray(log_length_error)
@@ -153,8 +153,3 @@ def _limits_of(site: Site, server: int) -> Limits:
         kv_capacity=int(site.kv_capacity[server]),
         network_delay=None,
     )
-
-
-def most_at_once(recorded: Recorded, of: Bool[np.ndarray, "request"]) -> int:
-    """Return the most of some requests that were in flight at once."""
-    return int(at_once(recorded.arrival[of], recorded.latency[of]).max(initial=-1)) + 1

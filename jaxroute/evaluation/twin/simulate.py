@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.banks.bank import RequestBank
 from jaxroute.env import EdgeRouting, EnvParams, EnvState, Observation, OutageParams, RewardParams
-from jaxroute.evaluation.twin.recorded import Recorded, at_once
+from jaxroute.evaluation.twin.recorded import Recorded
 from jaxroute.policies import Policy
 from jaxroute.policies.protocol import best_available
 from jaxroute.serving import Site
@@ -158,8 +158,8 @@ def simulate(
 
 def most_in_flight(recorded: Recorded) -> int:
     """Return twice as many requests as a server has had at once."""
-    of_each = (recorded.choice == server for server in range(len(recorded.servers)))
-    return 2 * max(1, *(int(at_once(recorded.arrival[of], recorded.latency[of]).max(initial=-1)) + 1 for of in of_each))
+    servers = range(len(recorded.servers))
+    return 2 * max(1, *(recorded.most_at_once(recorded.choice == server) for server in servers))
 
 
 def _power_of_two(number: int) -> int:
