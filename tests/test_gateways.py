@@ -150,9 +150,9 @@ def test_each_reckons_all_that_arrives_from_its_own_part():
                 typical[g] += (state.request.prompt_tokens[e, t] - typical[g]) / TYPICAL_WINDOW
                 latest[g] = time[e, t]
             assert obs.arrival.recent.gap[e, t] == pytest.approx(gap[g], rel=1e-3)
-            assert state.gateways.typical.prompt_tokens[e, t, g] == pytest.approx(typical[g], rel=1e-3)
+            assert state.gateways.known.typical.prompt_tokens[e, t, g] == pytest.approx(typical[g], rel=1e-3)
     # Answers count at the gateway that has sent them.
-    count = state.gateways.latency_count
+    count = state.gateways.known.latency_count
     assert (count.sum(2) <= state.latency_count + 1e-3).all()
     np.testing.assert_allclose(count.sum(2), state.latency_count, atol=1e-3)
     assert (count.max(2) < state.latency_count.clip(0.5) + 1e-3).all()

@@ -311,7 +311,7 @@ class EdgeRouting:
             assert state.table.gateway is not None
             owner = state.table.gateway.T
             gateways = poll(gateways, state.refresh_interval, requests, owner)
-            one = of_gateway(gateways._replace(number=None, until_poll=None, age=None), own)  # type: ignore[arg-type]
+            one = of_gateway(gateways.known, own)
             known = with_others(site, group(site, own_requests(requests, owner == own)), one.others, one.typical)
             shown = state._replace(
                 recent=one.recent, latency_sum=one.latency_sum, latency_count=one.latency_count, gateways=None
@@ -333,7 +333,8 @@ class EdgeRouting:
         if gateways is not None:
             assert own is not None
             obs = obs._replace(gauge_age=gateways.age)
-            gateways = gateways._replace(recent=at_gateway(gateways.recent, own, recent))
+            own_recent = at_gateway(gateways.known.recent, own, recent)
+            gateways = gateways._replace(known=gateways.known._replace(recent=own_recent))
         return obs, state._replace(
             potential=potential, seen=seen if self.stale else None, recent=recent, gateways=gateways
         )
@@ -366,8 +367,8 @@ def _with_arrival(gateways: Gateways, request: Request, gap: Float[Array, ""]) -
     own = request.gateway
     assert own is not None
     # Each gets an equal part of all that arrive.
-    between = of_gateway(gateways.since_arrival, own) / gateways.number
-    recent = remember_gap(of_gateway(gateways.recent, own), between)._replace(latest_gap=gap)
+    between = of_gateway(gateways.known.since_arrival, own) / gateways.number
+    recent = remember_gap(of_gateway(gateways.known.recent, own), between)._replace(latest_gap=gap)
     return remember_request(gateways, own, request.described(), recent)
 
 

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxroute.env.types import Batch, Described, GatewayParams, Gateways, Others, Recent, Typical
-from jaxroute.serving import Site, running_sums
+from jaxroute.env.groups import in_line
+from jaxroute.env.types import Batch, Described, GatewayParams, Gateways, Known, Others, Recent, Typical
+from jaxroute.serving import Site
+from jaxroute.workloads.limits import Limits
 
 TYPICAL_WINDOW = 32.0
 """The typical request is an exponential mean over so many."""
@@ -46,12 +48,14 @@ def first_gateways(key: PRNGKeyArray, params: GatewayParams, most: int, recent: 
         number=number,
         until_poll=params.first_poll,
         age=jnp.where(params.first_poll > 0, UNREAD, 0.0),
-        others=Others(nothing, nothing, nothing),
-        recent=jax.tree.map(each, recent),
-        since_arrival=jnp.zeros(most, jnp.float32),
-        latency_sum=nothing,
-        latency_count=nothing,
-        typical=jax.tree.map(each, _typical(request)),
+        known=Known(
+            others=Others(nothing, nothing, nothing),
+            recent=jax.tree.map(each, recent),
+            since_arrival=jnp.zeros(most, jnp.float32),
+            latency_sum=nothing,
+            latency_count=nothing,
+            typical=jax.tree.map(each, _typical(request)),
+        ),
     )
 
 
@@ -65,7 +69,7 @@ def let_pass(gateways: Gateways, gap: Float[Array, ""]) -> Gateways:
     return gateways._replace(
         until_poll=gateways.until_poll - gap,
         age=gateways.age + gap,
-        since_arrival=gateways.since_arrival + gap,
+        known=gateways.known._replace(since_arrival=gateways.known.since_arrival + gap),
     )
 
 
@@ -75,22 +79,20 @@ def remember_answers(
     """Add to each gateway's latencies those of its own answers; `info` is the step's, and older ones `fade`."""
     ended = info["ended"].T
     latency = jnp.where(ended, info["latency"].T / jnp.maximum(info["output_tokens"].T, 1), 0.0)
-    own = owner == jnp.arange(gateways.since_arrival.shape[0])[:, None, None]
-    return gateways._replace(
-        latency_sum=gateways.latency_sum * fade + (own * latency).sum(-1),
-        latency_count=gateways.latency_count * fade + (own & ended).sum(-1),
+    own, known = _sent_by_each(gateways, owner), gateways.known
+    known = known._replace(
+        latency_sum=known.latency_sum * fade + (own * latency).sum(-1),
+        latency_count=known.latency_count * fade + (own & ended).sum(-1),
     )
+    return gateways._replace(known=known)
 
 
 def remember_request(gateways: Gateways, gateway: Int[Array, ""], request: Described, recent: Recent) -> Gateways:
     """Add a request that has arrived at a gateway; `recent` is what that gateway now remembers of arrivals."""
-    typical = of_gateway(gateways.typical, gateway)
-    typical = jax.tree.map(lambda old, new: old + (new - old) / TYPICAL_WINDOW, typical, _typical(request))
-    return gateways._replace(
-        recent=at_gateway(gateways.recent, gateway, recent),
-        typical=at_gateway(gateways.typical, gateway, typical),
-        since_arrival=at_gateway(gateways.since_arrival, gateway, jnp.float32(0.0)),
-    )
+    known = of_gateway(gateways.known, gateway)
+    typical = jax.tree.map(lambda old, new: old + (new - old) / TYPICAL_WINDOW, known.typical, _typical(request))
+    known = known._replace(recent=recent, typical=typical, since_arrival=jnp.float32(0.0))
+    return gateways._replace(known=at_gateway(gateways.known, gateway, known))
 
 
 def poll(gateways: Gateways, interval: Float[Array, ""], batch: Batch, owner: Int[Array, "slot expert"]) -> Gateways:
@@ -99,17 +101,23 @@ def poll(gateways: Gateways, interval: Float[Array, ""], batch: Batch, owner: In
     What the gauges say less what a gateway has there itself is what others have there.
     """
     due = gateways.until_poll <= 0
-    foreign = owner != jnp.arange(gateways.since_arrival.shape[0])[:, None, None]
+    foreign = ~_sent_by_each(gateways, owner)
     now = Others(
         running=(foreign & batch.running).sum(1).astype(jnp.float32),
         waiting=(foreign & batch.waiting).sum(1).astype(jnp.float32),
         kv_tokens=jnp.where(foreign & batch.running, batch.computed, 0.0).sum(1),
     )
+    others = jax.tree.map(lambda new, old: jnp.where(due, new, old), now, gateways.known.others)
     return gateways._replace(
         until_poll=jnp.where(due, interval, gateways.until_poll),
         age=jnp.where(due, 0.0, gateways.age),
-        others=jax.tree.map(lambda new, old: jnp.where(due, new, old), now, gateways.others),
+        known=gateways.known._replace(others=others),
     )
+
+
+def _sent_by_each(gateways: Gateways, owner: Int[Array, "*place"]) -> Bool[Array, "gateway *place"]:
+    number = jnp.arange(gateways.known.since_arrival.shape[0])
+    return owner == number[:, None, None]
 
 
 def own_requests(batch: Batch, own: Bool[Array, "slot expert"]) -> Batch:
@@ -128,13 +136,7 @@ def with_others(site: Site, batch: Batch, others: Others, typical: Typical) -> B
         others: how many others are there.
         typical: what they are taken to be like.
     """
-    active = (batch.running | batch.waiting).astype(jnp.float32)
-    weight = active if batch.weight is None else batch.weight
-    size = weight * (batch.prompt_tokens + batch.generated)
-    if batch.place is None or batch.tokens_so_far is None:
-        place, tokens_so_far = running_sums(active, size)
-    else:
-        place, tokens_so_far = batch.place, batch.tokens_so_far
+    weight, size, place, tokens_so_far = in_line(batch)
     run, wait, kv_tokens = others
     own_run = (weight * batch.running).sum(0)
     own_wait = (weight * batch.waiting).sum(0)
@@ -148,7 +150,7 @@ def with_others(site: Site, batch: Batch, others: Others, typical: Typical) -> B
     expected = jnp.maximum(typical.predicted_output_tokens, 1.0)
     # Of the queue, half came before the mean of it, and a seat is free whenever one of the batch has ended.
     waited = wait / 2 * expected * pace / jnp.maximum(run + own_run, 1.0)
-    limits = jax.tree.map(lambda rate: jnp.where(rate > 0, 1 / jnp.maximum(rate, 1e-30), jnp.inf), typical.allowed)
+    limits = Limits.of_rates(typical.allowed)
     zero = jnp.zeros_like(run)
 
     def more(column: Array, of_running: Array, of_waiting: Array) -> Array:
@@ -207,5 +209,5 @@ def _typical(request: Described) -> Typical:
         request.prompt_tokens,
         request.predicted_quality,
         request.predicted_output_tokens,
-        allowed=jax.tree.map(lambda limit: 1 / limit, request.limits),
+        allowed=request.limits.rates(),
     )

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from jaxroute.env.types import Batch
 from jaxroute.serving import Site, running_sums
-from jaxroute.workloads.limits import latencies
+from jaxroute.workloads.limits import Limits, latencies
 
 # Shares of its limit that a request is expected to use up. On 96 states of rack4, the best expert by these groups is
 # that by single requests in 96 %, and worth .001 of QoS less; by half as many groups, .002 to .005 less.
@@ -26,6 +26,19 @@ _PREFILLING = len(_BOUNDS) + 1
 _AT_RISK = _PREFILLING + 1
 _WAITING = _AT_RISK + len(_FEW_BOUNDS) + 1
 NUM_GROUPS = _WAITING + len(_FEW_BOUNDS) + 1
+
+
+def in_line(batch: Batch) -> tuple[Array, Array, Array, Array]:
+    """Return how many requests each slot stands for, their tokens, the place in line, and the tokens up to there."""
+    active = (batch.running | batch.waiting).astype(jnp.float32)
+    weight = active if batch.weight is None else batch.weight
+    size = weight * (batch.prompt_tokens + batch.generated)
+    # The slots are in the order in which requests are admitted and keep their memory. First in line = 1.
+    if batch.place is None or batch.tokens_so_far is None:
+        place, tokens_so_far = running_sums(active, size)
+    else:
+        place, tokens_so_far = batch.place, batch.tokens_so_far
+    return weight, size, place, tokens_so_far
 
 
 def group(site: Site, batch: Batch) -> Batch:
@@ -52,16 +65,12 @@ def _group_expert(site: Site, batch: Batch) -> Batch:
         # Once kept, it limits nothing any more: its mean with others would.
         kept = (batch.generated > 0) & (batch.first_token <= batch.limits.ttft)
         batch = batch._replace(limits=batch.limits._replace(ttft=jnp.where(kept, jnp.inf, batch.limits.ttft)))
-    weight = active.astype(jnp.float32)
-    size = weight * (batch.prompt_tokens + batch.generated)
-    place, tokens_so_far = running_sums(weight, size)
+    weight, _, place, tokens_so_far = in_line(batch)
     index = jnp.where(place[-1] <= NUM_GROUPS, place - 1, _kind(site, batch, place[-1], tokens_so_far))
-    # Its limits as what they allow per second, which is 0 for none.
-    per_second = jax.tree.map(lambda limit: 1 / limit, batch.limits)
     columns = batch._replace(
         running=batch.running.astype(jnp.float32),
         waiting=batch.waiting.astype(jnp.float32),
-        limits=per_second,
+        limits=batch.limits.rates(),
         place=place.astype(jnp.float32),
         tokens_so_far=tokens_so_far.astype(jnp.float32),
     )
@@ -74,7 +83,7 @@ def _group_expert(site: Site, batch: Batch) -> Batch:
     return means._replace(
         running=means.running > 0,
         waiting=means.waiting > 0,
-        limits=jax.tree.map(lambda rate: jnp.where(rate > 0, 1 / jnp.maximum(rate, 1e-30), jnp.inf), means.limits),
+        limits=Limits.of_rates(means.limits),
         weight=count,
     )
 

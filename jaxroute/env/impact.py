@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtr
 from jaxtyping import Array, Float
 
+from jaxroute.env.groups import in_line
 from jaxroute.env.types import Batch, Described, Impact
-from jaxroute.serving import Site, fold, running_sums
+from jaxroute.serving import Site, fold
 from jaxroute.workloads.limits import Limits
 
 # All constants but TTFT_ERROR are fitted by maximum likelihood to training prompts and the training mix of arrivals on
@@ -167,9 +168,8 @@ def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple
     `log_error` is the standard deviation of the log length around its prediction.
     """
     active = (batch.running | batch.waiting).astype(jnp.float32)
-    weight = active if batch.weight is None else batch.weight
+    weight, size, rank, size_so_far = in_line(batch)
     remaining = _expected_remaining(jnp.maximum(batch.predicted_output_tokens, 1.0), batch.generated, log_error)
-    size = weight * (batch.prompt_tokens + batch.generated)
     num_active = weight.sum(0)
     num_waiting = num_active - (weight * batch.running).sum(0)
     per_request = jnp.maximum(num_active, 1.0)
@@ -185,11 +185,6 @@ def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple
     pending_output = (weight * remaining).sum(0)
     time_left = time * jnp.maximum(pending_output, 1.0) / per_request
     departure_time = time_left / jnp.maximum(num_seqs, 1.0)
-    # The slots are in the order in which requests are admitted and keep their memory. First in line = 1.
-    if batch.place is None or batch.tokens_so_far is None:
-        rank, size_so_far = running_sums(active, size)
-    else:
-        rank, size_so_far = batch.place, batch.tokens_so_far
     # So many must leave before it has a seat; the times between their departures are taken as exponential.
     behind = jnp.maximum(rank - site.max_num_seqs, 0.0)
     delays = Delays(

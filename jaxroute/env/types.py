@@ -409,8 +409,23 @@ class Others(NamedTuple):
     kv_tokens: Float[Array, "expert"]
 
 
+class Known(NamedTuple):
+    """What a gateway that shares a site knows, apart from its own requests; of all of them, with an axis before."""
+
+    others: Others
+    """What it found when it read the gauges."""
+    recent: Recent
+    """Gaps are between all arrivals, as it reckons from its own."""
+    since_arrival: Float[Array, ""]
+    """Time since its own latest arrival, s."""
+    latency_sum: Float[Array, "expert"]
+    latency_count: Float[Array, "expert"]
+    """As the environment's, of own answers."""
+    typical: Typical
+
+
 class Gateways(NamedTuple):
-    """What each of the gateways that share a site knows, apart from its own requests; there may be fewer."""
+    """The gateways that share a site; there may be fewer."""
 
     number: Int[Array, ""]
     """How many there are."""
@@ -418,17 +433,8 @@ class Gateways(NamedTuple):
     """Time until they read the servers' gauges again, s."""
     age: Float[Array, ""]
     """Time since they did, s."""
-    others: Others
-    """What they found then, `(gateway, expert)`."""
-    recent: Recent
-    """`(gateway,)`; gaps are between all arrivals, as each reckons from its own."""
-    since_arrival: Float[Array, "gateway"]
-    """Time since each one's own latest arrival, s."""
-    latency_sum: Float[Array, "gateway expert"]
-    latency_count: Float[Array, "gateway expert"]
-    """As the environment's, of own answers."""
-    typical: Typical
-    """With an axis of gateways before the others."""
+    known: Known
+    """What each knows: `(gateway, ...)`."""
 
 
 class Retries(NamedTuple):

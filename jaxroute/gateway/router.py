@@ -106,8 +106,8 @@ class Router:
         self._read_at = np.full(num_experts, -math.inf)
         self._ends: list[deque[float]] = [deque(maxlen=_MOST_ENDS) for _ in range(num_experts)]
         """When the latest of its requests ended at each expert, s."""
-        self._typical: np.ndarray | None = None
-        """Means over recent requests: prompt tokens, what limits allow per second, quality and length per expert."""
+        self._typical: tuple[np.ndarray, np.ndarray] | None = None
+        """Means over recent requests: prompt tokens and what limits allow per second; quality and length per expert."""
         self._last_arrival: float | None = None
         self._last_decision: float | None = None
 
@@ -250,13 +250,9 @@ class Router:
         self._note_arrival(now, again=again)
         arrived = now if arrived is None else arrived
         sums, counts = self._latency
-        self._experts[0] = sums / np.maximum(counts, 1e-6)
-        self._experts[1] = self._up
-        self._experts[2] = quality
-        self._experts[3] = length
-        typical = self._note_typical(prompt_tokens, limits, quality, length, again=again)
-        self._experts[4 : 4 + len(OTHERS_FIELDS)] = self._others
-        self._experts[4 + len(OTHERS_FIELDS) :] = typical[1 + len(limits) :].reshape(2, -1)
+        typical_request, typical_answers = self._note_typical(prompt_tokens, limits, quality, length, again=again)
+        latency = sums / np.maximum(counts, 1e-6)
+        self._experts[:] = (latency, self._up, quality, length, *self._others, *typical_answers)
         to_cloud = self._cloud is not None and not local_only and len(self._at_cloud) < self._cloud.max_in_flight
         self._arrival[:] = (
             *(prompt_tokens, *limits, now - arrived),
@@ -264,7 +260,7 @@ class Router:
             *prices,
             *(to_cloud, *of_cloud),
             min(now - self._read_at.min(), UNREAD),
-            *typical[: 1 + len(limits)],
+            *typical_request,
         )
         self._seen = self._belief.batch(), self._experts, self._arrival
         chosen, logits, best_net = self.decide(*self._seen)
@@ -442,8 +438,8 @@ class Router:
         if kv_tokens is not None:
             held = max(kv_tokens - own.kv_tokens[expert], 0.0) * (in_batch > 0)
         elif self._typical is not None:
-            length = self._typical[expert - len(self.experts)]
-            held = in_batch * (self._typical[0] + length / 2)
+            (prompt_tokens, *_), (_, length) = self._typical
+            held = in_batch * (prompt_tokens + length[expert] / 2)
         self._others[:, expert] = in_batch, others - in_batch, held
         self._read_at[expert] = now
 
@@ -561,12 +557,15 @@ class Router:
         length: Float[np.ndarray, "expert"],
         *,
         again: bool,
-    ) -> Float[np.ndarray, "value"]:
+    ) -> tuple[Float[np.ndarray, "value"], Float[np.ndarray, "2 expert"]]:
         """Add a request to what is typical, as the environment does, and return that."""
         if self._typical is None or not again:
-            request = np.concatenate([[prompt_tokens, *(1 / limit for limit in limits)], quality, length])
-            old = request if self._typical is None else self._typical
-            self._typical = old + (request - old) / TYPICAL_WINDOW
+            request = np.array([prompt_tokens, *limits.rates()]), np.stack([quality, length])
+            request_before, answers_before = request if self._typical is None else self._typical
+            self._typical = (
+                request_before + (request[0] - request_before) / TYPICAL_WINDOW,
+                answers_before + (request[1] - answers_before) / TYPICAL_WINDOW,
+            )
         return self._typical
 
     def _note_arrival(self, now: float, *, again: bool) -> None:

@@ -42,6 +42,19 @@ class Limits(NamedTuple):
         ratios = [value / limit for value, limit in zip(measured, self, strict=True) if limit is not None]
         return _combined(ratios, lambda one, other: jnp.maximum(one, other))
 
+    def rates(self) -> Limits:
+        """Return what each limit allows per second, 1/s: 0 for none. Means of these are those of `of_rates`."""
+        return Limits(*(None if limit is None else 1 / limit for limit in self))
+
+    @classmethod
+    def of_rates(cls, rates: Limits) -> Limits:
+        """Return the limits that allow so much per second."""
+
+        def limit(rate: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+            return jnp.where(rate > 0, 1 / jnp.maximum(rate, 1e-30), jnp.inf)
+
+        return cls(*(None if rate is None else limit(rate) for rate in rates))
+
     def per_token(self, tokens: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Return the time per token of an answer of `tokens` tokens that is just within all limits, s; inf for none.
 
