@@ -43,10 +43,10 @@ from envoy_data_plane.google.protobuf import Struct, Value
 from grpclib.server import Server as GrpcServer
 from pydantic.dataclasses import dataclass
 
-from jaxroute.decisions import CANCELLED, DECLINED, FAILED, REJECTED
+from jaxroute.decisions import CANCELLED, FAILED, REJECTED
 from jaxroute.errors import UserError
-from jaxroute.gateway.demand import RefusalError, read_demand
-from jaxroute.gateway.dispatch import RETRY_AFTER, Dispatcher
+from jaxroute.gateway.demand import RefusalError, body_of
+from jaxroute.gateway.dispatch import Dispatcher, nobody, outcome_of
 from jaxroute.gateway.exchange import Exchange, WallClock
 from jaxroute.gateway.fleet import Fleet
 from jaxroute.gateway.health import Health
@@ -249,8 +249,7 @@ class _Call:
             if self._exchange is None:
                 self._picker.metrics.refused.labels(refusal.code).inc()
             else:
-                outcome = {"declined": DECLINED, "no_server": REJECTED}.get(refusal.code, FAILED)
-                self._end(outcome, refusal.status, str(refusal))
+                self._end(outcome_of(refusal), refusal.status, str(refusal))
             yield _immediate(refusal)
 
     def leave(self) -> None:
@@ -292,7 +291,7 @@ class _Call:
         """
         for place in self._picker.candidates(None, self._subset):
             return place
-        raise RefusalError(503, "no server is up", "no_server", retry_after=RETRY_AFTER)
+        raise nobody()
 
     def _send(self, *, ends: bool) -> Iterator[ProcessingResponse]:
         """Choose a server for a request whose body has come; `ends` says that no trailers follow.
@@ -322,19 +321,11 @@ class _Call:
             RefusalError: it cannot be understood, or is declined.
         """
         picker = self._picker
-        demand = read_demand(
-            bytes(self._body),
-            self._headers,
-            picker.fleet,
-            chat=chat,
-            characters_per_token=picker.characters_per_token,
-            num_places=picker.num_places,
-        )
+        demand = picker.demand(body_of(bytes(self._body)), self._headers, chat=chat)
         exchange = self._exchange = picker.admit(demand, f"req-{uuid.uuid4().hex}")
         candidates = picker.candidates(None if demand.is_routed else demand.model, self._subset)
         if not candidates:
-            wanted = "" if demand.is_routed else f" that serves {demand.model}"
-            raise RefusalError(503, f"no server{wanted} is up", "no_server", retry_after=RETRY_AFTER)
+            raise nobody(demand)
         place = picker.route(exchange, candidates)
         self._server = picker.servers[place]
         body, self._hides_usage = self._server.ask_for(demand)

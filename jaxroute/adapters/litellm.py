@@ -31,7 +31,7 @@ from litellm.types.router import CustomRoutingStrategyBase
 from jaxroute.decisions import CANCELLED, COMPLETED, DECLINED, FAILED, REJECTED
 from jaxroute.errors import UserError
 from jaxroute.gateway import router as places
-from jaxroute.gateway.demand import RefusalError, demand_of
+from jaxroute.gateway.demand import RefusalError
 from jaxroute.gateway.dispatch import Dispatcher
 from jaxroute.gateway.exchange import Exchange, WallClock
 from jaxroute.gateway.fleet import AUTO, Fleet
@@ -183,14 +183,7 @@ class RoutingStrategy(CustomLogger, CustomRoutingStrategyBase):
         headers = {str(name).lower(): str(value) for name, value in (metadata.get("headers") or {}).items()}
         ticket = metadata[_TICKET] = _Ticket(f"req-{uuid.uuid4().hex}")
         try:
-            demand = demand_of(
-                body,
-                headers,
-                dispatcher.fleet,
-                chat=True,
-                characters_per_token=dispatcher.characters_per_token,
-                num_places=dispatcher.num_places,
-            )
+            demand = dispatcher.demand(body, headers, chat=True)
             exchange = dispatcher.admit(demand, str(ticket))
         except RefusalError as refusal:
             dispatcher.metrics.refused.labels(refusal.code).inc()

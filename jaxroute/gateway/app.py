@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from jaxroute.gateway.demand import RefusalError, read_demand
+from jaxroute.gateway.demand import RefusalError, body_of
 from jaxroute.gateway.fleet import AUTO
 from jaxroute.gateway.live import PAGE, Live
 from jaxroute.gateway.openapi import page
@@ -106,14 +106,7 @@ class _Completions:
             body = await self._body(headers, receive)
             if body is None:
                 return
-            demand = read_demand(
-                body,
-                headers,
-                proxy.fleet,
-                chat=self._chat,
-                characters_per_token=proxy.characters_per_token,
-                num_places=proxy.num_places,
-            )
+            demand = proxy.demand(body_of(body), headers, chat=self._chat)
             work = asyncio.ensure_future(proxy.answer(demand, headers, send, request_id))
         except RefusalError as refusal:
             proxy.metrics.refused.labels(refusal.code).inc()

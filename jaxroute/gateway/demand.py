@@ -73,21 +73,6 @@ class Demand:
         return self.model == AUTO
 
 
-def read_demand(
-    raw: bytes,
-    headers: Mapping[str, str],
-    fleet: Fleet,
-    *,
-    chat: bool,
-    characters_per_token: float,
-    num_places: int,
-) -> Demand:
-    """Read a request from its body's bytes; the rest is as for `demand_of`."""
-    return demand_of(
-        _json(raw), headers, fleet, chat=chat, characters_per_token=characters_per_token, num_places=num_places
-    )
-
-
 def demand_of(
     body: dict[str, Any],
     headers: Mapping[str, str],
@@ -155,7 +140,13 @@ def demand_of(
     )
 
 
-def _json(raw: bytes) -> dict[str, Any]:
+def body_of(raw: bytes) -> dict[str, Any]:
+    """Return a request's JSON.
+
+    Raises:
+        RefusalError: it is none, or no object.
+    """
+
     def refuse(name: str) -> Any:
         raise ValueError(f"{name} is no JSON")
 

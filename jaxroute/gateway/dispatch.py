@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxroute.decisions import COMPLETED, FAILED
+from jaxroute.decisions import COMPLETED, DECLINED, FAILED, REJECTED
 from jaxroute.gateway import router as places
-from jaxroute.gateway.demand import Demand, RefusalError
+from jaxroute.gateway.demand import Demand, RefusalError, demand_of
 from jaxroute.gateway.exchange import Decision, Exchange, WallClock
 from jaxroute.gateway.fleet import CloudEntry, ExpertEntry, Fleet
 from jaxroute.gateway.log import Recorder
@@ -55,6 +55,22 @@ class Dispatcher:
         return self.names[place] if place >= 0 else "cloud"
 
     # --- One request, from its arrival to its end ------------------------------------------------------------
+
+    def demand(self, body: dict[str, Any], headers: Mapping[str, str], *, chat: bool) -> Demand:
+        """Check a request of this fleet.
+
+        Args:
+            body: its JSON.
+            headers: by lower-case name.
+            chat: whether it has messages instead of a prompt.
+
+        Raises:
+            RefusalError: it cannot be understood, or names a model or a class that does not exist.
+        """
+        per_token = self.characters_per_token
+        return demand_of(
+            body, headers, self.fleet, chat=chat, characters_per_token=per_token, num_places=self.num_places
+        )
 
     def admit(self, demand: Demand, request_id: str) -> Exchange:
         """Take in a request, with its predictions.
@@ -251,6 +267,17 @@ class Dispatcher:
                 there = told["running"] + told.get("waiting", 0)
                 ours = int(loads.running[number] + loads.waiting[number])
                 self.metrics.foreign.labels(name).set(max(there - ours, 0))
+
+
+def nobody(demand: Demand | None = None) -> RefusalError:
+    """Return why a request cannot be sent: no server is up that may have it."""
+    wanted = "" if demand is None or demand.is_routed else f" that serves {demand.model}"
+    return RefusalError(503, f"no server{wanted} is up", "no_server", retry_after=RETRY_AFTER)
+
+
+def outcome_of(refusal: RefusalError) -> str:
+    """Return how a request that was refused has ended."""
+    return {"declined": DECLINED, "queue_full": REJECTED, "no_server": REJECTED}.get(refusal.code, FAILED)
 
 
 def names_of(fleet: Fleet) -> list[str]:

@@ -11,11 +11,11 @@ from urllib.parse import quote
 
 import aiohttp
 
-from jaxroute.decisions import CANCELLED, COMPLETED, DECLINED, FAILED, REJECTED
+from jaxroute.decisions import CANCELLED, COMPLETED, FAILED
 from jaxroute.errors import UserError
 from jaxroute.gateway import router as places
 from jaxroute.gateway.demand import Demand, RefusalError
-from jaxroute.gateway.dispatch import RETRY_AFTER, Dispatcher
+from jaxroute.gateway.dispatch import RETRY_AFTER, Dispatcher, nobody, outcome_of
 from jaxroute.gateway.exchange import Exchange, WallClock
 from jaxroute.gateway.fleet import Fleet
 from jaxroute.gateway.health import Health
@@ -81,8 +81,7 @@ class Proxy(Dispatcher):
         try:
             await self._tries(exchange, headers, send)
         except RefusalError as refusal:
-            outcome = {"declined": DECLINED, "queue_full": REJECTED, "no_server": REJECTED}.get(refusal.code, FAILED)
-            exchange.end(outcome, self.clock.now(), status=refusal.status, error=str(refusal))
+            exchange.end(outcome_of(refusal), self.clock.now(), status=refusal.status, error=str(refusal))
             await send_refusal(send, refusal, self._own_headers(exchange))
         except asyncio.CancelledError:
             exchange.end(CANCELLED, self.clock.now(), status=499, error="the client has left")
@@ -281,8 +280,7 @@ class Proxy(Dispatcher):
     def _given_up(self, exchange: Exchange, last: UpstreamError | None) -> RefusalError:
         """Return what a client gets that no server has answered."""
         if last is None:
-            wanted = "" if exchange.demand.is_routed else f" that serves {exchange.demand.model}"
-            return RefusalError(503, f"no server{wanted} is up", "no_server", retry_after=RETRY_AFTER)
+            return nobody(exchange.demand)
         if last.status == 429:
             return RefusalError(429, "the servers are full", "queue_full", retry_after=RETRY_AFTER)
         if "in time" in str(last):
