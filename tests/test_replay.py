@@ -81,7 +81,8 @@ def contents(state: SiteState) -> dict[str, jax.Array]:
     """What the experts and their requests have come to, however it is kept."""
     slots = state.slots._replace(arrival=ages(state), finish=generated(state), prefilled=computed(state))
     empty = slot_status(state) == SlotStatus.EMPTY
-    requests = {name: jnp.where(empty, 0, values) for name, values in slots._asdict().items()}
+    columns = {name: values for name, values in slots._asdict().items() if values is not None}
+    requests = {name: jnp.where(empty, 0, values) for name, values in columns.items()}
     experts = {name: getattr(state, name) for name in ("clock", "duration", "num_running", "num_waiting", "kv_held")}
     return requests | experts | {"status": slot_status(state)}
 

@@ -38,7 +38,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
+from jaxroute.serving import prefixes
 from jaxroute.serving.lanes import batch_first
+from jaxroute.serving.prefixes import CacheShape, CacheState, SlotTexts, Text
 from jaxroute.serving.site import Site
 
 # Finite, so that no product with it is NaN, and later than any time that can occur.
@@ -88,6 +90,8 @@ class Slots(NamedTuple):
     """First token, s after arrival, as seen at the expert; valid once `generated` is not 0."""
     latency: Float[Array, "*lanes slot"]
     """Last token, s after arrival, as seen at the expert; valid once it has ended."""
+    texts: SlotTexts | None = None
+    """None if no expert caches prefixes."""
 
 
 class SiteState(NamedTuple):
@@ -139,13 +143,15 @@ class SiteState(NamedTuple):
     """Time spent in iterations during the latest `advance`, s."""
     kv_token_seconds: Float[Array, "*lanes"]
     """KV tokens held, integrated over that time."""
+    cache: CacheState | None = None
+    """None if no expert caches prefixes: KV memory then counts in tokens, else in blocks."""
 
 
 _Tree = TypeVar("_Tree", bound=PyTree)
 
 
-def idle_site(num_experts: int, num_slots: int) -> SiteState:
-    """Return a site at which nothing has arrived yet."""
+def idle_site(num_experts: int, num_slots: int, cache: CacheShape | None = None) -> SiteState:
+    """Return a site at which nothing has arrived yet; its experts cache prefixes if `cache` says how."""
     ints = jnp.zeros((num_experts, num_slots), jnp.int32)
     floats = jnp.zeros((num_experts, num_slots), jnp.float32)
     slots = Slots(
@@ -159,6 +165,7 @@ def idle_site(num_experts: int, num_slots: int) -> SiteState:
         preemptions=ints,
         ttft=floats,
         latency=floats,
+        texts=None if cache is None else prefixes.empty_texts((num_experts,), num_slots),
     )
     count = jnp.zeros(num_experts, jnp.int32)
     time = jnp.zeros(num_experts, jnp.float32)
@@ -187,6 +194,7 @@ def idle_site(num_experts: int, num_slots: int) -> SiteState:
         since_epoch=time,
         busy_seconds=time,
         kv_token_seconds=time,
+        cache=None if cache is None else prefixes.idle_cache((num_experts,), cache),
     )
 
 
@@ -239,10 +247,15 @@ def under_way(
 
 def clear(state: SiteState, failed: Bool[Array, "*lanes"]) -> SiteState:
     """Return the state with failed experts idle, as if nothing had ever arrived there."""
+    cache = state.cache
+    shape = None if cache is None else CacheShape(cache.block_size, cache.entries.key.shape[-1])
+
+    def cleared(idle: Array, now: Array) -> Array:
+        where = failed.reshape(failed.shape + (1,) * (now.ndim - failed.ndim))
+        return jnp.where(where, idle[0], now)
+
     # With the tail at the first slot, all slots are empty whatever is in them.
-    idle = idle_site(1, 1)
-    numbers = jax.tree.map(lambda idle, now: jnp.where(failed, idle[0], now), idle[1:], state[1:])
-    return SiteState(state.slots, *numbers)
+    return SiteState(state.slots, *jax.tree.map(cleared, idle_site(1, 1, shape)[1:], state[1:]))
 
 
 def slot_status(state: SiteState) -> Int[Array, "*lanes slot"]:
@@ -297,7 +310,10 @@ def can_accept(
     site: Site, state: SiteState, prompt_tokens: Int[Array, "*lanes"], output_tokens: Int[Array, "*lanes"]
 ) -> Bool[Array, "*lanes"]:
     """Whether each expert would accept a request of this size now."""
-    fits = prompt_tokens + output_tokens <= site.kv_capacity
+    room = site.kv_capacity
+    if state.cache is not None:
+        room = prefixes.num_blocks(room, state.cache.block_size) * state.cache.block_size
+    fits = prompt_tokens + output_tokens <= room
     return fits & (state.num_waiting < site.max_waiting)
 
 
@@ -315,10 +331,12 @@ def enqueue(
     tables: PyTree[Shaped[Array, "*lanes slot"]] = (),
     entries: PyTree[Shaped[Array, "*lanes"]] = (),
     age: Float[Array, ""] | float = 0.0,
+    text: Text | None = None,
 ) -> tuple[SiteState, Any]:
     """Put one request, arriving now, at the end of the chosen experts' queues (at most one; none if rejected).
 
     Each expert needs a slot for it; `can_accept` tells. `age` is the time since it arrived, if that is not now, s.
+    `text` is needed where prefixes are cached, and nowhere else.
 
     A caller can keep `tables` of its own, whose entries stay with the slots' requests: the new request's are `entries`,
     one for each table.
@@ -327,7 +345,14 @@ def enqueue(
         The new state and the new tables.
     """
     experts = state.clock.shape
-    given = (age, chosen, request, prompt_tokens, output_tokens, entries)
+    texts = rewritten = None
+    if state.cache is not None:
+        assert text is not None
+        # What the session's text was beyond what the request shares, no other turn will ask for.
+        session = jnp.where(chosen.any() & text.carries_on, text.session, prefixes.NOBODY)
+        texts = prefixes.texts_of(text, jnp.int32(request), state.cache.block_size)
+        rewritten = (session, text.shared_tokens // state.cache.block_size)
+    given = (age, chosen, request, prompt_tokens, output_tokens, entries, texts, rewritten)
     given = jax.tree.map(lambda value: jnp.broadcast_to(value, experts), given)
     return _enqueue(state, tables, *given)
 
@@ -342,11 +367,14 @@ def _enqueue(
     prompt_tokens: Int[Array, "*lanes"],
     output_tokens: Int[Array, "*lanes"],
     entries: Any,
+    texts: SlotTexts | None,
+    rewritten: tuple[Int[Array, "*lanes"], Int[Array, "*lanes"]] | None,
 ) -> tuple[SiteState, Any]:
-    lanes = _lanes_of(state, age, chosen, request, prompt_tokens, output_tokens, *jax.tree.leaves(entries))
+    given = (age, chosen, request, prompt_tokens, output_tokens, entries, texts, rewritten)
+    lanes = _lanes_of(state, *jax.tree.leaves(given))
     state, tables = _by_lane(state, lanes), jax.tree.map(lambda table: _rows(table, lanes), tables)
-    age, chosen, request, prompt_tokens, output_tokens, entries = jax.tree.map(
-        lambda leaf: _flat(leaf, lanes), (age, chosen, request, prompt_tokens, output_tokens, entries)
+    age, chosen, request, prompt_tokens, output_tokens, entries, texts, rewritten = jax.tree.map(
+        lambda leaf: _flat(leaf, lanes), given
     )
     num_lanes, num_slots = state.slots.finish.shape
     # An expert that holds no request begins anew.
@@ -356,6 +384,10 @@ def _enqueue(
         iterations=jnp.where(begins, 0, state.iterations),
         iterations_before=jnp.where(begins, 0, state.iterations_before),
     )
+    if state.cache is not None:
+        assert rewritten is not None
+        cache = prefixes.rewrite(state.cache, *rewritten)
+        state = state._replace(cache=cache._replace(counted=jnp.where(begins, -1, cache.counted)))
     state, tables = _make_room(state, tables, chosen)
 
     at = (jnp.arange(num_lanes, dtype=jnp.int32), jnp.where(chosen, state.tail, num_slots))
@@ -376,6 +408,7 @@ def _enqueue(
         preemptions=none,
         ttft=no_time,
         latency=no_time,
+        texts=texts,
     )
     first = chosen & (state.num_waiting == 0)
     state = state._replace(
@@ -398,8 +431,10 @@ def _make_room(state: SiteState, tables: Any, chosen: Bool[Array, "lane"]) -> tu
     def close_holes(lane: Array, carry: tuple[SiteState, Any]) -> tuple[SiteState, Any]:
         state, tables = carry
         slots, border = state.slots, state.num_admitted.at[lane].get(mode="clip")
-        base = state.iterations.at[lane].get(mode="clip")
-        active = slots.finish.at[lane].get(mode="clip") > base[:, None]
+        now = state.iterations.at[lane].get(mode="clip")
+        active = slots.finish.at[lane].get(mode="clip") > now[:, None]
+        # In whole rounds of blocks, so that requests keep their offsets.
+        base = now if state.cache is None else now - now % state.cache.block_size
         so_far = jnp.cumsum(active, axis=1, dtype=jnp.int32)
         slot = jnp.arange(num_slots, dtype=jnp.int32)
         before = (active & (slot < border[:, None])).sum(1, dtype=jnp.int32)
@@ -425,11 +460,14 @@ def _make_room(state: SiteState, tables: Any, chosen: Bool[Array, "lane"]) -> tu
             slots=slots._replace(finish=put(slots.finish, finish)),
             tail=put(state.tail, so_far[:, -1]),
             num_admitted=put(state.num_admitted, before),
-            iterations=put(state.iterations, jnp.zeros_like(base)),
-            iterations_before=put(state.iterations_before, jnp.zeros_like(base)),
+            iterations=put(state.iterations, now - base),
+            iterations_before=put(state.iterations_before, now - base),
             next_finish=put(state.next_finish, jnp.where(next_finish == _OPEN, _OPEN, next_finish - base)),
             partial=put(state.partial, jnp.maximum(partial, 0)),
         )
+        if state.cache is not None:
+            counted = state.cache.counted.at[lane].get(mode="clip")
+            state = state._replace(cache=state.cache._replace(counted=put(state.cache.counted, counted - base)))
         return state, jax.tree.map(close, tables)
 
     return _some_at_a_time(chosen & (state.tail == num_slots), most, close_holes, (state, tables))
@@ -441,7 +479,7 @@ def with_output_tokens(site: Site, state: SiteState, output_tokens: Int[Array, "
     certain = (slot_status(state) == SlotStatus.ACTIVE) & (slots.finish < _OPEN)
     finish = jnp.where(certain, iterations[..., None] + output_tokens - generated(state), slots.finish)
     next_finish = jnp.where(certain, finish, _OPEN).min(-1)
-    to_full = 1 + (site.kv_capacity - state.kv_held) // jnp.maximum(state.num_decoding, 1)
+    to_full = _iterations_to_full(site, state)
     # 1 stays 1: it may mean that the next iteration is not like this one. At worst, it costs one more event.
     repeats = jnp.where(state.max_iterations > 1, jnp.clip(to_full, 1, next_finish - iterations), state.max_iterations)
     slots = slots._replace(output_tokens=output_tokens, finish=finish)
@@ -477,7 +515,7 @@ def _advance(site: Site, state: SiteState, gap: Float[Array, "*lanes"]) -> SiteS
 
 
 def _lanes_of(state: SiteState, *others: Array) -> tuple[int, ...]:
-    numbers = (leaf.shape for leaf in (*state[1:], *others))
+    numbers = (leaf.shape for leaf in (*jax.tree.leaves(state[1:-1]), *others))
     return jnp.broadcast_shapes(state.slots.finish.shape[:-1], *numbers)
 
 
@@ -491,8 +529,10 @@ def _rows(table: Array, lanes: tuple[int, ...]) -> Array:
 
 
 def _by_lane(state: SiteState, lanes: tuple[int, ...]) -> SiteState:
-    slots = jax.tree.map(lambda table: _rows(table, lanes), state.slots)
-    return SiteState(slots, *(_flat(leaf, lanes) for leaf in state[1:]))
+    def by_lane(leaf: Array) -> Array:
+        return jnp.broadcast_to(leaf, (*lanes, *leaf.shape[len(lanes) :])).reshape(-1, *leaf.shape[len(lanes) :])
+
+    return jax.tree.map(by_lane, state)
 
 
 def _as_given(tree: _Tree, lanes: tuple[int, ...]) -> _Tree:
@@ -575,7 +615,7 @@ def _gather(lanes: _Lanes, chosen: Int[Array, "some"]) -> _Lanes:
     return some._replace(until=jnp.where(chosen < lanes.row.shape[0], some.until, -_NEVER))
 
 
-def _put_back(state: SiteState, chosen: Int[Array, "some"], new: SiteState) -> SiteState:
+def _put_back(state: _Tree, chosen: Int[Array, "some"], new: _Tree) -> _Tree:
     return jax.tree.map(lambda leaf, new: leaf.at[chosen].set(new, mode="drop", unique_indices=True), state, new)
 
 
@@ -638,6 +678,8 @@ def _end_iterations(slots: Slots, lanes: _Lanes, done: Bool[Array, "lane"]) -> t
         busy_seconds=state.busy_seconds + elapsed,
         kv_token_seconds=state.kv_token_seconds + _kv_token_seconds(state, k),
     )
+    if state.cache is not None:
+        state = state._replace(cache=prefixes.count_up_to(state.cache, state.iterations - 1))
     return _complete(slots, lanes._replace(state=state), done & (state.iterations == state.next_finish))
 
 
@@ -665,6 +707,10 @@ def _complete(slots: Slots, lanes: _Lanes, completes: Bool[Array, "lane"]) -> tu
         number = leaves.sum(1, dtype=jnp.int32)
         freed = jnp.where(leaves, tokens, 0).sum(1, dtype=jnp.int32)
         others = used & (finish > here.iterations[:, None])
+        if here.cache is not None:
+            capacity = lanes.site.kv_capacity.at[chosen].get(mode="clip")
+            cache = _release_in_order(slots, row, here, capacity, leaves)
+            state = state._replace(cache=_put_back(state.cache, chosen, cache))
 
         def put(numbers: Array, new: Array) -> Array:
             return numbers.at[chosen].set(new, mode="drop", unique_indices=True)
@@ -683,6 +729,81 @@ def _complete(slots: Slots, lanes: _Lanes, completes: Bool[Array, "lane"]) -> tu
     return slots._replace(latency=latency), state
 
 
+def _release_in_order(
+    slots: Slots,
+    row: Int[Array, "lane"],
+    state: SiteState,
+    kv_capacity: Int[Array, "lane"],
+    leaves: Bool[Array, "lane slot"],
+) -> CacheState:
+    """Let requests that have all their tokens give back their blocks, in order of admission."""
+    assert state.cache is not None
+    full = _full_blocks(slots, slots.finish, row, state, state.iterations, state.iterations)
+    all_leave = leaves
+
+    def left(carry: tuple[CacheState, Array]) -> Bool[Array, ""]:
+        return carry[1].any()
+
+    def one_leaves(carry: tuple[CacheState, Array]) -> tuple[CacheState, Array]:
+        cache, leaves = carry
+        position = jnp.argmax(leaves, axis=1).astype(jnp.int32)
+        goes = leaves.any(1)
+        here = jnp.arange(leaves.shape[1]) == position[:, None]
+        # Those behind it still hold theirs.
+        others = jnp.where(leaves | ~all_leave, full, 0)
+        tokens = _at(slots.prompt_tokens, row, position) + _at(slots.output_tokens, row, position) - 1
+        cache = _release(slots, row, cache, kv_capacity, position, tokens, jnp.where(here, 0, others), goes, False)
+        cache = prefixes.with_decoding(cache, tokens - state.iterations, -goes.astype(jnp.int32))
+        return cache, leaves & ~here
+
+    return jax.lax.while_loop(left, one_leaves, (state.cache, leaves))[0]
+
+
+def _full_blocks(
+    slots: Slots,
+    finish: Int[Array, "row slot"],
+    row: Int[Array, "lane"],
+    state: SiteState,
+    iteration: Int[Array, "lane"],
+    least: Int[Array, "lane"],
+) -> Int[Array, "lane slot"]:
+    """Return the full blocks that each running request holds when so many iterations have ended; 0 if it does not run.
+
+    Requests whose `finish` is below `least` have gone.
+    """
+    assert state.cache is not None
+
+    def of_row(table: Array) -> Array:
+        return table.at[row].get(mode="clip")
+
+    finish = of_row(finish)
+    position = jnp.arange(finish.shape[1], dtype=jnp.int32)
+    tokens = of_row(slots.prompt_tokens) + of_row(slots.output_tokens) - (finish - iteration[:, None]) - 1
+    decodes = (position < state.tail[:, None]) & (finish >= least[:, None]) & (finish < _OPEN)
+    partly = (position == state.partial[:, None]) & (state.partial_need > 0)[:, None]
+    tokens = jnp.where(partly, state.partial_held[:, None], jnp.where(decodes, tokens, 0))
+    return tokens // state.cache.block_size
+
+
+def _release(
+    slots: Slots,
+    row: Int[Array, "lane"],
+    cache: CacheState,
+    kv_capacity: Int[Array, "lane"],
+    position: Int[Array, "lane"],
+    tokens: Int[Array, "lane"],
+    others: Int[Array, "lane slot"],
+    where: Bool[Array, "lane"],
+    keep_own: bool,
+) -> CacheState:
+    """Let one request of each lane give back its blocks; `others` are the full blocks that the others hold."""
+    assert slots.texts is not None
+    text = jax.tree.map(lambda table: _at(table, row, position), slots.texts)
+    texts = jax.tree.map(lambda table: table.at[row].get(mode="clip"), slots.texts)
+    free = prefixes.num_blocks(kv_capacity, cache.block_size) - cache.held
+    return prefixes.release(cache, free, text, tokens, texts, others, where, keep_own)
+
+
 class _Admission(NamedTuple):
     """A schedule while the queue is being admitted."""
 
@@ -694,6 +815,12 @@ class _Admission(NamedTuple):
     """Whether the head of the queue is at the border, or else an empty slot."""
     open: Bool[Array, "lane"]
     """Whether the head has not been turned away."""
+    decoding: Int[Array, "lane"]
+    """Requests that have just been admitted, and decode at once: all they had computed was found in the cache."""
+    context: Int[Array, "lane"]
+    """Context tokens of these."""
+    cached_tokens: Int[Array, "row slot"] | None
+    """None if no expert caches prefixes."""
 
 
 def _schedule(slots: Slots, lanes: _Lanes, starts: Bool[Array, "lane"]) -> tuple[Slots, SiteState]:
@@ -715,6 +842,13 @@ def _schedule(slots: Slots, lanes: _Lanes, starts: Bool[Array, "lane"]) -> tuple
     # After a preemption, its last token may be computed as if it had decoded all along.
     decodes = joins & (part == 1) & (kept > 0)
     held = state.partial_held + part
+    if state.cache is not None:
+        cache = prefixes.allocate(state.cache, jnp.where(starts, _blocks_to_go_on(site, state, part), 0))
+        counted = jnp.where(starts, state.iterations, cache.counted)
+        cache = prefixes.with_decoding(
+            cache._replace(counted=counted), held - state.iterations - 1, joins.astype(jnp.int32)
+        )
+        state = state._replace(cache=cache)
     first = jnp.where(joins, state.partial, state.num_admitted)
     tokens = jnp.where(starts, state.num_decoding + part, 0)
     start = _Admission(
@@ -730,14 +864,20 @@ def _schedule(slots: Slots, lanes: _Lanes, starts: Bool[Array, "lane"]) -> tuple
         tokens=tokens,
         at_head=jnp.ones_like(starts),
         open=starts & ~preempted,
+        decoding=decodes.astype(jnp.int32),
+        context=jnp.where(decodes, held, 0),
+        cached_tokens=None if slots.texts is None else slots.texts.cached_tokens,
     )
     admission = _admit(slots, lanes, start)
     state, tokens = admission.state, admission.tokens
     slots = slots._replace(finish=admission.finish)
+    if slots.texts is not None:
+        assert admission.cached_tokens is not None
+        slots = slots._replace(texts=slots.texts._replace(cached_tokens=admission.cached_tokens))
 
-    time = site.iteration_time(tokens, state.num_decoding + decodes, state.context + jnp.where(decodes, held, 0))
+    time = site.iteration_time(tokens, state.num_decoding + admission.decoding, state.context + admission.context)
     duration = jnp.where(starts, jnp.where(state.num_running > 0, time, _NEVER), state.duration)
-    to_full = 1 + (site.kv_capacity - state.kv_held) // jnp.maximum(state.num_decoding, 1)
+    to_full = _iterations_to_full(site, state)
     steady = (state.num_decoding == state.num_running) & ~preempted
     repeats = jnp.where(steady, jnp.clip(to_full, 1, state.next_finish - state.iterations), 1)
     ttft = _note_first_tokens(
@@ -750,33 +890,65 @@ def _schedule(slots: Slots, lanes: _Lanes, starts: Bool[Array, "lane"]) -> tuple
     )
 
 
+def _iterations_to_full(site: Site, state: SiteState) -> Int[Array, "*lanes"]:
+    """Iterations like the one in progress, itself included, until KV memory runs out."""
+    cache = state.cache
+    if cache is None:
+        return 1 + (site.kv_capacity - state.kv_held) // jnp.maximum(state.num_decoding, 1)
+    free = prefixes.num_blocks(site.kv_capacity, cache.block_size) - cache.held
+    free -= prefixes.decoding_blocks(cache, cache.counted + 1, state.iterations)
+    return 1 + prefixes.iterations_to_full(cache, state.iterations + 1, free)
+
+
+def _blocks_to_go_on(site: Site, state: SiteState, part: Int[Array, "lane"]) -> Int[Array, "lane"]:
+    """Return the blocks that running requests need for their next iteration, `part` tokens of which are prefill."""
+    cache = state.cache
+    assert cache is not None
+    held = jnp.where(state.partial_need > 0, state.partial_held, 0)
+    size = cache.block_size
+    of_partial = prefixes.blocks_for(held + part, size) - prefixes.blocks_for(held, size)
+    return prefixes.decoding_blocks(cache, state.iterations, state.iterations) + of_partial
+
+
 def _preempt(slots: Slots, lanes: _Lanes, starts: Bool[Array, "lane"]) -> tuple[Slots, SiteState, Bool[Array, "lane"]]:
     """Take memory from the last admitted requests until it lasts for one more token each; tell where that was so."""
     site, row = lanes.site, lanes.row
 
     def over(state: SiteState) -> Bool[Array, "lane"]:
         part = jnp.minimum(state.partial_need, site.max_num_batched_tokens - state.num_decoding)
-        too_much = state.kv_held + state.num_decoding + part > site.kv_capacity
+        if state.cache is None:
+            too_much = state.kv_held + state.num_decoding + part > site.kv_capacity
+        else:
+            free = prefixes.num_blocks(site.kv_capacity, state.cache.block_size) - state.cache.held
+            too_much = _blocks_to_go_on(site, state, part) > free
         return starts & too_much & (state.num_running > 1)
 
     def one_goes(carry: tuple) -> tuple:
         finish, kept, prefilled, preemptions, state, preempted = carry
         position = state.num_admitted - 1
         now = _at(finish, row, position)
-        goes = over(state) & (now > state.iterations)  # or else there is none
+        lacks = over(state)
+        goes = lacks & (now > state.iterations)  # or else there is none
         is_partial = state.partial_need > 0
         tokens = _at(slots.output_tokens, row, position) - (now - state.iterations)
         tokens = jnp.where(is_partial, _at(kept, row, position), tokens)
         size = _at(slots.prompt_tokens, row, position) + tokens
         decoded = goes & ~is_partial
+        held = jnp.where(is_partial, state.partial_held, size - 1)
+        if state.cache is not None:
+            full = _full_blocks(slots, finish, row, state, state.iterations, state.iterations + 1)
+            others = jnp.where(jnp.arange(full.shape[1]) == position[:, None], 0, full)
+            cache = _release(slots, row, state.cache, site.kv_capacity, position, held, others, goes, True)
+            cache = prefixes.with_decoding(cache, held - state.iterations, -decoded.astype(jnp.int32))
+            state = state._replace(cache=cache)
         state = state._replace(
-            num_admitted=jnp.where(over(state), position, state.num_admitted),
+            num_admitted=jnp.where(lacks, position, state.num_admitted),
             num_running=state.num_running - goes,
             num_waiting=state.num_waiting + goes,
             head_arrival=jnp.where(goes, _at(slots.arrival, row, position), state.head_arrival),
             num_decoding=state.num_decoding - decoded,
             context=state.context - jnp.where(decoded, size, 0),
-            kv_held=state.kv_held - jnp.where(goes, jnp.where(is_partial, state.partial_held, size - 1), 0),
+            kv_held=state.kv_held - jnp.where(goes, held, 0),
             partial_need=jnp.where(goes, 0, state.partial_need),
         )
         return (
@@ -814,10 +986,18 @@ def _admit(slots: Slots, lanes: _Lanes, start: _Admission) -> _Admission:
         asks = now.at_head & may_enter(now)
         kept, output = _at(slots.kept, row, position), _at(slots.output_tokens, row, position)
         need = _at(slots.prompt_tokens, row, position) + kept
-        tokens = jnp.minimum(need, site.max_num_batched_tokens - now.tokens)
-        enters = asks & (state.kv_held + tokens <= site.kv_capacity)
-        joins = enters & (tokens == need)
-        stays = enters & (tokens < need)
+        left = site.max_num_batched_tokens - now.tokens
+        if state.cache is None:
+            cached = jnp.zeros_like(need)
+            tokens = jnp.minimum(need, left)
+            enters = asks & (state.kv_held + tokens <= site.kv_capacity)
+        else:
+            cached, tokens, enters, cache = _look_up(slots, lanes, now, need, left, asks)
+            state = state._replace(cache=cache)
+        joins = enters & (cached + tokens == need)
+        stays = enters & (cached + tokens < need)
+        # All that it had computed was found: it decodes as if it had never been preempted.
+        decodes = joins & (tokens == 1) & (kept > 0)
         certain = state.iterations + output - kept
         finish = _put(now.finish, row, position, certain, joins)
         border = position + (enters | searches(now))
@@ -834,20 +1014,57 @@ def _admit(slots: Slots, lanes: _Lanes, start: _Admission) -> _Admission:
             num_joining=state.num_joining + joins,
             joining_context=state.joining_context + jnp.where(joins, need + 1, 0),
             next_finish=jnp.where(joins, jnp.minimum(state.next_finish, certain), state.next_finish),
-            kv_held=state.kv_held + jnp.where(enters, tokens, 0),
+            kv_held=state.kv_held + jnp.where(enters, cached + tokens, 0),
             partial=jnp.where(stays, position, state.partial),
-            partial_held=jnp.where(stays, tokens, state.partial_held),
-            partial_need=jnp.where(stays, need - tokens, state.partial_need),
+            partial_held=jnp.where(stays, cached + tokens, state.partial_held),
+            partial_need=jnp.where(stays, need - cached - tokens, state.partial_need),
         )
+        if state.cache is not None:
+            offset = need - state.iterations - 1
+            state = state._replace(cache=prefixes.with_decoding(state.cache, offset, joins.astype(jnp.int32)))
+        cached_tokens = now.cached_tokens
+        if cached_tokens is not None:
+            first_time = enters & (_at(cached_tokens, row, position) < 0)
+            cached_tokens = _put(cached_tokens, row, position, cached, first_time)
         return _Admission(
             finish=finish,
             state=state,
             tokens=now.tokens + jnp.where(enters, tokens, 0),
             at_head=at_head,
             open=now.open & (enters | ~asks),
+            decoding=now.decoding + decodes,
+            context=now.context + jnp.where(decodes, need, 0),
+            cached_tokens=cached_tokens,
         )
 
     return jax.lax.while_loop(lambda now: (searches(now) | may_enter(now)).any(), one_enters, start)
+
+
+def _look_up(
+    slots: Slots,
+    lanes: _Lanes,
+    now: _Admission,
+    need: Int[Array, "lane"],
+    left: Int[Array, "lane"],
+    asks: Bool[Array, "lane"],
+) -> tuple[Int[Array, "lane"], Int[Array, "lane"], Bool[Array, "lane"], CacheState]:
+    """Return what the head of the queue finds in the cache, what it computes, whether it enters, and the cache then."""
+    state, row, position = now.state, lanes.row, now.state.num_admitted
+    cache = state.cache
+    assert cache is not None
+    assert slots.texts is not None
+    text = jax.tree.map(lambda table: _at(table, row, position), slots.texts)
+    texts = jax.tree.map(lambda table: table.at[row].get(mode="clip"), slots.texts)
+    # Blocks can be found as soon as they are scheduled to be filled.
+    full = _full_blocks(slots, now.finish, row, state, state.iterations + 1, state.iterations + 1)
+    found = prefixes.find(cache, text, need, texts, full)
+    cached = found.blocks * cache.block_size
+    tokens = jnp.minimum(need - cached, left)
+    new = prefixes.blocks_for(cached + tokens, cache.block_size) - found.blocks
+    free = prefixes.num_blocks(lanes.site.kv_capacity, cache.block_size) - cache.held - found.taken.sum(-1)
+    enters = asks & (new <= free)
+    cache = prefixes.take(cache, found, enters)
+    return cached, tokens, enters, prefixes.allocate(cache, jnp.where(enters, new, 0))
 
 
 def _note_first_tokens(
