@@ -19,8 +19,8 @@ from jaxroute.config import Config, config_yaml, read_config
 from jaxroute.env import EdgeRouting, EnvParams, Observation
 from jaxroute.errors import UserError, did_you_mean
 from jaxroute.files import complete_folder, without_pattern, write_file
-from jaxroute.networks import build_network
 from jaxroute.policies import Policy, learned_policy
+from jaxroute.scenarios import network_of
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -125,7 +125,7 @@ def read_policy(path: str | Path) -> TrainedPolicy:
     path = Path(path)
     run = run_of(path)
     config = read_config(run / CONFIG_FILE)
-    network = build_network(config.network, config.env.away, config.dynamics.gateways is not None)
+    network = network_of(config)
     if run.parent == _PRETRAINED_FOLDER:
         return TrainedPolicy(network, _read_arrays(run / PARAMS_FILE), path)
     checkpoint = latest_checkpoint(path) if path == run else path

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +18,13 @@ from jaxroute.config import Config, load_config
 from jaxroute.env import EdgeRouting, EnvParams, OutageParams, RewardParams
 from jaxroute.env.types import CloudParams, GatewayParams
 from jaxroute.errors import UserError, did_you_mean
+from jaxroute.networks import build_network
 from jaxroute.serving import Site, build_site
 from jaxroute.serving.checks import real, real_array, whole
+from jaxroute.serving.prefixes import CacheShape
 from jaxroute.serving.site import UNBOUNDED
 from jaxroute.workloads import Workload, build_workload, training_mix
+from jaxroute.workloads.sessions import num_sessions, session_params
 
 SCENARIOS: dict[str, dict[str, str]] = {
     f"{prefix}-{workload}": {"site": site, "workload": "azure_conv" if workload == "azure" else workload}
@@ -32,6 +36,9 @@ SCENARIOS: dict[str, dict[str, str]] = {
 # Of a queue without bound, the simulation holds an expert's share of what arrives in so many s: at least so many
 # requests, and at most as many as it has seats.
 _SECONDS_OF_QUEUE, _SHORTEST_QUEUE = 10.0, 16
+
+# Tokens of a short text, and the logarithm of the fewest entries that a free list has.
+_USUAL_TEXT, _FEWEST_ENTRIES = 256, 5
 
 # Requests per second. Beyond, gaps and times at the experts are too far apart for float32.
 _LEAST_RATE, _GREATEST_RATE = 1e-6, 1e6
@@ -154,6 +161,9 @@ def _build(
         away=config.env.away,
         cloud_places=config.site.cloud.max_in_flight if config.site.cloud and config.env.away else 0,
         most_gateways=terms.gateways[1] if terms.gateways else 0,
+        num_sessions=num_sessions(config.workload.sessions, workload.rate) if config.workload.sessions else 0,
+        cache=_cache(config, site),
+        see_prefixes=config.env.see_prefixes,
     )
     params = EnvParams(
         site=site,
@@ -177,8 +187,40 @@ def _build(
         gateways=GatewayParams(jnp.asarray(terms.gateways, jnp.int32), jnp.float32(dynamics.first_poll))
         if terms.gateways
         else None,
+        sessions=session_params(config.workload.sessions) if config.workload.sessions else None,
     )
     return env, params
+
+
+def _cache(config: Config, site: Site) -> CacheShape | None:
+    """Return how prefixes are cached, with as many entries as texts of a usual length find room in the largest memory.
+
+    Raises:
+        UserError: sessions or caches with what does not know of them yet.
+    """
+    if not config.site.prefix_caching and config.workload.sessions is None:
+        return None
+    for name, given in (
+        ("outages=retried", config.dynamics.outages == "retried"),
+        ("gateways", config.dynamics.gateways),
+    ):
+        if given:
+            raise UserError(
+                f"dynamics: {name} does not go together with sessions or prefix caching yet; leave one of them out"
+            )
+    if not config.site.prefix_caching:
+        return None
+    blocks = int(np.max(np.asarray(site.kv_capacity))) // config.site.block_size
+    if not blocks:
+        raise UserError(f"site {config.site.name}: block_size={config.site.block_size} exceeds an expert's kv_capacity")
+    texts = blocks * config.site.block_size / _USUAL_TEXT
+    return CacheShape(config.site.block_size, 1 << max(math.ceil(math.log2(texts)), _FEWEST_ENTRIES))
+
+
+def network_of(config: Config) -> nn.Module:
+    """Build the network of a router that is trained on this configuration: it sees what its environment shows it."""
+    shows_prefixes = config.site.prefix_caching and config.env.see_prefixes
+    return build_network(config.network, config.env.away, config.dynamics.gateways is not None, shows_prefixes)
 
 
 def _num_slots(config: Config, site: Site, rate: float) -> int:

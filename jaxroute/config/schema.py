@@ -63,6 +63,8 @@ class EnvConfig:
     """Most requests that the simulation holds at an expert at once; what would not fit is counted as overflowed. null:
     its seats and its queue, or, where the queue has no bound, its share of what arrives in ten seconds, and no more
     than it has seats."""
+    see_prefixes: bool = True
+    """Where prefixes are cached, let the router see how much of the arriving prompt each expert has."""
 
     def __post_init__(self) -> None:
         if self.num_slots is not None and self.num_slots < 1:

@@ -30,6 +30,7 @@ from jaxroute.env.gateways import (
 )
 from jaxroute.env.groups import group
 from jaxroute.env.impact import assess, estimate_impact
+from jaxroute.env.sessions import SessionState, first_sessions, next_turn
 from jaxroute.env.types import (
     Arrival,
     Batch,
@@ -56,6 +57,7 @@ from jaxroute.serving import (
     SlotStatus,
     advance,
     ages,
+    cached_tokens,
     can_accept,
     clear,
     computed,
@@ -69,6 +71,8 @@ from jaxroute.serving import (
     slot_status,
 )
 from jaxroute.serving.checks import whole
+from jaxroute.serving.prefixes import NOBODY, CacheShape, Text
+from jaxroute.serving.sessions import with_turn
 from jaxroute.workloads.arrivals import ArrivalProcess, first_arrival_state
 from jaxroute.workloads.limits import Limits, latencies
 
@@ -110,6 +114,12 @@ class EdgeRouting:
     """One more action: the request goes to no expert. It is declined at once, or goes to the site's cloud."""
     cloud_places: int = 0
     """How many requests the cloud may have in flight at once; 0 where there is no cloud."""
+    num_sessions: int = 0
+    """How many sessions are alive at once; 0: each request stands for itself."""
+    cache: CacheShape | None = None
+    """How the experts cache prefixes; None if they do not."""
+    see_prefixes: bool = True
+    """Whether the router sees how much of the arriving prompt each expert has cached."""
     most_gateways: int = 0
     """How many gateways may share the site. Requests arrive at one of them at random, and it decides on what it knows:
     its own requests, and the servers' gauges. 0: the router sees every request at the site."""
@@ -139,18 +149,22 @@ class EdgeRouting:
                 jax.random.fold_in(key, 6), params.gateways, self.most_gateways, recent, described
             )
             request = _at_any(request, key_request, gateways)
+        site = idle_site(self.num_experts, self.num_slots, self.cache)
+        sessions = first_sessions(self.num_sessions) if self.num_sessions else None
+        request, sessions = self._with_text(key_request, request, sessions, site, params)
         retries = None
         if self.outages == "retried":
             none = nothing.astype(jnp.int32)
             retries = Retries(marked=none > 0, number=none, row=none, age=nothing, since_arrival=jnp.float32(0.0))
         state = EnvState(
-            site=idle_site(self.num_experts, self.num_slots),
+            site=site,
             table=SlotTable(
                 quality=nothing,
                 predicted_quality=nothing,
                 predicted_output_tokens=nothing,
                 limits=jax.tree.map(lambda _: nothing, params.limits),
                 gateway=nothing.astype(jnp.int32) if self.most_gateways else None,
+                cached_tokens=nothing if self._shows_prefixes else None,
             ),
             up=jnp.ones(self.num_experts, bool) if fleet is None else fleet.present,
             request=request,
@@ -169,6 +183,7 @@ class EdgeRouting:
             seen=None,
             refresh_interval=_between(params.refresh_interval, jax.random.fold_in(key, 7)),
             gateways=gateways,
+            sessions=sessions,
         )
         # Nothing has been seen yet, so the first look is always at the present.
         return self._observe(state, params, jnp.float32(0.0))
@@ -244,6 +259,13 @@ class EdgeRouting:
         retries = served.retries
         step = state.step + 1
         next_request = _draw_request(key_request, step, request.quality_floor, params, fleet)
+        sessions = state.sessions
+        if sessions is not None:
+            assert request.text is not None
+            tokens = request.prompt_tokens + request.output_tokens[jnp.minimum(action, self.num_experts - 1)]
+            texts = with_turn(sessions.texts, request.text, request.number, tokens, served.accepted)
+            sessions = sessions._replace(texts=texts)
+        next_request, sessions = self._with_text(key_request, next_request, sessions, served.site, params)
         fade = jnp.exp(-gap / LATENCY_WINDOW)
         gateways = state.gateways
         if gateways is not None:
@@ -282,12 +304,37 @@ class EdgeRouting:
             seen=state.seen,
             refresh_interval=state.refresh_interval,
             gateways=gateways,
+            sessions=sessions,
         )
         obs, new = self._observe(new, params, gap)
 
         earned = earned if self.expected_quality else info["qos_sum"]
         spent += state.prices.accelerator * info["busy_seconds"].sum()
         return obs, new, _reward(params, state.potential, new.potential, earned - spent), info
+
+    @property
+    def _shows_prefixes(self) -> bool:
+        return self.cache is not None and self.see_prefixes
+
+    def _with_text(
+        self,
+        key: PRNGKeyArray,
+        request: Request,
+        sessions: SessionState | None,
+        site: SiteState,
+        params: EnvParams,
+    ) -> tuple[Request, SessionState | None]:
+        """Let an arriving request continue its session's text."""
+        if sessions is not None:
+            assert params.sessions is not None
+            sessions, text, prompt_tokens = next_turn(
+                jax.random.fold_in(key, 2), sessions, params.sessions, site, request.number, request.prompt_tokens
+            )
+            return request._replace(text=text, prompt_tokens=prompt_tokens), sessions
+        if self.cache is None:
+            return request, None
+        nobody, nothing = jnp.int32(NOBODY), jnp.int32(0)
+        return request._replace(text=Text(nobody, nothing, jnp.bool_(False), nobody, nothing)), None
 
     def believing(self, before: EnvState, state: EnvState, params: EnvParams) -> tuple[Observation, EnvState]:
         """Return what a router sees after a step that believes other parameters: servers of another speed, say.
@@ -304,6 +351,11 @@ class EdgeRouting:
         """Return what the router sees, and the state that remembers it."""
         site = site_of(state, params)
         requests = _requests(site, state)
+        if self._shows_prefixes:
+            request = state.request
+            assert request.text is not None
+            cached = cached_tokens(state.site, request.text, request.number, request.prompt_tokens)
+            state = state._replace(request=request._replace(cached_tokens=cached.astype(jnp.float32)))
         truth, known, shown, gateways = group(site, requests), None, state, state.gateways
         own = state.request.gateway
         if gateways is not None:
@@ -397,6 +449,7 @@ class _Served(NamedTuple):
 
     site: SiteState
     """Without the requests that were lost."""
+    accepted: Bool[Array, ""]
     table: SlotTable
     retries: Retries | None
     latency_sum: Float[Array, "expert"]
@@ -421,6 +474,7 @@ def _serve(
         request.predicted_output_tokens,
         request.limits,
         request.gateway,
+        request.cached_tokens,
     )
     again = None if retries is None else (retries.number, retries.row, retries.age)
     again_entry = None if retries is None else (request.number, request.row, request.age)
@@ -432,6 +486,7 @@ def _serve(
         request.output_tokens,
         tables=(state.table, again),
         entries=(entry, again_entry),
+        text=request.text,
     )
     experts = advance(site, experts, gap)
 
@@ -449,6 +504,7 @@ def _serve(
     }
     return _Served(
         site=clear(experts, failed),
+        accepted=accepted.any(),
         table=table,
         retries=retries,
         latency_sum=latency_sum,
@@ -741,9 +797,17 @@ def observe(
         return jnp.swapaxes(jnp.where(active, value, 0.0), 0, 1)
 
     return Observation(
-        arrival=Arrival(request.prompt_tokens, request.limits, 1 / recent.gap, request.age, recent, prices),
+        arrival=Arrival(
+            request.prompt_tokens, request.limits, 1 / recent.gap, request.age, recent, prices, request.session
+        ),
         experts=experts,
-        candidates=Candidates(request.predicted_quality, request.predicted_output_tokens, impact, request.no_worse),
+        candidates=Candidates(
+            request.predicted_quality,
+            request.predicted_output_tokens,
+            impact,
+            request.no_worse,
+            request.cached_tokens,
+        ),
         in_flight=InFlight(
             weight=per_expert(load.weight),
             prompt_tokens=per_expert(batch.prompt_tokens),
@@ -770,11 +834,15 @@ def _requests(site: Site, state: EnvState) -> Batch:
     age, first_token = ages(experts), experts.slots.ttft + way_back
     if state.retries is not None:
         age, first_token = age + state.retries.age, first_token + state.retries.age
+    tokens = computed(experts)
+    if table.cached_tokens is not None:
+        # Those that wait will not compute what was cached when they were sent.
+        tokens = jnp.where(waiting & (generated(experts) == 0), table.cached_tokens, tokens)
     by_expert = Batch(
         running=running,
         waiting=waiting,
         prompt_tokens=experts.slots.prompt_tokens.astype(jnp.float32),
-        computed=computed(experts).astype(jnp.float32),
+        computed=tokens.astype(jnp.float32),
         generated=generated(experts).astype(jnp.float32),
         age=age,
         first_token=None if table.limits.ttft is None and table.limits.tpot is None else first_token,

@@ -180,7 +180,7 @@ def assess(site: Site, log_error: Float[Array, "expert"], batch: Batch) -> tuple
     need = jnp.where(active > 0, batch.prompt_tokens + batch.generated - batch.computed, 0.0)
     # A decoding request needs one token, which belongs to the decode iteration. Means over several are rounded.
     prefill = (weight * jnp.where(need > 1.5, need, 0.0)).sum(0)
-    kv_used = (weight * batch.computed).sum(0)
+    kv_used = (weight * jnp.where(batch.running, batch.computed, 0.0)).sum(0)
 
     pending_output = (weight * remaining).sum(0)
     time_left = time * jnp.maximum(pending_output, 1.0) / per_request
@@ -227,7 +227,9 @@ def estimate_impact(
     slower = site.iteration_time(num_seqs, num_seqs, context)
 
     before = _prefill_stall(site, outlook.pending_prefill, num_before)
-    after = _prefill_stall(site, outlook.pending_prefill + request.prompt_tokens, num_seqs)
+    # What is cached is not computed.
+    cached = 0.0 if request.cached_tokens is None else request.cached_tokens
+    after = _prefill_stall(site, outlook.pending_prefill + request.prompt_tokens - cached, num_seqs)
     behind = jnp.maximum(load.num_active + 1 - site.max_num_seqs, 0.0)
     # On average, half an iteration is left when it comes; then follows the one that completes its prefill.
     residual = jnp.where(load.num_active > 0, outlook.iteration_time / 2, 0.0)

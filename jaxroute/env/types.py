@@ -8,9 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxroute.banks.bank import NoWorse, RequestBank
+from jaxroute.env.sessions import SessionState
 from jaxroute.serving import Site, SiteState
+from jaxroute.serving.prefixes import Text
 from jaxroute.workloads.arrivals import ArrivalParams, ArrivalState
 from jaxroute.workloads.limits import Limits
+from jaxroute.workloads.sessions import SessionParams
 
 
 class Recent(NamedTuple):
@@ -48,6 +51,8 @@ class Arrival(NamedTuple):
     """Time since its first arrival, s: 0, unless an expert that failed has given it back."""
     recent: Recent
     prices: Prices
+    session: Int[Array, ""] | None = None
+    """Number of its session; None if requests have none."""
 
 
 class Experts(NamedTuple):
@@ -129,6 +134,8 @@ class Candidates(NamedTuple):
     impact: Impact
     no_worse: NoWorse | None = None
     """Scores of Hybrid LLM, if the bank has them."""
+    cached_tokens: Float[Array, "expert"] | None = None
+    """Tokens of its prompt that the expert has cached; None if the router knows of none."""
 
 
 class Away(NamedTuple):
@@ -215,6 +222,10 @@ class Described(NamedTuple):
     """Medians."""
     no_worse: NoWorse | None = None
     """Scores of Hybrid LLM, if the bank has them."""
+    cached_tokens: Float[Array, "expert"] | None = None
+    """Tokens of its prompt that each expert has cached; None if the router knows of none."""
+    session: Int[Array, ""] | None = None
+    """Number of its session; None if requests have none."""
 
 
 class Snapshot(NamedTuple):
@@ -331,6 +342,8 @@ class EnvParams(NamedTuple):
     """Least share of the recent requests of each class that must not be declined; None if there is none."""
     gateways: GatewayParams | None
     """None if the router sees every request at the site."""
+    sessions: SessionParams | None = None
+    """None if each request stands for itself."""
 
 
 class Fleet(NamedTuple):
@@ -366,6 +379,10 @@ class Request(NamedTuple):
     """The gateway at which it has arrived, if there are several."""
     no_worse: NoWorse | None = None
     """Scores of Hybrid LLM, if the bank has them."""
+    text: Text | None = None
+    """Whose text it continues, where requests have sessions or prefixes are cached."""
+    cached_tokens: Float[Array, "expert"] | None = None
+    """Tokens of its prompt that each expert has cached; None where the router does not see them."""
 
     def described(self) -> Described:
         """Return the request as a router sees it."""
@@ -376,6 +393,8 @@ class Request(NamedTuple):
             predicted_quality=self.predicted_quality,
             predicted_output_tokens=self.predicted_output_tokens,
             no_worse=self.no_worse,
+            cached_tokens=self.cached_tokens,
+            session=None if self.text is None else self.text.session,
         )
 
 
@@ -389,6 +408,8 @@ class SlotTable(NamedTuple):
     """`(expert, slot)`."""
     gateway: Int[Array, "expert slot"] | None
     """The gateway that has sent it, if there are several."""
+    cached_tokens: Float[Array, "expert slot"] | None = None
+    """Tokens of its prompt that the expert had cached when it was sent there; None if the router does not see them."""
 
 
 class Typical(NamedTuple):
@@ -484,3 +505,5 @@ class EnvState(NamedTuple):
     """Time between two looks, s."""
     gateways: Gateways | None
     """None if the router sees every request at the site."""
+    sessions: SessionState | None = None
+    """None if each request stands for itself."""

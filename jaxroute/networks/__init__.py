@@ -37,13 +37,14 @@ class NetworkConfig:
             raise UserError(f"network: hidden={self.hidden} must be a positive multiple of heads={self.heads}")
 
 
-def build_network(config: NetworkConfig, away: bool = False, gauges: bool = False) -> nn.Module:
+def build_network(config: NetworkConfig, away: bool = False, gauges: bool = False, prefixes: bool = False) -> nn.Module:
     """Return the network that the configuration describes.
 
-    With `away`, it has a score for that too; with `gauges`, it sees how old those of the servers are.
+    With `away`, it has a score for that too; with `gauges`, it sees how old those of the servers are; with `prefixes`,
+    how much of the arriving prompt each expert has cached.
     """
     if config.kind == "mlp":
-        return FlatMLP(hidden=config.hidden, away=away, gauges=gauges)
+        return FlatMLP(hidden=config.hidden, away=away, gauges=gauges, prefixes=prefixes)
     return HAN(
         hidden=config.hidden,
         heads=config.heads,
@@ -52,4 +53,5 @@ def build_network(config: NetworkConfig, away: bool = False, gauges: bool = Fals
         use_impact=config.use_impact,
         away=away,
         gauges=gauges,
+        prefixes=prefixes,
     )

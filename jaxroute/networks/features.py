@@ -55,10 +55,11 @@ def _log_ratio(value: Array, typical: Array | float) -> Array:
     return jnp.clip(jnp.log(jnp.maximum(value, 1e-6) / typical), -4.0, 4.0)
 
 
-def features_of(obs: Observation, use_impact: bool = True, gauges: bool = False) -> Features:
+def features_of(obs: Observation, use_impact: bool = True, gauges: bool = False, prefixes: bool = False) -> Features:
     """Scale an observation; `use_impact=False` hides the action impact estimator (an ablation).
 
-    `gauges` shows how old the servers' gauges are: 0 where the router sees the requests themselves.
+    `gauges` shows how old the servers' gauges are: 0 where the router sees the requests themselves. `prefixes` shows
+    how much of the arriving prompt each expert has cached: 0 where the router knows of none.
 
     Raises:
         UserError: `obs` is something else, e.g. the flat vector of an adapter.
@@ -124,6 +125,13 @@ def features_of(obs: Observation, use_impact: bool = True, gauges: bool = False)
             _log_ratio(impact.kv_seconds, 0.3),
             impact.free_seats / (impact.free_seats + experts.max_num_seqs),
             jnp.minimum(10 * arrival.prices.accelerator * own_time, 4.0),
+        ]
+    if prefixes:
+        cached = obs.candidates.cached_tokens
+        cached = jnp.zeros_like(experts.kv_used) if cached is None else cached
+        edges += [
+            cached / jnp.maximum(arrival.prompt_tokens, 1.0)[..., None],
+            _log_tokens(arrival.prompt_tokens[..., None] - cached),
         ]
     # By far the most numbers are here, so they are scaled without logarithms.
     total = jnp.maximum(requests.generated + requests.remaining_tokens, 1.0)

@@ -121,10 +121,12 @@ class HAN(nn.Module):
     """Score away too, where the environment has it: a logit that is the price of a seat, given all that is known."""
     gauges: bool = False
     """See how old the servers' gauges are."""
+    prefixes: bool = False
+    """See how much of the arriving prompt each expert has cached."""
 
     def prepare(self, obs: Observation) -> Features:
         """Return the input of the network; this has no parameters, so a learner computes it once per step."""
-        return features_of(obs, self.use_impact, self.gauges)
+        return features_of(obs, self.use_impact, self.gauges, self.prefixes)
 
     @nn.compact
     def __call__(self, features: Features) -> tuple[Float[Array, "action"], Float[Array, ""]]:

@@ -25,10 +25,12 @@ class FlatMLP(nn.Module):
     """Score away too, where the environment has it."""
     gauges: bool = False
     """See how old the servers' gauges are."""
+    prefixes: bool = False
+    """See how much of the arriving prompt each expert has cached."""
 
     def prepare(self, obs: Observation) -> Features:
         """Return the input of the network."""
-        return features_of(obs, use_impact=False, gauges=self.gauges)
+        return features_of(obs, use_impact=False, gauges=self.gauges, prefixes=self.prefixes)
 
     @nn.compact
     def __call__(self, features: Features) -> tuple[Float[Array, "action"], Float[Array, ""]]:

@@ -20,6 +20,8 @@ Decision = tuple[Int[Array, ""], Memory]
 # The sources' defaults.
 KV_BLOCK = 16  # tokens
 EXPLORATION = 0.01  # of requests
+MATCH_THRESHOLD, IMBALANCE, RELATIVE_IMBALANCE = 0.3, 64, 1.5
+LEAST_MATCH = 0.1
 
 # What slo_headroom prefers: the least or the most headroom.
 LEAST, MOST = -1.0, 1.0
@@ -112,20 +114,99 @@ def llm_d(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -
     The queue score is (max - W) / (max - min) over the available experts, 1 if all have the same W; the KV score is
     1 - K.
     """
+    kv_score = 1 - obs.experts.kv_used / obs.experts.kv_capacity
+    return best_available(obs, 0.5 * _queue_score(obs) + 0.5 * kv_score), memory
+
+
+def _queue_score(obs: Observation) -> Float[Array, "expert"]:
     waiting, available = obs.experts.num_waiting, obs.experts.available
     longest = jnp.where(available, waiting, -jnp.inf).max()
     spread = longest - jnp.where(available, waiting, jnp.inf).min()
-    queue = jnp.where(spread > 0, (longest - waiting) / spread, 1.0)
-    return best_available(obs, 0.5 * queue + 0.5 * (1 - obs.experts.kv_used / obs.experts.kv_capacity)), memory
+    return jnp.where(spread > 0, (longest - waiting) / spread, 1.0)
 
 
 def dynamo_kv(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
-    """Argmin prefill blocks + decode blocks, of 16 tokens (NVIDIA Dynamo; no prefix cache here).
+    """Argmin prefill blocks + decode blocks, of 16 tokens (NVIDIA Dynamo, whose overlap weight is 1).
 
-    Prefill blocks, whole or not: what is pending there and the arriving prompt. Decode blocks: the KV memory in use.
+    Prefill blocks, whole or not: what is pending there, and what of the arriving prompt is not cached there. Decode
+    blocks: the KV memory in use.
     """
-    prefill = (obs.experts.pending_prefill + obs.arrival.prompt_tokens) / KV_BLOCK
+    prefill = (obs.experts.pending_prefill + obs.arrival.prompt_tokens - _cached(obs)) / KV_BLOCK
     return best_available(obs, -(prefill + jnp.ceil(obs.experts.kv_used / KV_BLOCK))), memory
+
+
+def _cached(obs: Observation) -> Float[Array, "expert"]:
+    """Tokens of the arriving prompt that each expert has cached; 0 where the router knows of none."""
+    cached = obs.candidates.cached_tokens
+    return jnp.zeros_like(obs.experts.kv_used) if cached is None else cached
+
+
+def _match_rate(obs: Observation) -> Float[Array, "expert"]:
+    return _cached(obs) / jnp.maximum(obs.arrival.prompt_tokens, 1.0)
+
+
+def llm_d_prefix(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Argmax 3 prefix score + 2 queue score + 2 KV score (llm-d router's profile).
+
+    The prefix score is the share of the prompt that is cached; the others are those of `llm_d`.
+    """
+    kv_score = 1 - obs.experts.kv_used / obs.experts.kv_capacity
+    return best_available(obs, 3 * _match_rate(obs) + 2 * _queue_score(obs) + 2 * kv_score), memory
+
+
+def sticky_until_saturated(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Take the longest cached prefix until the prefill queue there is full, then the expert with least to prefill.
+
+    llm-d's token-aware routing: load is counted in tokens that are to be prefilled, and an expert that has a limit of
+    them in flight is saturated. `params` is that limit, in seconds of prefill, as experts differ in speed.
+    """
+    experts = obs.experts
+    seconds = (experts.pending_prefill + obs.arrival.prompt_tokens - _cached(obs)) * experts.compute_per_token
+    sticky = (experts.pending_prefill * experts.compute_per_token <= params) & (_cached(obs) > 0) & experts.available
+    # Equal prefixes go to the one with least to prefill.
+    longest = _cached(obs) - seconds / (1 + seconds)
+    return best_available(obs, jnp.where(sticky.any(), jnp.where(sticky, longest, -jnp.inf), -seconds)), memory
+
+
+def cache_aware(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Take the longest cached prefix if it is more than 0.3 of the prompt, else fewest requests (SGLang, vLLM router).
+
+    Where the busiest expert has more than 64 requests over the idlest and more than 1.5 times as many, load decides at
+    once. Below the threshold of a match, the sources choose the expert with the smallest record of past prompts; here
+    it is the one with the fewest requests.
+    """
+    load, available = _num_in_flight(obs), obs.experts.available
+    most, least = jnp.where(available, load, -jnp.inf).max(), jnp.where(available, load, jnp.inf).min()
+    balanced = (most - least <= IMBALANCE) | (most <= RELATIVE_IMBALANCE * least)
+    rate = jnp.where(available, _match_rate(obs), 0.0)
+    matched = balanced & (rate.max() > MATCH_THRESHOLD)
+    return best_available(obs, jnp.where(matched, rate - load / (1 + load) * 1e-3, -load)), memory
+
+
+def prefix_affinity(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Take the longest cached prefix if it is a tenth of the prompt or more, else the better of two (Ray Serve LLM)."""
+    rate = jnp.where(obs.experts.available, _match_rate(obs), 0.0)
+    load = _num_in_flight(obs)
+    two, _ = power_of_two(params, obs, key, memory)
+    matched = best_available(obs, rate - load / (1 + load) * 1e-3)
+    return jnp.where(rate.max() >= LEAST_MATCH, matched, two), memory
+
+
+def session_hash(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
+    """Send all requests of a session to one expert, by its number (consistent hashing; vLLM production stack).
+
+    Rendezvous hashing: each expert has its own hash of the session, and the highest that is available wins. A request
+    without a session goes anywhere.
+    """
+    expert = jnp.arange(obs.experts.available.shape[0], dtype=jnp.uint32)
+    of_request = jax.random.bits(key, (), jnp.uint32)
+    session = obs.arrival.session
+    if session is not None:
+        of_request = jnp.where(session < 0, of_request, session.astype(jnp.uint32))
+    mixed = (of_request + 1) * jnp.uint32(0x9E3779B1) ^ (expert + 1) * jnp.uint32(0x85EBCA77)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x2C1B3C6D)
+    mixed = (mixed ^ (mixed >> 12)) * jnp.uint32(0x297A2D39)
+    return best_available(obs, ((mixed ^ (mixed >> 15)) >> 8).astype(jnp.float32)), memory
 
 
 def shortest_expected_delay(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
@@ -277,6 +358,7 @@ WIN_PROBABILITY = 0.55
 NO_WORSE = 0.7
 INTERFERENCE = (0.5, 1.0)  # delta, theta
 HEADROOM = LEAST
+PREFILL_SECONDS = 0.2
 
 RULES: dict[str, Policy] = {
     policy.name: policy
@@ -292,6 +374,11 @@ RULES: dict[str, Policy] = {
         Policy("power_of_two", power_of_two),
         Policy("llm_d", llm_d),
         Policy("dynamo_kv", dynamo_kv),
+        Policy("llm_d_prefix", llm_d_prefix),
+        Policy("sticky_until_saturated", sticky_until_saturated, params=PREFILL_SECONDS),
+        Policy("cache_aware", cache_aware),
+        Policy("prefix_affinity", prefix_affinity),
+        Policy("session_hash", session_hash),
         Policy("shortest_expected_delay", shortest_expected_delay),
         Policy("slo_headroom", slo_headroom, params=HEADROOM),
         Policy("quality_only", quality_only),

@@ -284,6 +284,38 @@ def ages(state: SiteState) -> Float[Array, "*lanes slot"]:
     return _before_tail(state, state.since_epoch[..., None] - state.slots.arrival)
 
 
+def cached_tokens(
+    state: SiteState, text: Text, request: Int[Array, ""], prompt_tokens: Int[Array, ""]
+) -> Int[Array, "*lanes"]:
+    """Return how many tokens of a prompt each expert has cached: what it would not compute if it began now.
+
+    Raises:
+        AssertionError: the site caches no prefixes.
+    """
+    experts = state.clock.shape
+    given = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, experts), (text, request, prompt_tokens))
+    return _cached_tokens(state, *given)
+
+
+@batch_first
+def _cached_tokens(
+    state: SiteState, text: Text, request: Int[Array, "*lanes"], prompt_tokens: Int[Array, "*lanes"]
+) -> Int[Array, "*lanes"]:
+    lanes = _lanes_of(state, *jax.tree.leaves((text, request, prompt_tokens)))
+    state = _by_lane(state, lanes)
+    text, request, prompt_tokens = jax.tree.map(lambda leaf: _flat(leaf, lanes), (text, request, prompt_tokens))
+    assert state.cache is not None
+    assert state.slots.texts is not None
+    # The iteration in progress, if there is one, fills its blocks from its beginning on.
+    begun = state.iterations - (state.duration == _NEVER)
+    cache = prefixes.count_up_to(state.cache, begun)
+    row = jnp.arange(state.clock.shape[0], dtype=jnp.int32)
+    full = _full_blocks(state.slots, state.slots.finish, row, state, begun + 1, state.iterations + 1)
+    wanted = prefixes.texts_of(text, request, cache.block_size)
+    found = prefixes.find(cache, wanted, prompt_tokens, state.slots.texts, full)
+    return (found.blocks * cache.block_size).reshape(lanes)
+
+
 def head_ready(site: Site, state: SiteState) -> Float[Array, "*lanes"]:
     """Return when the head of the queue reaches the expert, s from now; never, if no request waits."""
     # Always from the same numbers, so that requests that come at the same time stay simultaneous.

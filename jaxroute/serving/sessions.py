@@ -48,15 +48,18 @@ def text_of(sessions: Sessions, state: SiteState, turn: Turn) -> Text:
     A text that does not exist yet cannot be shared: while the turn that carries it on is in flight, no more than what
     that one shared. A turn that comes while others of its session are in flight does not carry it on.
     """
-    latest, shared, tokens = (column[turn.session] for column in sessions)
+    # Of sessions that follow each other in one place, the numbers differ by a multiple of the places.
+    latest, shared, tokens = (column[turn.session % sessions.request.shape[0]] for column in sessions)
     has_session = turn.session != NOBODY
-    assert state.slots.texts is not None
-    active = (slot_status(state) == SlotStatus.ACTIVE) & (state.slots.texts.session_key == turn.session) & has_session
-    exists = jnp.where((active & (state.slots.request == latest)).any(), shared, tokens)
+    active = (slot_status(state) == SlotStatus.ACTIVE) & has_session
+    carries = active & (state.slots.request == latest)
+    # Where nothing is cached, it makes no difference who else is in flight.
+    others = carries if state.slots.texts is None else active & (state.slots.texts.session_key == turn.session)
+    exists = jnp.where(carries.any(), shared, tokens)
     return Text(
         session=turn.session,
         shared_tokens=jnp.where(has_session, jnp.minimum(turn.shared_tokens, exists), 0),
-        carries_on=has_session & ~active.any(),
+        carries_on=has_session & ~others.any(),
         application=turn.application,
         system_tokens=turn.system_tokens,
     )
@@ -66,6 +69,7 @@ def with_turn(
     sessions: Sessions, text: Text, request: Int[Array, ""], tokens: Int[Array, ""], accepted: Bool[Array, ""]
 ) -> Sessions:
     """Note a request that an expert has accepted, and of how many tokens prompt and answer together will be there."""
-    carried_on = jnp.where(accepted & text.carries_on, text.session, sessions.request.shape[0])
+    places = sessions.request.shape[0]
+    carried_on = jnp.where(accepted & text.carries_on, text.session % places, places)
     new = Sessions(jnp.asarray(request, jnp.int32), text.shared_tokens, tokens)
     return jax.tree.map(lambda column, value: column.at[carried_on].set(value, mode="drop"), sessions, new)

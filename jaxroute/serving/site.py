@@ -214,10 +214,17 @@ class SiteConfig:
     """The experts: one LLM on one accelerator each."""
     cloud: CloudConfig | None = None
     """Where requests go that are sent away; null declines them."""
+    prefix_caching: bool = False
+    """Whether its experts keep the beginnings of texts in their KV memory, as vLLM does by default; it then counts in
+    blocks, else in tokens."""
+    block_size: int = 16
+    """Tokens per block of KV memory, where prefixes are cached."""
 
     def __post_init__(self) -> None:
         if not self.experts:
             raise UserError(f"site {self.name}: experts is empty; list at least one")
+        if not 1 <= self.block_size <= MAX_COUNT:
+            raise UserError(f"site {self.name}: block_size={self.block_size} must be from 1 to {MAX_COUNT}")
 
     @property
     def models(self) -> list[str]:

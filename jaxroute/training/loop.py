@@ -24,10 +24,9 @@ from jaxroute.config.words import command_line, path_word
 from jaxroute.env import EdgeRouting, EnvParams
 from jaxroute.errors import UserError
 from jaxroute.learning import Learner, PPOState, Regression, make_ppo, make_warm_start
-from jaxroute.networks import build_network
 from jaxroute.progress import Progress
 from jaxroute.runs import CHECKPOINTS, save_params, seed_runs, write_config
-from jaxroute.scenarios import training_env
+from jaxroute.scenarios import network_of, training_env
 from jaxroute.training.interrupts import Interrupted, Interrupts
 from jaxroute.training.lock import locked
 from jaxroute.training.memory import check_memory, memory_advice
@@ -153,7 +152,7 @@ def _make_plan(config: Config, run: Path) -> _Plan:
     """Build everything that a training consists of, and check that it fits into memory."""
     config = with_default_sizes(config)
     env, env_params = training_env(config)
-    network = build_network(config.network, config.env.away, config.dynamics.gateways is not None)
+    network = network_of(config)
     ppo = config.ppo
     assert ppo.num_envs is not None
     assert ppo.total_steps is not None

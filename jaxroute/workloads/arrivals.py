@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxroute.errors import UserError
 from jaxroute.workloads.limits import Limits, RequirementConfig, check_requirements, limits_of
+from jaxroute.workloads.sessions import SessionsConfig
 from jaxroute.workloads.traces import read_trace
 
 # Bursts that begin or end within one gap, at most. More take gaps as long as bursts: at the defaults, not one in 10^7.
@@ -272,6 +273,8 @@ class WorkloadConfig:
     """trace: the recorded trace, in a format of docs/how-to/traces.md; a relative path starts at the data folder."""
     local_only: float = 0.0
     """Share of the prompts that must not leave the site for a cloud."""
+    sessions: SessionsConfig | None = None
+    """Requests that come in turns of sessions; null: each stands for itself."""
 
     def __post_init__(self) -> None:
         where = f"workload {self.name}"
