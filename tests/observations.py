@@ -32,9 +32,10 @@ ALIKE = {
 }
 
 
-def observation(away=None, no_worse=None, **changes):
+def observation(away=None, no_worse=None, session=None, **changes):
     """What a router sees; values are per expert, or one for all."""
-    assert set(changes) <= {*ALIKE, *Experts._fields, *Impact._fields, *Recent._fields}, "a field that does not exist"
+    known = {*ALIKE, *Experts._fields, *Impact._fields, *Recent._fields, "cached_tokens"}
+    assert set(changes) <= known, "a field that does not exist"
     values = ALIKE | changes
 
     def fill(part, **others):
@@ -55,7 +56,9 @@ def observation(away=None, no_worse=None, **changes):
     )
     nothing = {name: slots for name in InFlight._fields if name != "limits"}
     return Observation(
-        arrival=fill(Arrival, limits=Limits(normalised=limit), recent=fill(Recent), prices=fill(Prices)),
+        arrival=fill(
+            Arrival, limits=Limits(normalised=limit), recent=fill(Recent), prices=fill(Prices), session=session
+        ),
         experts=fill(Experts),
         candidates=fill(
             Candidates,

@@ -313,7 +313,7 @@ def test_outcomes_equal_replay_and_reference(changes):
         arrival_time = np.concatenate([[0.0], np.cumsum(info["gap"].astype(np.float64))])
         prompt_tokens = np.repeat(request.prompt_tokens[:, None], 6, axis=1)
         requests = jaxroute.Requests(arrival_time[:-1], prompt_tokens, request.output_tokens)
-        expected = simulate(site, *requests, action)
+        expected = simulate(site, *requests[:3], action)
         if expected.closest_call < RESOLUTION:
             continue
         replayed = jaxroute.replay(params.site, requests, action)

@@ -10,14 +10,15 @@ from observations import NUM_EXPERTS, observation
 from jaxroute.banks.bank import NoWorse
 from jaxroute.errors import UserError
 from jaxroute.policies import LEARNED, RULES, learned_policy, rules_named
-from jaxroute.policies.rules import EXPLORATION, LEAST, MOST
+from jaxroute.policies.rules import EXPLORATION, LEAST, MOST, PREFIX_RULES
 
-DRAWS = {"random", "weighted_random", "power_of_two", "lowest_latency"}
+DRAWS = {"random", "weighted_random", "power_of_two", "lowest_latency", "prefix_affinity", "session_hash"}
 """Rules that decide with their key."""
 
 # Not those tuned on some workload, which may change.
 PARAMS = {"slo_headroom": LEAST, "quality_threshold": 0.1, "win_rate": 0.4, "weighted_sum": 0.2}
 HYBRID = ("hybrid_det", "hybrid_prob", "hybrid_trans")
+PARAMS |= {"sticky_until_saturated": 0.2}
 PARAMS |= {"interference_aware": (0.5, 1.0)} | dict.fromkeys(HYBRID, 0.7)
 
 
@@ -83,6 +84,8 @@ PINNED = {
         ({"pending_prefill": [320, 80, 0], "kv_used": [160, 320, 416]}, 1),
         # A block that is in use in part is in use: 10.5 + 7 against 10.25 + 8, with 7 * 16 = 112.
         ({"pending_prefill": [168, 164, 168], "kv_used": [112, 113, 113]}, 0),
+        # What is cached need not be prefilled: 20 - 6 + 10 against 5 + 20.
+        ({"pending_prefill": [320, 80, 320], "kv_used": [160, 320, 416], "cached_tokens": [96, 0, 0]}, 0),
     ],
     # With L = 0.04; closest to it is the second.
     "slo_headroom": [
@@ -176,6 +179,35 @@ PINNED = {
         ),
         ({"num_running": [4, 1, 2], "tpot": [0.022, 0.021, 0.023], "normalised_latency": 0.05}, 1),
     ],
+    # 3 c / 100 + 2 queue + 2 (1 - K): 1.5 + 0 + 2, 0 + 2 + 2 and 0.9 + 2 + 1.
+    "llm_d_prefix": [
+        ({"cached_tokens": [50, 0, 30], "num_waiting": [2, 0, 0], "kv_used": [0, 0, 5000]}, 1),
+        ({"cached_tokens": [50, 0, 90], "num_waiting": [2, 0, 0], "kv_used": [0, 0, 5000]}, 2),
+    ],
+    # 0.1 ms a token: an expert with more than 2,000 tokens to prefill is saturated.
+    "sticky_until_saturated": [
+        ({"cached_tokens": [80, 48, 0], "pending_prefill": [1900, 0, 0]}, 0),
+        ({"cached_tokens": [80, 48, 0], "pending_prefill": [2100, 500, 0]}, 1),
+        # All that have some of it are saturated: 2,120, 2,152 and 600 tokens to prefill.
+        ({"cached_tokens": [80, 48, 0], "pending_prefill": [2100, 2100, 500]}, 2),
+        # Of equal prefixes, the one with less to prefill.
+        ({"cached_tokens": [48, 48, 0], "pending_prefill": [500, 400, 0]}, 1),
+        ({"cached_tokens": [80, 48, 0], "available": [False, True, True]}, 1),
+    ],
+    "cache_aware": [
+        ({"cached_tokens": [16, 48, 0], "num_running": [0, 5, 0]}, 1),
+        # Less than 0.3 of the prompt: the fewest requests.
+        ({"cached_tokens": [16, 0, 0], "num_running": [3, 2, 1]}, 2),
+        # 70 more than the idlest, and more than 1.5 times as many.
+        ({"cached_tokens": [0, 48, 0], "num_running": [2, 71, 1]}, 2),
+        ({"cached_tokens": [0, 48, 0], "num_running": [150, 214, 160]}, 1),
+        # The longest prefix is at one that would refuse.
+        ({"cached_tokens": [0, 90, 40], "available": [True, False, True]}, 2),
+    ],
+    "prefix_affinity": [
+        ({"cached_tokens": [0, 16, 0], "num_running": [0, 5, 0]}, 1),
+        ({"cached_tokens": [16, 16, 0], "num_running": [5, 4, 0]}, 1),
+    ],
     "qos_greedy": [({"qos": [0.4, 0.3, 0.6], "qos_loss": [0, 0, 0.5], "predicted_quality": [0.4, 0.9, 0.6]}, 2)],
     "impact_greedy": [({"qos": [0.4, 0.3, 0.6], "qos_loss": [0, 0, 0.5]}, 0)],
 }
@@ -210,8 +242,8 @@ def test_decisions(name, changes, expected):
 
 
 def test_every_rule_is_pinned():
-    assert len(RULES) == 24  # as the README says
-    assert set(RULES) == {*PINNED, "random", "weighted_random", "power_of_two", "round_robin"}
+    assert len(RULES) - len(PREFIX_RULES) == 24  # as the README says
+    assert set(RULES) == {*PINNED, "random", "weighted_random", "power_of_two", "round_robin", "session_hash"}
     assert all(rule.name == name for name, rule in RULES.items())
 
 
@@ -277,6 +309,26 @@ def test_round_robin_takes_turns():
     assert int(action) == 2
     action, _ = rule.act(rule.params, obs, jax.random.key(0), memory)
     assert int(action) == 0
+
+
+def test_sessions_keep_their_expert():
+    """Each session its own, whatever the load; all experts are used; a full one leaves the others' where they are."""
+    sessions = [observation(session=jnp.int32(s), num_running=[s % 7, 1, 5]) for s in range(60)]
+    chosen = [decide("session_hash", obs, seed) for seed, obs in enumerate(sessions)]
+    assert chosen == [decide("session_hash", observation(session=jnp.int32(s))) for s in range(60)]
+    assert min(np.bincount(chosen, minlength=NUM_EXPERTS)) > 10
+    without = [
+        decide("session_hash", observation(session=jnp.int32(s), available=[True, False, True])) for s in range(60)
+    ]
+    assert all(now == then for now, then in zip(without, chosen, strict=True) if then != 1)
+    # Without a session, anywhere.
+    assert {decide("session_hash", observation(session=jnp.int32(-1)), seed) for seed in range(30)} == {0, 1, 2}
+
+
+def test_rules_by_prefix_are_named_or_asked_for():
+    assert not {rule.name for rule in rules_named(None)} & set(PREFIX_RULES)
+    assert {rule.name for rule in rules_named(None, prefixes=True)} >= set(PREFIX_RULES)
+    assert rules_named(["cache_aware"]) == [RULES["cache_aware"]]
 
 
 def test_interference_aware_weighs_and_admits():
@@ -448,7 +500,7 @@ def test_the_learned_router_takes_the_highest_logit():
 
 def test_rules_are_found_by_name():
     assert [rule.name for rule in rules_named(["qos_greedy", "random"])] == ["qos_greedy", "random"]
-    assert [rule.name for rule in rules_named(None)] == list(RULES)
+    assert [rule.name for rule in rules_named(None, prefixes=True)] == list(RULES)
     with pytest.raises(UserError):
         rules_named([])
 

@@ -26,7 +26,7 @@ def evaluate(config: Config, console: Console, *, command: str) -> EvaluationRes
     Raises:
         UserError: an unknown policy, missing data, a checkpoint that does not exist or does not fit.
     """
-    rules = rules_named(config.policies, config.env.away)
+    rules = rules_named(config.policies, config.env.away, config.site.prefix_caching)
     config = on_test_prompts(config)
     env, params = build_env(config)
     trained: TrainedPolicy | None = None

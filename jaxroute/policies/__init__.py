@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxroute.errors import UserError, did_you_mean
 from jaxroute.policies.away import FORMS, with_form
 from jaxroute.policies.protocol import Memory, Params, Policy, best_available
-from jaxroute.policies.rules import RULES
+from jaxroute.policies.rules import PREFIX_RULES, RULES
 
 if TYPE_CHECKING:
     import flax.linen as nn
@@ -42,17 +42,19 @@ def _greedy(network: nn.Module) -> Callable:
     return act
 
 
-def rules_named(names: Sequence[str] | None, away: bool = False) -> list[Policy]:
+def rules_named(names: Sequence[str] | None, away: bool = False, prefixes: bool = False) -> list[Policy]:
     """Return the rules of these names, or all; `RULE+FORM` is a rule that may send requests away (`FORMS`).
 
     `RULE+FORM=VALUE` gives the form another parameter than the tuned one. With `away`, which says that requests may be
-    sent away, `impact_greedy` with each form is among all.
+    sent away, `impact_greedy` with each form is among all; with `prefixes`, which says that they are cached, so are the
+    rules that go by them.
 
     Raises:
         UserError: a name is unknown, or there twice.
     """
     if names is None:
-        return [*RULES.values(), *(with_form("impact_greedy", form) for form in FORMS if away)]
+        rules = [rule for name, rule in RULES.items() if prefixes or name not in PREFIX_RULES]
+        return [*rules, *(with_form("impact_greedy", form) for form in FORMS if away)]
     if not names:
         raise UserError(f"policies is empty; leave it out for all rules, or name some: {', '.join(RULES)}")
     for name in names:

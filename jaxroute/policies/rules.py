@@ -358,6 +358,7 @@ WIN_PROBABILITY = 0.55
 NO_WORSE = 0.7
 INTERFERENCE = (0.5, 1.0)  # delta, theta
 HEADROOM = LEAST
+# Not tuned: a tenth of a typical limit on the time to first token.
 PREFILL_SECONDS = 0.2
 
 RULES: dict[str, Policy] = {
@@ -394,3 +395,6 @@ RULES: dict[str, Policy] = {
         Policy("impact_greedy", impact_greedy),
     )
 }
+
+PREFIX_RULES = ("llm_d_prefix", "sticky_until_saturated", "cache_aware", "prefix_affinity", "session_hash")
+"""Those that go by what is cached where, and are others under another name where nothing is."""
