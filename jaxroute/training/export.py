@@ -104,7 +104,13 @@ def router_of(run: Path, *, site: SiteConfig | None = None, rate: float | None =
 
 
 def _config_of(run: Path) -> Config:
-    return read_config(run_of(run, "run") / CONFIG_FILE)
+    config = read_config(run_of(run, "run") / CONFIG_FILE)
+    if config.site.prefix_caching and config.env.see_prefixes:
+        raise UserError(
+            f"{run} was trained to see what each expert has cached, which a gateway does not tell it yet; "
+            "train a router with env.see_prefixes=false, or choose another"
+        )
+    return config
 
 
 def _described(
