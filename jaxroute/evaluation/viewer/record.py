@@ -283,6 +283,8 @@ def episode_content(recording: Recording, labels: list[str], *, first: int, last
         "up": decisions.up,
         "kv": np.where(decisions.running | decisions.waiting, decisions.computed, 0).sum(1),
     }
+    if decisions.candidates.cached_tokens is not None:
+        columns["cached_tokens"] = decisions.candidates.cached_tokens
     if decisions.away is not None:
         columns |= {f"away_{name}": values for name, values in decisions.away._asdict().items()}
     site = recording.site

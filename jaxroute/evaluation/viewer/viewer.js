@@ -307,6 +307,9 @@ const learned = decisions.probability[0].some((probability) => probability !== n
 const COLUMNS = [
   ["Quality", "predicted", (k, i) => decisions.quality[k][i].toFixed(2)],
   ["Answer", "tokens", (k, i) => decisions.output_tokens[k][i].toFixed(0)],
+  ...(decisions.cached_tokens
+    ? [["Cached", "of the prompt", (k, i) => percent(decisions.cached_tokens[k][i] / decisions.prompt_tokens[k])]]
+    : []),
   ["TTFT", "s", (k, i) => decisions.ttft[k][i].toFixed(2)],
   ["Latency", "ms/token", (k, i) => (1000 * decisions.latency[k][i]).toFixed(0)],
   ["In time", "probability", (k, i) => percent(decisions.in_time[k][i])],
