@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from rich.table import Table
 
-from benchmarks import publish
+from benchmarks import prefix_caches, publish
 from benchmarks.history import draw, read_history
 from benchmarks.reliability import Routed, reliability, summary
 from jaxroute.devices import usable_cores
+from jaxroute.workloads import read_trace
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +75,47 @@ def test_each_benchmark_writes_its_figures_and_the_machine(name, tmp_path):
     assert all(isinstance(value, float) for value in result["main"].values())
     assert result["machine"]["cores"] == usable_cores()
     assert {"date", "version", "commit"} <= set(result)
+
+
+def test_rules_over_two_caches_made_by_hand(tmp_path, monkeypatch):
+    """Three sessions of two turns: the first asks for two blocks, the second for four, of which it may find three."""
+    path = tmp_path / "trace.csv"
+    turns = [(32, "a"), (50, "a"), (32, "b"), (32, "c"), (50, "b"), (50, "c")]
+    rows = "".join(f"{time},{prompt},16,{name}\n" for time, (prompt, name) in enumerate(turns))
+    path.write_text("arrival_time,prompt_tokens,output_tokens,session\n" + rows)
+    trace = read_trace(path)
+    texts = [trace.prefixes.blocks(request) for request in range(6)]
+
+    def found(name, servers=2, cache=None):
+        rate = prefix_caches.route(trace, texts, prefix_caches.make(name), servers, cache)["hit_rate"]
+        return pytest.approx(rate * 18)
+
+    # The latest request alone is outstanding, so that the least loaded server is the other one.
+    monkeypatch.setattr(prefix_caches, "OUTSTANDING_SECONDS", 1.5)
+    assert found("round robin") == found("least loaded") == 6  # b and c come back to their servers, a does not
+    assert found("session hash") == found("cache-aware") == found("longest prefix") == 9
+    # Six blocks hold all of b when it comes back, which leaves the first one of c.
+    assert found("one server", 1, 6 * 16) == 3 + 3 + 1
+    monkeypatch.setattr(prefix_caches, "BALANCE_ABS_THRESHOLD", 0)
+    assert found("cache-aware") == 6
+
+
+def test_prefix_caches_of_a_small_trace(tmp_path):
+    path = tmp_path / "trace.csv"
+    rows = "".join(f"{time},{100 + time},20,{time % 7}\n" for time in range(60))
+    path.write_text("arrival_time,prompt_tokens,output_tokens,session\n" + rows)
+    done = shell("prefix_caches", "--quick", "--trace", str(path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rates = {
+        (row["rule"], row["servers"], row["cache"]): row["hit_rate"]
+        for row in written(tmp_path, "prefix_caches")["rows"]
+    }
+    assert rates["round robin", 2, None] < rates["session hash", 2, None] <= rates["one server", 1, None]
+    assert (tmp_path / "outputs" / "benchmarks" / "prefix_caches.png").read_bytes().startswith(b"\x89PNG")
+    path.write_text("arrival_time,prompt_tokens,output_tokens\n0,1,1\n")
+    done = shell("prefix_caches", "--quick", "--trace", str(path), cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "trace.csv does not say what prompts have in common" in done.stderr
 
 
 def test_comparison_with_plain_python_and_stable_baselines3(tmp_path):

@@ -33,8 +33,8 @@ def jsonl(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def mooncake(timestamp, prompt=10, output=5):
-    return {"timestamp": timestamp, "input_length": prompt, "output_length": output, "hash_ids": [0, 1]}
+def mooncake(timestamp, prompt=10, output=5, ids=(0,)):
+    return {"timestamp": timestamp, "input_length": prompt, "output_length": output, "hash_ids": list(ids)}
 
 
 # --- what is read ---------------------------------------------------------------------------------------------
@@ -94,7 +94,8 @@ def test_burstgpt_leaves_failed_requests_out(write):
 
 
 def test_mooncake_counts_milliseconds(write):
-    trace = read_trace(write(jsonl(mooncake(27000, 6758, 500), mooncake(27000), mooncake(29999)), "trace.jsonl"))
+    rows = (mooncake(27000, 6758, 500, range(14)), mooncake(27000), mooncake(29999))
+    trace = read_trace(write(jsonl(*rows), "trace.jsonl"))
     assert trace.format == "Mooncake"
     np.testing.assert_array_equal(trace.arrival_time, [0, 0, 2.999])
     np.testing.assert_array_equal(trace.prompt_tokens, [6758, 10, 10])
@@ -113,6 +114,67 @@ def test_a_table_may_start_at_any_time_and_be_parquet(write, tmp_path):
         np.testing.assert_allclose(trace.arrival_time, [0, 0, 3.25], rtol=0, atol=1e-6)
         np.testing.assert_array_equal(trace.prompt_tokens, tokens)
         np.testing.assert_array_equal(trace.output_tokens, tokens)
+
+
+# --- what prompts have in common ------------------------------------------------------------------------------
+
+
+def blocks(trace):
+    return [trace.prefixes.blocks(request) for request in range(len(trace.prompt_tokens))]
+
+
+def test_traces_without_ids_or_sessions_have_no_prefixes(write):
+    assert read_trace(write(HEADER + ROWS)).prefixes is None
+    # Nothing says whether BurstGPT's prompts contain what their sessions had before.
+    assert read_trace(write(BURSTGPT + "5,a,1,ChatGPT,3,1,4,Conversation log\n")).prefixes is None
+    row = {"timestamp": 0, "input_length": 5, "output_length": 1}
+    assert read_trace(write(jsonl(row), "trace.jsonl")).prefixes is None
+
+
+def test_ids_of_mooncakes_blocks_are_kept(write, tmp_path, monkeypatch):
+    ids = [[0, 1, 2], [], [0, 3], [-7], [5, 2**63 - 1, 5, 6], [7]]
+    rows = [mooncake(1000 * number, 512 * len(row), 5, row) for number, row in enumerate(ids)]
+    path = write(jsonl(*rows), "trace.jsonl")
+    assert blocks(read_trace(path)) == ids
+    assert read_trace(path).prefixes.block_size == 512
+    monkeypatch.setattr("jaxroute.workloads.traces._LISTED_ROWS", 2)
+    assert blocks(read_trace(path)) == ids
+    pd.DataFrame(rows).to_parquet(tmp_path / "trace.parquet")
+    assert blocks(read_trace(tmp_path / "trace.parquet")) == ids
+
+
+@pytest.mark.parametrize("name", ["session", "Conversation", "conversation id"])
+def test_a_session_shares_what_it_had_before(write, name):
+    rows = [
+        (0, 20, 14, "a"),  # 34 tokens: blocks 0 to 2, the last of them not full
+        (1, 16, 0, ""),  # no session: block 3
+        (2, 50, 1, "a"),  # two whole blocks of the first turn, and two of its own
+        (3, 16, 1, "b"),
+        (4, 32, 0, "a"),  # all but the last token of its prompt may be shared: one block
+        (5, 0, 1, "b"),
+        (6, 40, 0, "a"),  # what the turn before had, not what the session had once
+    ]
+    text = f"arrival_time,prompt_tokens,output_tokens,{name}\n"
+    trace = read_trace(write(text + "".join(",".join(map(str, row)) + "\n" for row in rows)))
+    assert trace.prefixes.block_size == 16
+    assert blocks(trace) == [[0, 1, 2], [3], [0, 1, 4, 5], [6, 7], [0, 8], [9], [0, 8, 10]]
+
+
+def test_sessions_are_text_or_whole_numbers(write, tmp_path):
+    row = {"arrival_time": 0, "prompt_tokens": 20, "output_tokens": 0}
+    names = [5, "5", None, " ", 6, "a"]
+    same = [[0, 1], [0, 2], [3, 4], [5, 6], [7, 8], [9, 10]]
+    assert blocks(read_trace(write(jsonl(*(row | {"session": name} for name in names)), "trace.jsonl"))) == same
+    pd.DataFrame([row | {"session": name} for name in (5, 5, None)]).to_parquet(tmp_path / "trace.parquet")
+    assert blocks(read_trace(tmp_path / "trace.parquet")) == same[:3]
+    for bad in (True, 0.5, [1], float("inf")):
+        with pytest.raises(UserError, match=r"trace\.jsonl:2: session is '.*': it should be text or a whole number"):
+            read_trace(write(jsonl(row | {"session": 1}, row | {"session": bad}), "trace.jsonl"))
+
+
+def test_sessions_of_failed_requests_are_left_out(write):
+    text = BURSTGPT.replace("Session ID", "session") + "5,a,1,GPT-4,20,0,20,API log\n6,a,1,GPT-4,20,12,32,API log\n"
+    assert blocks(read_trace(write(text + "7,a,1,GPT-4,33,15,48,API log\n"))) == [[0, 1], [0, 1, 2]]
 
 
 REQUESTS = [
@@ -235,6 +297,16 @@ def test_bad_content(write, content, message):
         (jsonl(mooncake(0, prompt=[[1]])), r"trace\.jsonl:1: cannot read"),
         (jsonl(mooncake(0, output=10**400)), r"trace\.jsonl:1: cannot read .*\.\.\.'"),
         (jsonl(mooncake(0, output=-1)), r"trace\.jsonl:1: negative number of tokens in '0,10,-1'"),
+        (jsonl(mooncake(0), mooncake(0, ids=[True])), r"jsonl:2: hash_ids is '\[True\]': it should be a list of whole"),
+        (
+            jsonl(mooncake(0, ids=[0.5])),
+            r"jsonl:1: hash_ids is '\[0\.5\]': it should .* one per block of 512 tokens; cor",
+        ),
+        (jsonl(mooncake(0, ids=[2**63])), r"jsonl:1: hash_ids is '\[9223372036854775808\]': it should be a list"),
+        (jsonl(mooncake(0) | {"hash_ids": 7}), r"jsonl:1: hash_ids is '7': it should be a list of whole numbers"),
+        (jsonl(mooncake(0)) + jsonl({"timestamp": 0, "input_length": 1, "output_length": 1}), r"hash_ids is 'None'"),
+        (jsonl(mooncake(0, ids=[])), r"jsonl:1: hash_ids has 0 ids, and 10 prompt tokens are 1 blocks of 512"),
+        (jsonl(mooncake(0, 512), mooncake(0, 512, 5, [0, 1])), r"jsonl:2: hash_ids has 2 ids, and 512 prompt tokens"),
         (jsonl(mooncake(2), mooncake(1)), r"trace\.jsonl:2: time goes backwards in '1,10,5': sort the file by time"),
     ],
 )

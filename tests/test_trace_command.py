@@ -155,7 +155,23 @@ def test_describe(write, tmp_path, capsys):
     assert cells["prompt"] == ["50", "50", "95", "99"]
     assert cells["output"] == ["10", "10", "10", "10"]
     assert "50% of the requests come at the very time of the one before" in out
+    assert "cache" not in out
     assert (tmp_path / "new" / "trace.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_describe_says_what_a_cache_finds(tmp_path, capsys):
+    path = tmp_path / "trace.csv"
+    rows = "0,160000,16,a\n1,16,0,b\n2,160017,0,a\n"  # 10,000 blocks, 1, and 10,002, of which 10,001 had been there
+    path.write_text("arrival_time,prompt_tokens,output_tokens,session\n" + rows)
+    code, out, err = run(capsys, "describe", path, "--plot", tmp_path / "trace.png")
+    assert (code, err) == (0, "")
+    cells = {line.split("│")[1].strip(): line.split("│")[-2].strip() for line in out.splitlines() if "│" in line}
+    assert "prefix cache, blocks of 16 tokens" in out
+    # Of a longer text the first 6,250 blocks stay, but for the one that the request between them takes.
+    assert cells["100,000 tokens"] == f"{6249 / 20003:.2%}"
+    assert cells["1,000,000 tokens"] == cells["without bound"] == f"{10001 / 20003:.2%}"
+    assert "how long each is served plays no role" in " ".join(out.split())
+    assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_describe_does_not_guess_from_few_windows(write, capsys):

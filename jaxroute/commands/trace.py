@@ -28,7 +28,7 @@ from jaxroute.files import check_new, write_file
 from jaxroute.fitting import ArrivalFit, fit_arrivals, synthetic_times
 from jaxroute.fitting.arrivals import MIN_WINDOWS, NUM_SYNTHETIC, PROCESSES, Times, mean_rate
 from jaxroute.plotting import REFERENCE_COLOUR, STYLE, png_bytes
-from jaxroute.workloads import Trace, build_workload, read_trace
+from jaxroute.workloads import Prefixes, Trace, build_workload, hit_rate, read_trace
 from jaxroute.workloads.traces import fano_factor, gap_variation, window_counts
 
 _WINDOWS = (1.0, 10.0, 60.0)  # s, of the Fano factors that are printed
@@ -36,6 +36,11 @@ _POOR = 0.2  # of a single figure
 _MIN_CYCLES = 10  # bursts in a trace, so that their length and share mean something
 _TIED = 0.05  # share of requests at the time of the one before, from which on the clock is said to be coarse
 _MAX_DRAWN = 100_000  # requests of a synthetic trace
+_CACHE_SIZES = (10_000, 100_000, 1_000_000, 10_000_000)  # tokens
+_CACHE_NOTE = (
+    "The cache is that of one server, which gets all requests, one by one in order of arrival: how long each is served "
+    "plays no role."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +79,10 @@ def _describe(options: argparse.Namespace, console: Console) -> None:
         figures = (tokens.mean(), *np.percentile(tokens, (50, 95, 99)))
         lengths.add_row(name, *(f"{figure:.0f}" for figure in figures))
     console.print(lengths)
+    if trace.prefixes:
+        with console.status("caching"):
+            console.print(_cache_table(trace, trace.prefixes))
+        say(console, _CACHE_NOTE)
     for note in _reading_notes(trace):
         say(console, note)
     if options.plot:
@@ -91,6 +100,17 @@ def _figures(times: Times) -> dict[str, str]:
         "CV of the gaps": _number(gap_variation(times)),
         **{f"Fano factor, {window:g} s": _fano_text(times, window) for window in _WINDOWS},
     }
+
+
+def _cache_table(trace: Trace, prefixes: Prefixes) -> Table:
+    grid = Table(
+        f"prefix cache, blocks of {prefixes.block_size} tokens", Column("blocks of prompts found", justify="right")
+    )
+    for size in (*_CACHE_SIZES, None):
+        name = "without bound" if size is None else f"{size:,} tokens"
+        rate = hit_rate(prefixes, trace.prompt_tokens, size)
+        grid.add_row(name, "-" if np.isnan(rate) else f"{rate:.2%}")
+    return grid
 
 
 def _fano_text(times: Times, window: float) -> str:
@@ -246,14 +266,16 @@ _TRACE_COLOUR = "#0072B2"
 @mpl.rc_context(STYLE)
 def _plot_trace(trace: Trace) -> Figure:
     times = trace.arrival_time
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
-    (over_time, gaps), (fano, lengths) = figure.subplots(2, 2)
+    rows = 3 if trace.prefixes else 2
+    figure = Figure(figsize=(10, 3.2 * rows), layout="constrained")
+    panels = figure.add_gridspec(rows, 2)
+    over_time, gaps, fano, lengths = (figure.add_subplot(panels[row, column]) for row in (0, 1) for column in (0, 1))
     _plot_rate(over_time, times, "trace", color=_TRACE_COLOUR)
     _plot_gaps(gaps, times)
     _plot_fano(fano, times, color=_TRACE_COLOUR, label="trace")
     _poisson_line(fano)
     ends = np.concatenate([trace.prompt_tokens, trace.output_tokens, [1]])
-    bins = np.geomspace(1, ends.max() + 1, 50)
+    bins = np.geomspace(1, ends.max() + 1, 50).tolist()
     for name, tokens, colour in (
         ("prompt", trace.prompt_tokens, _TRACE_COLOUR),
         ("output", trace.output_tokens, REFERENCE_COLOUR),
@@ -261,7 +283,20 @@ def _plot_trace(trace: Trace) -> Figure:
         lengths.hist(np.maximum(tokens, 1), bins, histtype="step", color=colour, label=name)
     lengths.set(xscale="log", xlabel="tokens", ylabel="requests", title="Lengths")
     lengths.legend()
+    if trace.prefixes:
+        _plot_caches(figure.add_subplot(panels[2, :]), trace, trace.prefixes)
     return figure
+
+
+def _plot_caches(axes: Axes, trace: Trace, prefixes: Prefixes) -> None:
+    sizes = np.geomspace(_CACHE_SIZES[0], _CACHE_SIZES[-1], 13).astype(int).tolist()
+    rates = [100 * hit_rate(prefixes, trace.prompt_tokens, size) for size in sizes]
+    axes.plot(sizes, rates, "o-", ms=4, color=_TRACE_COLOUR, label="one server, all requests")
+    bound = 100 * hit_rate(prefixes, trace.prompt_tokens, None)
+    axes.axhline(bound, color="0.5", ls="--", lw=1, label="cache without bound")
+    axes.set(xscale="log", xlabel="cache, tokens", ylabel="blocks found, %", title="Prefix cache")
+    axes.set_ylim(bottom=0)
+    axes.legend()
 
 
 @mpl.rc_context(STYLE)

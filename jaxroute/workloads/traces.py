@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float64, Int64, Shaped
+from jaxtyping import Bool, Float64, Int64, Shaped
 
 from jaxroute.decisions import arrivals, is_decision_log, read_decisions
 from jaxroute.errors import UserError
 from jaxroute.files import shown
 from jaxroute.tables import Chunk, TableReader, number_remedy, open_table
+from jaxroute.workloads.prefixes import Prefixes, joined_prefixes, listed_prefixes, session_prefixes
 
 # A date and a time with up to nine decimals; after them, perhaps, the offset from UTC.
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:\.\d{1,9})?)(Z|[+-]\d\d:?\d\d)?")
@@ -34,6 +35,8 @@ class Trace(NamedTuple):
     """Rows left out, because the format marks them as failed."""
     torn: int = 0
     """Lines left out that a gateway which was killed has left behind."""
+    prefixes: Prefixes | None = None
+    """What prompts have in common, if the file says so: by ids of their blocks, or by sessions."""
 
 
 class Format(NamedTuple):
@@ -52,6 +55,15 @@ class Format(NamedTuple):
     """Whether a request without output is one that failed."""
     kinds: tuple[str, ...] = ("csv", "json", "parquet")
     """Kinds of tables in which it comes."""
+    block_size: int | None = None
+    """Tokens of the blocks whose ids are in `BLOCK_IDS`, if the format has that column."""
+
+
+BLOCK_IDS = "hash_ids"
+"""Column of lists: one id per block of the prompt, equal for equal prefixes."""
+SESSIONS = ("session", "conversation", "conversation_id")
+"""Names of the column that says whose conversation a request carries on; the first that is there counts."""
+_LISTED_ROWS = 1 << 14  # of a chunk with lists, whose cells take much more memory than those of numbers
 
 
 _CELL_ERRORS = (ValueError, TypeError, OverflowError)
@@ -112,7 +124,7 @@ FORMATS = (
     ),
     Format(
         "Mooncake", ("timestamp", "input_length", "output_length"), "a time in ms, not in quotes,", _milliseconds,
-        per_second=1e3, kinds=("json", "parquet"),
+        per_second=1e3, kinds=("json", "parquet"), block_size=512,
     ),
     Format("table", ("arrival_time", "prompt_tokens", "output_tokens"), "a time in s", _numbers),
 )  # fmt: skip
@@ -130,33 +142,54 @@ def read_trace(path: str | Path) -> Trace:
 
     Args:
         path: CSV, JSON Lines or Parquet, as `jaxroute.tables.open_table` reads them. Columns may be in any order;
-            others are ignored.
+            others are ignored, but for `BLOCK_IDS` of a format that has blocks, and otherwise one of `SESSIONS`: they
+            say what prompts have in common.
 
     Returns:
         The trace, R requests.
 
     Raises:
         UserError: a missing or unreadable file, columns of no known format, no rows, or a row that cannot be parsed,
-            has negative tokens or goes back in time; the message names file, line and remedy.
+            has negative tokens, goes back in time, or does not say what its prompt has in common with others as it
+            should; the message names file, line and remedy.
 
     """
     if is_decision_log(path):
         return _of_gateway(path)
     parts, failed, latest = [], 0, -np.inf
+    listed: list[Prefixes] = []
+    sessions = _Sessions()
     with open_table(path, f"the columns of one of {_known_formats()}") as table:
         format, columns = _recognised(table)
-        for chunk in table.chunks(columns):
-            times, prompt, output = _checked(table, format, chunk, latest)
+        block_ids = table.find(BLOCK_IDS) if format.block_size else None
+        session = table.find(*SESSIONS) if block_ids is None else None
+        further = [name for name in (block_ids, session) if name]
+        columns = columns + further
+        for chunk in table.chunks(columns, _LISTED_ROWS) if block_ids else table.chunks(columns):
+            numbers = chunk._replace(cells=[cells[:3] for cells in chunk.cells]) if further else chunk
+            times, prompt, output = _checked(table, format, numbers, latest)
             latest = times[-1]
             kept = output > 0 if format.zero_is_failed else np.ones(len(output), bool)
             failed += int((~kept).sum())
             parts.append((times[kept], prompt[kept], output[kept]))
+            if format.block_size and block_ids:
+                ids = _checked_ids(table, chunk, prompt, format.block_size)
+                listed.append(
+                    listed_prefixes([row for row, keep in zip(ids, kept, strict=True) if keep], format.block_size)
+                )
+            elif session:
+                sessions.add(table, session, chunk, kept)
     if not parts:
         raise UserError(f"{path} has no requests: give a file with at least one row")
     times, prompt, output = map(np.concatenate, zip(*parts, strict=True))
     if not len(times):
         raise UserError(f"{path} holds failed requests only ({failed}): give a file with at least one that succeeded")
-    return Trace((times - times[0]) / format.per_second, prompt, output, format.name, failed)
+    prefixes = None
+    if listed:
+        prefixes = joined_prefixes(listed)
+    elif sessions.parts:
+        prefixes = session_prefixes(np.concatenate(sessions.parts), prompt, output)
+    return Trace((times - times[0]) / format.per_second, prompt, output, format.name, failed, prefixes=prefixes)
 
 
 def _of_gateway(path: str | Path) -> Trace:
@@ -221,6 +254,56 @@ def _checked(
     if len(backwards):
         raise row_error(backwards[0], "time goes backwards in", f": sort the file by {format.columns[0]}")
     return times, prompt, output
+
+
+def _checked_ids(
+    table: TableReader, chunk: Chunk, prompt: Int64[np.ndarray, "row"], block_size: int
+) -> list[list[int]]:
+    """Return the last cells of a chunk's rows, each a list with an id per block of the prompt."""
+    rows = [cells[-1] for cells in chunk.cells]
+    for row, (ids, tokens) in enumerate(zip(rows, prompt.tolist(), strict=True)):
+        where, blocks = table.where(chunk.places[row]), -(-tokens // block_size)
+        if not isinstance(ids, list) or not set(map(type, ids)) <= {int} or any(abs(id) >= 2**63 for id in ids):
+            raise UserError(
+                f"{where}: {BLOCK_IDS} is {shown([ids])}: it should be a list of whole numbers, one per block of "
+                f"{block_size} tokens; correct it, or remove the column"
+            )
+        if len(ids) != blocks:
+            raise UserError(
+                f"{where}: {BLOCK_IDS} has {len(ids)} ids, and {tokens} prompt tokens are {blocks} blocks of "
+                f"{block_size}; correct it, or remove the column"
+            )
+    return rows
+
+
+class _Sessions:
+    """The sessions of a trace, numbered as they come."""
+
+    def __init__(self) -> None:
+        self.parts: list[Int64[np.ndarray, "row"]] = []
+        self._numbers: dict[str, int] = {}
+
+    def add(self, table: TableReader, column: str, chunk: Chunk, kept: Bool[np.ndarray, "row"]) -> None:
+        """Number the sessions in the last cells of a chunk's rows; a cell without a name is -1."""
+        numbers = np.full(len(chunk.cells), -1)
+        for row, cells in enumerate(chunk.cells):
+            if (name := _session_name(cells[-1])) is None:
+                raise UserError(
+                    f"{table.where(chunk.places[row])}: {column} is {shown([cells[-1]])}: it should be text or a whole "
+                    "number, or empty; correct it, or rename the column"
+                )
+            if name:
+                numbers[row] = self._numbers.setdefault(name, len(self._numbers))
+        self.parts.append(numbers[kept])
+
+
+def _session_name(cell: Any) -> str | None:
+    """Return what a cell calls its session, "" if nothing, None if it can be no name."""
+    if cell is None or cell != cell:  # Parquet's missing number may be nan
+        return ""
+    if isinstance(cell, float) and cell.is_integer():  # pandas makes floats of whole numbers if one is missing
+        return str(int(cell))
+    return str(cell).strip() if type(cell) in (str, int) else None
 
 
 # --- what arrivals are like ---------------------------------------------------------------------------------
