@@ -11,11 +11,22 @@ from jaxroute.errors import UserError
 if TYPE_CHECKING:
     from jaxroute.runs import load_router
     from jaxroute.scenarios import SCENARIOS, make
-    from jaxroute.serving import Outcomes, Requests, Site, replay
+    from jaxroute.serving import Outcomes, Requests, Site, Texts, replay
 
 __version__ = "0.1.0"
 
-__all__ = ["SCENARIOS", "Outcomes", "Requests", "Site", "UserError", "__version__", "load_router", "make", "replay"]
+__all__ = [
+    "SCENARIOS",
+    "Outcomes",
+    "Requests",
+    "Site",
+    "Texts",
+    "UserError",
+    "__version__",
+    "load_router",
+    "make",
+    "replay",
+]
 
 _MODULES = {
     "SCENARIOS": "jaxroute.scenarios",
@@ -23,6 +34,7 @@ _MODULES = {
     "make": "jaxroute.scenarios",
     "Outcomes": "jaxroute.serving",
     "Requests": "jaxroute.serving",
+    "Texts": "jaxroute.serving",
     "Site": "jaxroute.serving",
     "replay": "jaxroute.serving",
 }

@@ -7,8 +7,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import jaxroute
+from jaxroute import Texts
 from jaxroute.errors import UserError
-from jaxroute.serving.playback import Texts
 from jaxroute.serving.reference import Result, simulate
 from jaxroute.serving.reference import Texts as ReferenceTexts
 

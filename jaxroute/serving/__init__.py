@@ -22,7 +22,7 @@ from jaxroute.serving.engine import (
     with_output_tokens,
 )
 from jaxroute.serving.lanes import fold, lanes_last, running_sums
-from jaxroute.serving.playback import Outcomes, Requests, replay
+from jaxroute.serving.playback import Outcomes, Requests, Texts, replay
 from jaxroute.serving.site import CloudConfig, ExpertConfig, Site, SiteConfig, build_site
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "SiteConfig",
     "SiteState",
     "SlotStatus",
+    "Texts",
     "advance",
     "ages",
     "build_site",
