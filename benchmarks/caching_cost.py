@@ -1,7 +1,7 @@
 """What prefix caching costs the simulation: environment steps with it and without it, side by side.
 
 `python -m benchmarks.caching_cost [--quick]` prints medians of runs taken in turn and writes
-outputs/benchmarks.caching_cost.json. One environment step is one routed request; routing is random at a rate that
+outputs/benchmarks/caching_cost.json. One environment step is one routed request; routing is random at a rate that
 keeps each site busy. Requests of their own ("poisson") show what the bookkeeping in blocks costs, sessions ("chat") the
 rest: look-ups, hits, and a prompt that grows. Without caching, these compute all of it again.
 """

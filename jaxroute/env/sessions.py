@@ -75,9 +75,15 @@ def next_turn(
         latest=put(sessions.latest, request),
         texts=texts,
     )
-    head = params.system_tokens[application]
-    text = _text(sessions, site, place, head)
-    return sessions, text, jnp.maximum(text.shared_tokens, head) + own_tokens
+    # A new session has said nothing, and none of its requests is in flight.
+    text = going_on._replace(
+        session=sessions.key[place],
+        shared_tokens=jnp.where(begins, 0, going_on.shared_tokens),
+        carries_on=begins | going_on.carries_on,
+        application=application,
+        system_tokens=params.system_tokens[application],
+    )
+    return sessions, text, jnp.maximum(text.shared_tokens, text.system_tokens) + own_tokens
 
 
 def _text(sessions: SessionState, site: SiteState, place: Int[Array, ""], system_tokens: Int[Array, ""]) -> Text:

@@ -137,6 +137,11 @@ class Candidates(NamedTuple):
     cached_tokens: Float[Array, "expert"] | None = None
     """Tokens of its prompt that the expert has cached; None if the router knows of none."""
 
+    @property
+    def known_cached(self) -> Float[Array, "expert"]:
+        """The same; 0 where the router knows of none."""
+        return jnp.zeros_like(self.predicted_quality) if self.cached_tokens is None else self.cached_tokens
+
 
 class Away(NamedTuple):
     """What becomes of the arriving request if no expert gets it: it is declined, or goes to the cloud."""

@@ -127,8 +127,7 @@ def features_of(obs: Observation, use_impact: bool = True, gauges: bool = False,
             jnp.minimum(10 * arrival.prices.accelerator * own_time, 4.0),
         ]
     if prefixes:
-        cached = obs.candidates.cached_tokens
-        cached = jnp.zeros_like(experts.kv_used) if cached is None else cached
+        cached = obs.candidates.known_cached
         edges += [
             cached / jnp.maximum(arrival.prompt_tokens, 1.0)[..., None],
             _log_tokens(arrival.prompt_tokens[..., None] - cached),

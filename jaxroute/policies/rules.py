@@ -131,18 +131,19 @@ def dynamo_kv(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memor
     Prefill blocks, whole or not: what is pending there, and what of the arriving prompt is not cached there. Decode
     blocks: the KV memory in use.
     """
-    prefill = (obs.experts.pending_prefill + obs.arrival.prompt_tokens - _cached(obs)) / KV_BLOCK
+    prefill = (obs.experts.pending_prefill + obs.arrival.prompt_tokens - obs.candidates.known_cached) / KV_BLOCK
     return best_available(obs, -(prefill + jnp.ceil(obs.experts.kv_used / KV_BLOCK))), memory
 
 
-def _cached(obs: Observation) -> Float[Array, "expert"]:
-    """Tokens of the arriving prompt that each expert has cached; 0 where the router knows of none."""
-    cached = obs.candidates.cached_tokens
-    return jnp.zeros_like(obs.experts.kv_used) if cached is None else cached
-
-
 def _match_rate(obs: Observation) -> Float[Array, "expert"]:
-    return _cached(obs) / jnp.maximum(obs.arrival.prompt_tokens, 1.0)
+    """Share of the arriving prompt that each expert has cached."""
+    return obs.candidates.known_cached / jnp.maximum(obs.arrival.prompt_tokens, 1.0)
+
+
+def _longest_prefix(obs: Observation) -> Float[Array, "expert"]:
+    """Score the experts by the cached prefix; of equal ones, the one with fewer requests is ahead."""
+    load = _num_in_flight(obs)
+    return _match_rate(obs) - load / (1 + load) * 1e-3
 
 
 def llm_d_prefix(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
@@ -160,11 +161,11 @@ def sticky_until_saturated(params: Params, obs: Observation, key: PRNGKeyArray, 
     llm-d's token-aware routing: load is counted in tokens that are to be prefilled, and an expert that has a limit of
     them in flight is saturated. `params` is that limit, in seconds of prefill, as experts differ in speed.
     """
-    experts = obs.experts
-    seconds = (experts.pending_prefill + obs.arrival.prompt_tokens - _cached(obs)) * experts.compute_per_token
-    sticky = (experts.pending_prefill * experts.compute_per_token <= params) & (_cached(obs) > 0) & experts.available
+    experts, cached = obs.experts, obs.candidates.known_cached
+    seconds = (experts.pending_prefill + obs.arrival.prompt_tokens - cached) * experts.compute_per_token
+    sticky = (experts.pending_prefill * experts.compute_per_token <= params) & (cached > 0) & experts.available
     # Equal prefixes go to the one with least to prefill.
-    longest = _cached(obs) - seconds / (1 + seconds)
+    longest = cached - seconds / (1 + seconds)
     return best_available(obs, jnp.where(sticky.any(), jnp.where(sticky, longest, -jnp.inf), -seconds)), memory
 
 
@@ -180,16 +181,14 @@ def cache_aware(params: Params, obs: Observation, key: PRNGKeyArray, memory: Mem
     balanced = (most - least <= IMBALANCE) | (most <= RELATIVE_IMBALANCE * least)
     rate = jnp.where(available, _match_rate(obs), 0.0)
     matched = balanced & (rate.max() > MATCH_THRESHOLD)
-    return best_available(obs, jnp.where(matched, rate - load / (1 + load) * 1e-3, -load)), memory
+    return best_available(obs, jnp.where(matched, _longest_prefix(obs), -load)), memory
 
 
 def prefix_affinity(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:
     """Take the longest cached prefix if it is a tenth of the prompt or more, else the better of two (Ray Serve LLM)."""
     rate = jnp.where(obs.experts.available, _match_rate(obs), 0.0)
-    load = _num_in_flight(obs)
     two, _ = power_of_two(params, obs, key, memory)
-    matched = best_available(obs, rate - load / (1 + load) * 1e-3)
-    return jnp.where(rate.max() >= LEAST_MATCH, matched, two), memory
+    return jnp.where(rate.max() >= LEAST_MATCH, best_available(obs, _longest_prefix(obs)), two), memory
 
 
 def session_hash(params: Params, obs: Observation, key: PRNGKeyArray, memory: Memory) -> Decision:

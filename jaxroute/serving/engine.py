@@ -829,11 +829,16 @@ def _release(
     keep_own: bool,
 ) -> CacheState:
     """Let one request of each lane give back its blocks; `others` are the full blocks that the others hold."""
-    assert slots.texts is not None
-    text = jax.tree.map(lambda table: _at(table, row, position), slots.texts)
-    texts = jax.tree.map(lambda table: table.at[row].get(mode="clip"), slots.texts)
-    free = prefixes.num_blocks(kv_capacity, cache.block_size) - cache.held
+    text, texts = _texts(slots, row, position)
+    free = prefixes.free_blocks(cache, kv_capacity)
     return prefixes.release(cache, free, text, tokens, texts, others, where, keep_own)
+
+
+def _texts(slots: Slots, row: Int[Array, "lane"], position: Int[Array, "lane"]) -> tuple[SlotTexts, SlotTexts]:
+    """Return the text of one request of each lane, and those of all its slots."""
+    assert slots.texts is not None
+    one = jax.tree.map(lambda table: _at(table, row, position), slots.texts)
+    return one, jax.tree.map(lambda table: table.at[row].get(mode="clip"), slots.texts)
 
 
 class _Admission(NamedTuple):
@@ -927,7 +932,7 @@ def _iterations_to_full(site: Site, state: SiteState) -> Int[Array, "*lanes"]:
     cache = state.cache
     if cache is None:
         return 1 + (site.kv_capacity - state.kv_held) // jnp.maximum(state.num_decoding, 1)
-    free = prefixes.num_blocks(site.kv_capacity, cache.block_size) - cache.held
+    free = prefixes.free_blocks(cache, site.kv_capacity)
     free -= prefixes.decoding_blocks(cache, cache.counted + 1, state.iterations)
     return 1 + prefixes.iterations_to_full(cache, state.iterations + 1, free)
 
@@ -951,8 +956,7 @@ def _preempt(slots: Slots, lanes: _Lanes, starts: Bool[Array, "lane"]) -> tuple[
         if state.cache is None:
             too_much = state.kv_held + state.num_decoding + part > site.kv_capacity
         else:
-            free = prefixes.num_blocks(site.kv_capacity, state.cache.block_size) - state.cache.held
-            too_much = _blocks_to_go_on(site, state, part) > free
+            too_much = _blocks_to_go_on(site, state, part) > prefixes.free_blocks(state.cache, site.kv_capacity)
         return starts & too_much & (state.num_running > 1)
 
     def one_goes(carry: tuple) -> tuple:
@@ -1084,16 +1088,14 @@ def _look_up(
     state, row, position = now.state, lanes.row, now.state.num_admitted
     cache = state.cache
     assert cache is not None
-    assert slots.texts is not None
-    text = jax.tree.map(lambda table: _at(table, row, position), slots.texts)
-    texts = jax.tree.map(lambda table: table.at[row].get(mode="clip"), slots.texts)
+    text, texts = _texts(slots, row, position)
     # Blocks can be found as soon as they are scheduled to be filled.
     full = _full_blocks(slots, now.finish, row, state, state.iterations + 1, state.iterations + 1)
     found = prefixes.find(cache, text, need, texts, full)
     cached = found.blocks * cache.block_size
     tokens = jnp.minimum(need - cached, left)
     new = prefixes.blocks_for(cached + tokens, cache.block_size) - found.blocks
-    free = prefixes.num_blocks(lanes.site.kv_capacity, cache.block_size) - cache.held - found.taken.sum(-1)
+    free = prefixes.free_blocks(cache, lanes.site.kv_capacity) - found.taken.sum(-1)
     enters = asks & (new <= free)
     cache = prefixes.take(cache, found, enters)
     return cached, tokens, enters, prefixes.allocate(cache, jnp.where(enters, new, 0))

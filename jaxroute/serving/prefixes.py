@@ -150,6 +150,11 @@ def num_blocks(kv_capacity: Int[Array, "*lanes"], block_size: int) -> Int[Array,
     return kv_capacity // block_size
 
 
+def free_blocks(cache: CacheState, kv_capacity: Int[Array, "*lanes"]) -> Int[Array, "*lanes"]:
+    """Return how many blocks nobody holds, as of iteration `cache.counted`."""
+    return num_blocks(kv_capacity, cache.block_size) - cache.held
+
+
 # ---- Allocation ------------------------------------------------------------------------------------------------
 
 
@@ -237,9 +242,8 @@ def find(
 
     def reach(key: Array, keys: Array, part_end: Array) -> Int[Array, "*lanes"]:
         """The end of what requests and entries have of a chain."""
-        held = jnp.where(keys == key[..., None], jnp.minimum(full, part_end), 0).max(-1)
         listed = jnp.where(live & (entries.key == key[..., None]), end, 0).max(-1)
-        return jnp.where(key == NOBODY, 0, jnp.maximum(held, listed))
+        return jnp.maximum(_held_by(key, keys, part_end, full), jnp.where(key == NOBODY, 0, listed))
 
     system = jnp.minimum(reach(text.system_key, texts.system_key, texts.system_end), text.system_end)
     session = jnp.minimum(reach(text.session_key, texts.session_key, texts.session_end), text.session_end)
@@ -257,6 +261,17 @@ def find(
     return Found(blocks, taken + part(text.session_key, jnp.minimum(blocks, text.session_end)))
 
 
+def _held_by(
+    key: Int[Array, "*lanes"],
+    keys: Int[Array, "*lanes slot"],
+    part_end: Int[Array, "*lanes slot"],
+    full: Int[Array, "*lanes slot"],
+) -> Int[Array, "*lanes"]:
+    """The end of what requests with so many full blocks hold of a chain, which is their texts' up to `part_end`."""
+    same = (keys == key[..., None]) & (key != NOBODY)[..., None]
+    return jnp.where(same, jnp.minimum(full, part_end), 0).max(-1)
+
+
 def _present_end(cache: CacheState) -> Int[Array, "*lanes entry"]:
     """Where what is left of each entry ends: its last blocks are allocated first."""
     entries = cache.entries
@@ -270,8 +285,8 @@ def take(cache: CacheState, found: Found, where: Bool[Array, "*lanes"]) -> Cache
     # In the order of the list, which begins at `oldest`.
     place = jnp.arange(taken.shape[-1], dtype=jnp.int32)
     up_to = jnp.cumsum(taken, -1)
-    before_oldest = jnp.where(place < cache.oldest[..., None], taken, 0).sum(-1, keepdims=True)
     wraps = place < cache.oldest[..., None]
+    before_oldest = jnp.where(wraps, taken, 0).sum(-1, keepdims=True)
     ahead = up_to - taken - before_oldest + jnp.where(wraps, up_to[..., -1:], 0)
     entries = cache.entries
     return cache._replace(
@@ -307,14 +322,11 @@ def release(
     """
     whole = tokens // cache.block_size
 
-    def others(key: Array, keys: Array, part_end: Array) -> Int[Array, "*lanes"]:
-        same = (keys == key[..., None]) & (key != NOBODY)[..., None]
-        return jnp.where(same, jnp.minimum(full, part_end), 0).max(-1)
-
     system_end = jnp.minimum(text.system_end, whole)
     session_end = jnp.clip(text.session_end, system_end, whole)
-    system_first = jnp.minimum(others(text.system_key, texts.system_key, texts.system_end), system_end)
-    session_first = jnp.clip(others(text.session_key, texts.session_key, texts.session_end), system_end, session_end)
+    system_first = jnp.minimum(_held_by(text.system_key, texts.system_key, texts.system_end, full), system_end)
+    of_session = _held_by(text.session_key, texts.session_key, texts.session_end, full)
+    session_first = jnp.clip(of_session, system_end, session_end)
     # The last block first: the one that is not full, its own, its session's, its application's.
     deadline = cache.allocated + free + blocks_for(tokens, cache.block_size) - whole
     freed = deadline - cache.allocated - free
